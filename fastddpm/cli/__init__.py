@@ -1,0 +1,61 @@
+"""The ``fastddpm`` command: one module per subcommand, each with ``add_parser(subparsers)`` and ``run(args)``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from fastddpm import __version__
+
+COMMANDS = ("sample", "train")
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; unwinds the stack so that finished files are kept and temporary ones removed."""
+
+
+def _raise_terminated(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser with every subcommand attached."""
+    parser = argparse.ArgumentParser(prog="fastddpm", description="Sample denoising diffusion models, fast.")
+    parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name in COMMANDS:
+        module = importlib.import_module(f"fastddpm.cli.{name}")
+        module.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 (one line on stderr), 2 (usage), 130 or 143 (signals)."""
+    args = build_parser().parse_args(argv)
+    module = importlib.import_module(f"fastddpm.cli.{args.command}")
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        return int(module.run(args))
+    except KeyboardInterrupt:
+        print("fastddpm: interrupted", file=sys.stderr)
+        return 130
+    except _Terminated:
+        print("fastddpm: terminated", file=sys.stderr)
+        return 143
+    except BrokenPipeError:
+        # The reader went away; leave quietly, and keep the interpreter from flushing into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("FASTDDPM_TRACEBACK") == "1":
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"fastddpm: error: {message}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)

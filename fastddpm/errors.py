@@ -1,0 +1,11 @@
+"""Exceptions that callers may want to catch by name."""
+
+from __future__ import annotations
+
+
+class FastDDPMError(Exception):
+    """Base of the library's own exceptions; the command line prints them as one line and exits with 1."""
+
+
+class BackendUnavailable(FastDDPMError, RuntimeError):
+    """The backend asked for cannot run here; the message says why and what to do about it."""
