@@ -9,3 +9,11 @@ class FastDDPMError(Exception):
 
 class BackendUnavailable(FastDDPMError, RuntimeError):
     """The backend asked for cannot run here; the message says why and what to do about it."""
+
+
+class ModelOutputError(FastDDPMError, ValueError):
+    """The model returned something that is no prediction for x_t: wrong type, shape or number of channels."""
+
+
+class SamplingError(FastDDPMError, RuntimeError):
+    """A step failed; the message names the step, and the original exception is its cause."""
