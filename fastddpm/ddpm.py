@@ -96,7 +96,7 @@ def _check_epsilon_defines_x0(schedule: Schedule) -> None:
     if schedule.alphas_cumprod[-1] == 0.0:
         raise ValueError(
             "prediction_type 'epsilon' cannot give x_0 where alpha_bar = 0 (zero terminal SNR): x_t is pure noise "
-            "there and x_0 = (x_t - eps) / 0; use a network trained for 'v' or 'x_0', or a schedule without the rescaling"
+            "there, and (x_t - eps) / 0 says nothing; use a network trained for 'v' or 'x_0', or no rescaling"
         )
 
 
@@ -112,8 +112,6 @@ def _std_coefficients(schedule: Schedule, variance_type: str) -> tuple[Tensor, T
         return noisy, 0 * noisy, 0.5 * noisy
     if variance_type == "learned_range":
         # log sigma^2 = f log beta + (1 - f) log beta_tilde with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
-        log_beta = schedule.betas.log()
-        log_beta_tilde = torch.where(noisy > 0, schedule.posterior_variance, schedule.betas).log()
-        h0 = torch.where(noisy > 0, 0.25 * (log_beta + log_beta_tilde), 0.0)
-        return noisy, h0, 0.25 * (log_beta - log_beta_tilde)
+        log_beta, log_beta_tilde = schedule.betas.log(), schedule.posterior_log_variance_clipped
+        return noisy, 0.25 * (log_beta + log_beta_tilde), 0.25 * (log_beta - log_beta_tilde)
     raise ValueError(f"unknown variance_type {variance_type!r}; choose one of {', '.join(VARIANCE_TYPES)}")

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from fastddpm.betas import SCHEDULES, check_num_timesteps, named_betas
 from fastddpm.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
-from fastddpm.schedule import SCHEDULES, Schedule, check_num_timesteps, named_betas, warn_unless_gaussian_end
+from fastddpm.schedule import Schedule, warn_unless_gaussian_end
 from fastddpm.table import check_clip_range
 
 # The schedules that take the ends of beta; the others have a fixed shape.
@@ -57,7 +58,7 @@ class DiffusionConfig:
     """Record the forward process and what the network predicts.
 
     Args:
-        beta_schedule: a name of `fastddpm.schedule.SCHEDULES`.
+        beta_schedule: a name of `fastddpm.betas.SCHEDULES`.
         num_timesteps: T.
         beta_start: first beta, for the schedules that take one.
         beta_end: last beta, for the schedules that take one.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.schedule import check_num_timesteps
+from fastddpm.betas import check_num_timesteps
 
 SPACINGS = ("linspace", "leading", "trailing")
 
