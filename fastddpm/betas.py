@@ -18,7 +18,7 @@ MAX_BETA = 0.999
 def check_num_timesteps(num_timesteps: int) -> None:
     """Raise unless 1 <= num_timesteps <= 1,000,000."""
     if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int):
-        raise TypeError(f"num_timesteps must be an int, got {num_timesteps!r}")
+        raise ValueError(f"num_timesteps must be an int, got {num_timesteps!r}")
     if not 1 <= num_timesteps <= MAX_TIMESTEPS:
         raise ValueError(f"num_timesteps must lie in 1..{MAX_TIMESTEPS}, got {num_timesteps}")
 
@@ -32,12 +32,12 @@ def named_betas(name: str, num_timesteps: int, **options: Any) -> Tensor:
 
 
 def _linear_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    _check_ends(beta_start, beta_end)
+    check_ends(beta_start, beta_end)
     return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
 
 
 def _linear_rescaled_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    _check_ends(beta_start, beta_end)
+    check_ends(beta_start, beta_end)
     scale = 1000.0 / T
     if max(beta_start, beta_end) * scale >= 1.0:
         raise ValueError(
@@ -48,12 +48,12 @@ def _linear_rescaled_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0
 
 
 def _scaled_linear_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    _check_ends(beta_start, beta_end)
+    check_ends(beta_start, beta_end)
     return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
 
 
 def _sigmoid_geodiff_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    _check_ends(beta_start, beta_end)
+    check_ends(beta_start, beta_end)
     return torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
 
 
@@ -95,7 +95,7 @@ def _betas_from_alpha_bar(T: int, alpha_bar: Callable[[Tensor], Tensor]) -> Tens
     return (1.0 - values[1:] / values[:-1]).clamp(max=MAX_BETA)
 
 
-def _check_ends(beta_start: float, beta_end: float) -> None:
+def check_ends(beta_start: float, beta_end: float) -> None:
     for field, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"{field} must lie in (0, 1), got {value}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+            raise ValueError(f"{field} must be a number in (0, 1), got {value!r}")

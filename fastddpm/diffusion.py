@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastddpm.betas import SCHEDULES, check_num_timesteps, named_betas
+from fastddpm.betas import SCHEDULES, check_ends, check_num_timesteps, named_betas
 from fastddpm.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
 from fastddpm.schedule import Schedule, warn_unless_gaussian_end
 from fastddpm.table import check_clip_range
@@ -69,8 +69,7 @@ class DiffusionConfig:
         clip_range: bound on |x_0| while sampling; None for no clipping.
 
     Raises:
-        ValueError: a value is unknown or out of range.
-        TypeError: num_timesteps is not an int.
+        ValueError: a value is unknown, of the wrong type or out of range.
     """
 
     beta_schedule: str = "linear"
@@ -85,27 +84,37 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_num_timesteps(self.num_timesteps)
-        if self.trained_betas is not None:
-            object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
-            if len(self.trained_betas) != self.num_timesteps:
-                raise ValueError(
-                    f"trained_betas has {len(self.trained_betas)} values but num_timesteps is {self.num_timesteps}; "
-                    "make them equal"
-                )
+        check_ends(self.beta_start, self.beta_end)
+        check_clip_range(self.clip_range)
         for field, value, known in (
             ("beta_schedule", self.beta_schedule, tuple(SCHEDULES)),
             ("prediction_type", self.prediction_type, PREDICTION_TYPES),
             ("variance_type", self.variance_type, VARIANCE_TYPES),
+            ("rescale_betas_zero_snr", self.rescale_betas_zero_snr, (True, False)),
         ):
             if value not in known:
-                raise ValueError(f"unknown {field} {value!r}; choose one of {', '.join(known)}")
-        for field, end in (("beta_start", self.beta_start), ("beta_end", self.beta_end)):
-            if isinstance(end, bool) or not isinstance(end, (int, float)) or not 0.0 < end < 1.0:
-                raise ValueError(f"{field} must be a number in (0, 1), got {end!r}")
-        check_clip_range(self.clip_range)
+                raise ValueError(f"unknown {field} {value!r}; choose one of {', '.join(map(str, known))}")
+        if self.trained_betas is not None:
+            object.__setattr__(self, "trained_betas", self._checked_betas(self.trained_betas))
+
+    def _checked_betas(self, trained_betas: Any) -> tuple[float, ...]:
+        numbers = isinstance(trained_betas, (list, tuple)) and all(
+            isinstance(beta, (int, float)) and not isinstance(beta, bool) for beta in trained_betas
+        )
+        if not numbers:
+            raise ValueError(f"trained_betas must be a list of numbers, got {type(trained_betas).__name__}")
+        if len(trained_betas) != self.num_timesteps:
+            raise ValueError(
+                f"trained_betas has {len(trained_betas)} values, but num_timesteps is {self.num_timesteps}"
+            )
+        return tuple(float(beta) for beta in trained_betas)
 
     def schedule(self) -> Schedule:
-        """Build the schedule; warn when it does not end near a Gaussian."""
+        """Build the schedule; warn when it does not end near a Gaussian.
+
+        Raises:
+            ValueError: the betas leave (0, 1), or alphas_cumprod reaches 0 before the last step.
+        """
         schedule = Schedule(self._betas())
         if self.rescale_betas_zero_snr:
             schedule = schedule.zero_terminal_snr()
@@ -190,7 +199,7 @@ class DiffusionConfig:
             beta_start=public.get("beta_start", 1e-4),
             beta_end=public.get("beta_end", 0.02),
             trained_betas=public.get("trained_betas"),
-            rescale_betas_zero_snr=bool(public.get("rescale_betas_zero_snr", False)),
+            rescale_betas_zero_snr=public.get("rescale_betas_zero_snr", False),
             prediction_type=_translate("prediction_type", public.get("prediction_type", "epsilon"), _PREDICTION_TYPES),
             variance_type=_translate("variance_type", variance_type, _VARIANCE_TYPES | {"learned": "learned"}),
             clip_range=public.get("clip_sample_range", 1.0) if clip else None,

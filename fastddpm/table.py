@@ -100,8 +100,11 @@ def make_rows(n_rows: int, clip_range: float | None = None, **columns: Tensor | 
 
 def check_clip_range(clip_range: float | None) -> None:
     """Raise unless clip_range is None (no clipping) or a positive finite number."""
-    if clip_range is not None and not 0.0 < clip_range < float("inf"):
-        raise ValueError(f"clip_range must be positive and finite, or None for no clipping; got {clip_range}")
+    if clip_range is None:
+        return
+    number = isinstance(clip_range, (int, float)) and not isinstance(clip_range, bool)
+    if not number or not 0.0 < clip_range < float("inf"):
+        raise ValueError(f"clip_range must be positive and finite, or None for no clipping; got {clip_range!r}")
 
 
 def q_rows(schedule: Schedule) -> Tensor:
