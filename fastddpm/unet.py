@@ -150,18 +150,21 @@ class UNet(nn.Module):
         Raises:
             ValueError: a shape that does not fit; labels given to an unconditional network, or missing where the
                 network has classes and no null class.
-            TypeError: x is not floating point, or of another dtype than the weights outside autocast.
+            TypeError: x is not floating point, or of another dtype than the weights outside autocast; labels that are
+                not integers.
         """
         self._check_image(x)
         t = _per_sample(t, x, "t")
         class_labels = self._labels(x, class_labels)
         return self.denoise(x, self.project_time(self.embed(t, class_labels)))
 
-    def save_pretrained(self, directory: str | os.PathLike[str], layout: str = "flat") -> None:
-        """Write the network, its configuration and its diffusion to a directory; see `weights.save_pretrained`."""
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], layout: str = "flat", dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the network, its configuration and its diffusion to a folder; see `weights.save_pretrained`."""
         from fastddpm.weights import save_pretrained
 
-        save_pretrained(self, directory, layout=layout)
+        save_pretrained(self, directory, layout, dtype)
 
     def _check_image(self, x: Tensor) -> None:
         config = self.config
@@ -188,7 +191,10 @@ class UNet(nn.Module):
                 raise ValueError("class_labels given to a network without classes (num_class_embeds is None)")
             return None
         if class_labels is not None:
-            return _per_sample(class_labels, x, "class_labels")
+            labels = _per_sample(class_labels, x, "class_labels")
+            if labels.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"class_labels must be int64, got {labels.dtype}")
+            return labels
         if config.null_class is None:
             raise ValueError(
                 f"this network has {config.num_class_embeds} classes and no null class: pass class_labels, int64 [B]"

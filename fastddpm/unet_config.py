@@ -25,7 +25,7 @@ UNSUPPORTED: dict[str, Any] = {
 IGNORED = ("num_train_timesteps",)
 
 # A configuration comes from a file: building a network from it must not take memory or time without bound.
-MAX_BLOCKS, MAX_LAYERS, MAX_CHANNELS, MAX_SIZE = 12, 32, 16_384, 65_536
+MAX_BLOCKS, MAX_LAYERS, MAX_CHANNELS, MAX_SIZE = 8, 32, 16_384, 65_536
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class UNetConfig:
         down_block_types: "DownBlock2D" or "AttnDownBlock2D" per resolution, finest first.
         up_block_types: "UpBlock2D" or "AttnUpBlock2D" per resolution, coarsest first.
         block_out_channels: width per resolution, finest first.
-        layers_per_block: residual blocks per resolution on the way down (one more on the way up).
+        layers_per_block: residual blocks per resolution on the way down (one more on the way up); at most 32 in all.
         mid_block_scale_factor: divides the outputs of the middle block's parts.
         downsample_padding: 1, or 0 to pad right and below only (Ho et al.'s checkpoints).
         dropout: probability, in the residual blocks.
@@ -195,7 +195,6 @@ class UNetConfig:
         for name in ("attention_head_dim", "attn_norm_num_groups", "time_embedding_dim"):
             _check_int(name, getattr(self, name), 1, MAX_CHANNELS, optional=True)
         _check_int("num_class_embeds", self.num_class_embeds, 1, 2**31 - 1, optional=True)
-        _check_int("layers_per_block", self.layers_per_block, 1, MAX_LAYERS)
         _check_int("freq_shift", self.freq_shift, 0, 1)
         _check_int("downsample_padding", self.downsample_padding, 0, 1)
         _check_int("null_class", self.null_class, 0, (self.num_class_embeds or 0) - 1, optional=True)
@@ -216,6 +215,7 @@ class UNetConfig:
                 "block_out_channels, down_block_types and up_block_types must have the same length, "
                 f"1 to {MAX_BLOCKS}, got {lengths[0]}, {lengths[1]} and {lengths[2]}"
             )
+        _check_int("layers_per_block", self.layers_per_block, 1, MAX_LAYERS // lengths[0])
         for width in self.block_out_channels:
             _check_int("block_out_channels", width, 4, MAX_CHANNELS)
         for kind in self.down_block_types:

@@ -1,0 +1,51 @@
+"""Files that are whole or absent: written beside their place, synced, then moved into it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Replace files by new contents; folders are created.
+
+    All are on disk before the first is moved into its place, and they are moved in the mapping's order, so a crash or a
+    full disk leaves the old files, the new ones or, for an instant, a leading part of the new ones, each of them whole.
+    What a killed process leaves behind is called ``.NAME.PID.tmp``.
+
+    Raises:
+        OSError: the disk is full, a folder is not writable; the old files are intact.
+    """
+    staged: dict[Path, Path] = {}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged[path] = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            _write_synced(staged[path], content)
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in staged.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+    for folder in {path.parent for path in contents}:
+        _sync_folder(folder)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # Some systems cannot open or sync a folder; its files are on disk already.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,105 @@
+"""JSON from files that nobody vouches for: bounded in size and depth, finite numbers only, no key twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+
+# What decides the nesting depth: brackets, and the quotes and escapes that say whether a bracket is in a string.
+_STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+
+
+def read_object(
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH
+) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        path: a regular file, UTF-8.
+        max_bytes: larger files are refused unread.
+        max_depth: deeper nesting is refused unparsed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: everything else that is wrong with it; the message begins with the path.
+    """
+    path = Path(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: not a regular file")
+    if status.st_size > max_bytes:
+        raise ValueError(f"{path}: {status.st_size} bytes; a file of this kind has at most {max_bytes}")
+    with path.open("rb") as stream:
+        content = stream.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{path}: more than {max_bytes} bytes, the most a file of this kind has")
+    return parse_object(content, source=str(path), max_depth=max_depth)
+
+
+def parse_object(content: bytes, *, source: str, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """Parse UTF-8 JSON whose top level is an object; the caller has bounded its length.
+
+    Args:
+        content: the text.
+        source: what it is, for messages.
+        max_depth: deeper nesting is refused unparsed (the parser recurses, and the stack is not ours).
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deep, a key given twice, NaN, an infinity or a number that overflows
+            to one, or not an object.
+    """
+    try:
+        text = content.decode("utf-8")
+        _check_depth(text, max_depth)
+        value = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not usable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _check_depth(text: str, max_depth: int) -> None:
+    depth, in_string = 0, False
+    for match in _STRUCTURE.finditer(text):
+        token = match.group()
+        if token == '"':
+            in_string = not in_string
+        elif in_string or token[0] == "\\":
+            continue
+        elif token in "[{":
+            depth += 1
+            if depth > max_depth:
+                raise ValueError(f"nested deeper than {max_depth} levels")
+        else:
+            depth -= 1
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:80]!r} is given twice")
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return value
