@@ -1,0 +1,155 @@
+"""Floating-point arithmetic with IEEE 754 results only: what PTX leaves approximate is refused."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import numpy as np
+
+from ptx.parser import PtxError
+from ptx.scalars import TYPES, Operation
+
+_CANONICAL_NAN = {"f16": 0x7FFF, "f32": 0x7FFFFFFF, "f64": 0x7FFFFFFFFFFFFFFF}
+_FLOATS = ("f32", "f64")
+
+
+def canonical(values: np.ndarray, kind: str) -> np.ndarray:
+    """Give every NaN the bit pattern that the hardware gives it."""
+    nans = np.isnan(values)
+    if not nans.any():
+        return values
+    bits = np.array(values).view(f"u{values.dtype.itemsize}")
+    bits[nans] = _CANONICAL_NAN[kind]
+    return bits.view(values.dtype)
+
+
+def flush(values: np.ndarray) -> np.ndarray:
+    """``.ftz``: subnormal float32 values become zero of the same sign."""
+    return np.where(np.abs(values) < np.float32(2.0**-126), np.copysign(np.float32(0), values), values)
+
+
+def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """float32 a * b + c with one rounding.
+
+    The product of two float32 is exact in float64. The sum is rounded to odd in float64 (its error comes from Knuth's
+    two-sum), and 53 bits rounded to odd are enough for the last rounding to float32 to be the only one (Boldo and
+    Melquiond 2008).
+    """
+    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    even = (total.view(np.uint64) & np.uint64(1)) == 0
+    inexact = np.isfinite(total) & (error != 0) & even
+    towards = np.where(error > 0, np.inf, -np.inf)
+    return np.where(inexact, np.nextafter(total, towards), total).astype(np.float32)
+
+
+def _rounded(modifiers: tuple[str, ...]) -> tuple[str, bool, bool]:
+    """The type, ``.ftz`` and ``.sat`` of an instruction that rounds to nearest even."""
+    *flags, kind = modifiers
+    unknown = set(flags) - {"rn", "ftz", "sat"}
+    if unknown or kind not in _FLOATS:
+        raise PtxError(f"no bit-exact definition here for the modifiers .{'.'.join(modifiers)}")
+    return kind, "ftz" in flags, "sat" in flags
+
+
+def _finish(values: np.ndarray, kind: str, ftz: bool, saturate: bool) -> np.ndarray:
+    values = canonical(values.astype(TYPES[kind], copy=False), kind)
+    if saturate:
+        values = np.where(values > 0, np.minimum(values, values.dtype.type(1)), values.dtype.type(0))
+    return flush(values) if ftz else values
+
+
+def _arithmetic(function: Callable[..., np.ndarray], sources: int) -> Callable[[tuple[str, ...]], Operation]:
+    def build(modifiers: tuple[str, ...]) -> Operation:
+        kind, ftz, saturate = _rounded(modifiers)
+
+        def compute(*values: np.ndarray) -> np.ndarray:
+            inputs = [flush(value) for value in values] if ftz else values
+            return _finish(function(*inputs), kind, ftz, saturate)
+
+        return Operation(kind, (kind,) * sources, compute)
+
+    return build
+
+
+def _explicitly_rounded(function: Callable[..., np.ndarray], sources: int) -> Callable[[tuple[str, ...]], Operation]:
+    """Instructions whose form without ``.rn`` is an approximation."""
+    arithmetic = _arithmetic(function, sources)
+
+    def build(modifiers: tuple[str, ...]) -> Operation:
+        if "rn" not in modifiers:
+            raise PtxError(f".{'.'.join(modifiers)} is approximate: no bit-exact definition exists")
+        return arithmetic(modifiers)
+
+    return build
+
+
+def _extreme(
+    pick_left: Callable[..., np.ndarray], zero_bits: Callable[..., np.ndarray]
+) -> Callable[[tuple[str, ...]], Operation]:
+    """min or max: -0 is below +0, and NaN loses to a number unless ``.NaN`` asks for it."""
+
+    def build(modifiers: tuple[str, ...]) -> Operation:
+        *flags, kind = modifiers
+        if set(flags) - {"ftz", "NaN"} or kind not in _FLOATS:
+            raise PtxError(f"min/max.{'.'.join(modifiers)} is not defined here")
+
+        def compute(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            if "ftz" in flags:
+                a, b = flush(a), flush(b)
+            unsigned = f"u{a.dtype.itemsize}"
+            both_zero = (a == 0) & (b == 0)
+            zeros = zero_bits(a.view(unsigned), b.view(unsigned)).view(a.dtype)
+            picked = np.where(both_zero, zeros, np.where(pick_left(a, b), a, b))
+            a_nan, b_nan = np.isnan(a), np.isnan(b)
+            if "NaN" in flags:
+                picked = np.where(a_nan | b_nan, a.dtype.type(np.nan), picked)
+            else:
+                picked = np.where(a_nan, b, np.where(b_nan, a, picked))
+            return canonical(picked, kind)
+
+        return Operation(kind, (kind, kind), compute)
+
+    return build
+
+
+def _sign(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[tuple[str, ...]], Operation]:
+    """neg and abs change the sign bit and nothing else."""
+
+    def build(modifiers: tuple[str, ...]) -> Operation:
+        kind = modifiers[-1]
+        if modifiers[:-1] or kind not in _FLOATS:
+            raise PtxError(f"neg/abs.{'.'.join(modifiers)} is not defined here")
+
+        def compute(a: np.ndarray) -> np.ndarray:
+            bits = a.view(f"u{a.dtype.itemsize}")
+            sign = bits.dtype.type(1 << (a.dtype.itemsize * 8 - 1))
+            return change(bits, sign).view(a.dtype)
+
+        return Operation(kind, (kind,), compute)
+
+    return build
+
+
+def _fma(modifiers: tuple[str, ...]) -> Operation:
+    if modifiers[-1] != "f32":
+        raise PtxError(f"fma.{'.'.join(modifiers)} is not defined here")
+    return _explicitly_rounded(fused_multiply_add, 3)(modifiers)
+
+
+BUILDERS: dict[str, Callable[[tuple[str, ...]], Operation]] = {
+    "add": _arithmetic(operator.add, 2),
+    "sub": _arithmetic(operator.sub, 2),
+    "mul": _arithmetic(operator.mul, 2),
+    "div": _explicitly_rounded(np.divide, 2),
+    "sqrt": _explicitly_rounded(np.sqrt, 1),
+    "rcp": _explicitly_rounded(np.reciprocal, 1),
+    "fma": _fma,
+    "min": _extreme(operator.lt, operator.or_),
+    "max": _extreme(operator.gt, operator.and_),
+    "neg": _sign(operator.xor),
+    "abs": _sign(lambda bits, sign: bits & ~sign),
+}

@@ -1,0 +1,257 @@
+"""Run a PTX program: all threads of many blocks at once, each register a NumPy vector with one value per thread.
+
+Threads that part at a branch become groups, each with its own program counter; the group with the lowest counter runs
+first and joins the others when it reaches them, which reconverges every structured branch and loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ptx import conversions, floats, integers
+from ptx.memory import Memory
+from ptx.parser import Address, Instruction, Operand, Program, PtxError, Register, Symbol, Vector
+from ptx.registers import Lanes, RegisterFile
+from ptx.scalars import Operation, decode, literal, type_bits
+
+LANES_AT_ONCE = 1 << 13
+_FLOAT_TYPES = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
+_VECTORS = {"v2": 2, "v4": 4, "v8": 8}
+_CACHE_HINTS = ("global", "nc", "volatile", "relaxed", "weak", "gpu", "sys", "ca", "cg", "cs", "wt", "wb")
+
+Step = Callable[[int, Lanes], int | None]
+
+
+@dataclass
+class Grid:
+    """Launch configuration; ``blocks`` are the linear block indices to run, all of them when None."""
+
+    shape: tuple[int, int, int]
+    blocks: np.ndarray | None = None
+
+    def linear_blocks(self) -> np.ndarray:
+        x, y, z = self.shape
+        return np.arange(x * y * z, dtype=np.int64) if self.blocks is None else np.asarray(self.blocks, np.int64)
+
+
+def build_operation(instruction: Instruction) -> Operation:
+    """The arithmetic of an instruction that touches neither memory nor control flow."""
+    opcode, modifiers = instruction.opcode, instruction.modifiers
+    try:
+        if opcode == "cvt":
+            return conversions.build(modifiers)
+        is_float = bool(modifiers) and modifiers[-1] in _FLOAT_TYPES
+        if is_float and opcode not in ("setp", "selp"):
+            return floats.BUILDERS[opcode](modifiers)
+        return integers.BUILDERS[opcode](modifiers)
+    except (KeyError, ValueError) as error:
+        raise PtxError(f"not defined here: {instruction.text}") from error
+
+
+class Machine:
+    """Executes one program on one memory."""
+
+    def __init__(self, program: Program, memory: Memory) -> None:
+        self.program, self.memory = program, memory
+        self.registers = RegisterFile(program.registers)
+        self._steps = [self._decode(instruction) for instruction in program.instructions]
+        targets = (i.operands[-1] for i in program.instructions if i.opcode == "bra")
+        self._joins = {program.labels[t.name] for t in targets if isinstance(t, Symbol)}
+
+    def run(self, arguments: list[int], grid: Grid) -> None:
+        """Run the grid's blocks; ``arguments`` are the parameters' bits in order."""
+        if len(arguments) != len(self.program.parameters):
+            raise PtxError(f"{len(self.program.parameters)} parameters expected, {len(arguments)} given")
+        self._arguments = dict(zip((p.name for p in self.program.parameters), arguments, strict=True))
+        blocks, per_chunk = grid.linear_blocks(), max(1, LANES_AT_ONCE // self.program.threads)
+        with np.errstate(all="ignore"):
+            for first in range(0, len(blocks), per_chunk):
+                self._start(blocks[first : first + per_chunk], grid.shape)
+                self._run_groups()
+        for segment in self.memory.segments:
+            segment.end_launch()
+
+    def _start(self, blocks: np.ndarray, shape: tuple[int, int, int]) -> None:
+        """Lay out one thread per entry and set the special registers."""
+        size = self.program.threads
+        tid = np.tile(np.arange(size, dtype=np.uint32), len(blocks))
+        block = np.repeat(blocks, size)
+        self._threads = block * size + tid
+        special = {"%tid.x": tid, "%laneid": tid % np.uint32(32), "%warpid": tid // np.uint32(32)}
+        coordinates = (block % shape[0], block // shape[0] % shape[1], block // (shape[0] * shape[1]))
+        for axis, ctaid, count in zip("xyz", coordinates, shape, strict=True):
+            special[f"%ctaid.{axis}"] = ctaid.astype(np.uint32)
+            special[f"%nctaid.{axis}"] = np.array([count], np.uint32)
+        for name, value in {"%ntid.x": size, "%ntid.y": 1, "%ntid.z": 1, "%tid.y": 0, "%tid.z": 0}.items():
+            special[name] = np.array([value], np.uint32)
+        self.registers.reset(len(tid), special)
+
+    def _run_groups(self) -> None:
+        """Run the group with the lowest program counter until every thread has returned."""
+        self._waiting: dict[int, Lanes] = {0: None}
+        while self._waiting:
+            start = min(self._waiting)
+            self._run_group(start, self._waiting.pop(start))
+
+    def _run_group(self, counter: int, lanes: Lanes) -> None:
+        """Run threads that are at the same place until they branch, return, or may meet others."""
+        while (following := self._steps[counter](counter, lanes)) is not None:
+            counter = following
+            if self._waiting and counter in self._joins:
+                self._wait(counter, lanes)
+                return
+
+    def _wait(self, counter: int, lanes: Lanes) -> None:
+        """Queue a group at a program counter, joining the group that is already there."""
+        if lanes is not None and not len(lanes):
+            return
+        if lanes is not None and counter in self._waiting:
+            lanes = np.sort(np.concatenate([lanes, self._waiting[counter]]))
+        if lanes is not None and len(lanes) == self.registers.count:
+            lanes = None
+        self._waiting[counter] = lanes
+
+    def _split(self, guard: tuple[str, bool] | None, lanes: Lanes) -> tuple[Lanes, Lanes]:
+        """The threads whose guard holds, and the others."""
+        nobody = np.empty(0, np.int64)
+        if guard is None:
+            return lanes, nobody
+        predicate = Register(guard[0])
+        self.registers.require_defined(predicate, lanes, "a decision")
+        holds = self.registers.reader(predicate, "pred")(lanes) == guard[1]
+        if holds.all():
+            return lanes, nobody
+        if not holds.any():
+            return nobody, lanes
+        everyone = np.arange(self.registers.count) if lanes is None else lanes
+        return everyone[holds], everyone[~holds]
+
+    def _decode(self, instruction: Instruction) -> Step:
+        """Turn an instruction into a function of (program counter, threads) that returns the next counter."""
+        if instruction.opcode in ("bra", "ret", "exit"):
+            return self._decode_jump(instruction)
+        execute, guard = self._decode_plain(instruction), instruction.guard
+
+        def step(counter: int, lanes: Lanes) -> int:
+            execute(lanes)
+            return counter + 1
+
+        def guarded_step(counter: int, lanes: Lanes) -> int:
+            taken, _ = self._split(guard, lanes)
+            if taken is None or len(taken):
+                execute(taken)
+            return counter + 1
+
+        return guarded_step if guard else step
+
+    def _decode_jump(self, instruction: Instruction) -> Step:
+        guard, target = instruction.guard, None
+        if instruction.opcode == "bra":
+            (label,) = instruction.operands
+            assert isinstance(label, Symbol)
+            target = self.program.labels[label.name]
+
+        def step(counter: int, lanes: Lanes) -> None:
+            taken, left = self._split(guard, lanes)
+            if target is not None:
+                self._wait(target, taken)
+            self._wait(counter + 1, left)
+
+        return step
+
+    def _decode_plain(self, instruction: Instruction) -> Callable[[Lanes], None]:
+        opcode, modifiers = instruction.opcode, instruction.modifiers
+        if opcode == "mov":
+            return self._decode_move(instruction)
+        if opcode == "ld" and modifiers[0] == "param":
+            return self._decode_argument(instruction)
+        if opcode in ("ld", "st"):
+            return self._decode_access(instruction)
+        return self._decode_arithmetic(instruction)
+
+    def _decode_arithmetic(self, instruction: Instruction) -> Callable[[Lanes], None]:
+        operation, registers = build_operation(instruction), self.registers
+        destination, *sources = instruction.operands
+        if len(sources) != len(operation.sources):
+            raise PtxError(f"{len(operation.sources)} sources expected: {instruction.text}")
+        readers = [registers.reader(s, kind) for s, kind in zip(sources, operation.sources, strict=True)]
+        selects = instruction.opcode == "selp"
+
+        def execute(lanes: Lanes) -> None:
+            values = [read(lanes) for read in readers]
+            if selects:
+                undefined = registers.undefined_selected(sources, values[2], lanes)
+            else:
+                undefined = registers.undefined_among(sources, lanes)
+            registers.write(destination, operation.compute(*values), operation.result, lanes, undefined)
+
+        return execute
+
+    def _decode_move(self, instruction: Instruction) -> Callable[[Lanes], None]:
+        kind, registers = instruction.modifiers[-1], self.registers
+        destination, source = instruction.operands
+        if isinstance(destination, Vector):
+            return registers.unpack(destination.items, source, kind)
+        if isinstance(source, Vector):
+            return registers.pack(destination, source.items, kind)
+        read = registers.reader(source, kind)
+        return lambda lanes: registers.write(destination, read(lanes), kind, lanes, registers.undefined(source, lanes))
+
+    def _decode_argument(self, instruction: Instruction) -> Callable[[Lanes], None]:
+        kind = instruction.modifiers[-1]
+        destination, address = instruction.operands
+        if not isinstance(address, Address) or not isinstance(address.base, Symbol) or address.offset:
+            raise PtxError(f"parameter access not defined here: {instruction.text}")
+        name = address.base.name
+        return lambda lanes: self.registers.write(destination, literal(self._arguments[name], kind), kind, lanes)
+
+    def _decode_access(self, instruction: Instruction) -> Callable[[Lanes], None]:
+        modifiers, is_load = instruction.modifiers, instruction.opcode == "ld"
+        kind = modifiers[-1]
+        count = next((_VECTORS[m] for m in modifiers if m in _VECTORS), 1)
+        unknown = [m for m in modifiers[:-1] if m not in _CACHE_HINTS and m not in _VECTORS and "::" not in m]
+        if modifiers[0] != "global" or unknown:
+            raise PtxError(f"only plain global memory is defined here: {instruction.text}")
+        data, address = instruction.operands[:2] if is_load else instruction.operands[1::-1]
+        items = data.items if isinstance(data, Vector) else (data,)
+        if len(items) != count or not isinstance(address, Address):
+            raise PtxError(f"{count} values and an address expected: {instruction.text}")
+        locate = self._locator(address)
+        return self._load(items, kind, locate) if is_load else self._store(items, kind, locate)
+
+    def _locator(self, address: Address) -> Callable[[Lanes], tuple[np.ndarray, np.ndarray]]:
+        """Addresses and global thread indices, one each per active thread."""
+        read, offset = self.registers.reader(address.base, "u64"), np.uint64(address.offset & (2**64 - 1))
+
+        def locate(lanes: Lanes) -> tuple[np.ndarray, np.ndarray]:
+            self.registers.require_defined(address.base, lanes, "an address")
+            threads = self._threads if lanes is None else self._threads[lanes]
+            return np.broadcast_to(read(lanes) + offset, threads.shape), threads
+
+        return locate
+
+    def _load(self, items: tuple[Operand, ...], kind: str, locate: Callable) -> Callable[[Lanes], None]:
+        width = type_bits(kind) // 8
+
+        def execute(lanes: Lanes) -> None:
+            addresses, threads = locate(lanes)
+            for item, value in zip(items, self.memory.load(addresses, width, len(items), threads), strict=True):
+                self.registers.write(item, decode(value, kind), kind, lanes)
+
+        return execute
+
+    def _store(self, items: tuple[Operand, ...], kind: str, locate: Callable) -> Callable[[Lanes], None]:
+        width = type_bits(kind) // 8
+        readers = [self.registers.reader(item, f"u{width * 8}") for item in items]
+
+        def execute(lanes: Lanes) -> None:
+            addresses, threads = locate(lanes)
+            for item in items:
+                self.registers.require_defined(item, lanes, "memory")
+            values = [np.broadcast_to(read(lanes), threads.shape) for read in readers]
+            self.memory.store(addresses, width, values, threads)
+
+        return execute
