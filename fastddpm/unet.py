@@ -101,20 +101,21 @@ class UNet(nn.Module):
 
         Args:
             t: [B], integer or floating point; the sines are computed in float32 whatever the weights' dtype.
-            class_labels: integer [B], or None where the network has no classes.
+            class_labels: int64 [B], [1] or 0-dim; None means the null class, or that the network has no classes.
 
         Returns:
             [B, temb_channels] in the weights' dtype.
+
+        Raises:
+            ValueError, TypeError: see `forward`.
         """
         config = self.config
+        labels = self._labels(class_labels, t)
         emb = timestep_embedding(
             t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
         temb = self.time_embedding(emb.to(self.dtype))
-        if self.class_embedding is not None:
-            assert class_labels is not None
-            temb = temb + self.class_embedding(class_labels)
-        return temb
+        return temb if self.class_embedding is None else temb + self.class_embedding(labels)
 
     def project_time(self, temb: Tensor) -> list[Tensor]:
         """Every residual block's projection of the embedding, in the order of `resnets()`; independent of x."""
@@ -154,8 +155,7 @@ class UNet(nn.Module):
                 not integers.
         """
         self._check_image(x)
-        t = _per_sample(t, x, "t")
-        class_labels = self._labels(x, class_labels)
+        t = _per_sample(torch.as_tensor(t, device=x.device), x.shape[0], "t")
         return self.denoise(x, self.project_time(self.embed(t, class_labels)))
 
     def save_pretrained(
@@ -184,22 +184,21 @@ class UNet(nn.Module):
         if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x is {x.dtype} and the weights are {self.dtype}; convert one of them with .to()")
 
-    def _labels(self, x: Tensor, class_labels: Tensor | None) -> Tensor | None:
+    def _labels(self, class_labels: Tensor | None, t: Tensor) -> Tensor | None:
         config = self.config
         if config.num_class_embeds is None:
             if class_labels is not None:
                 raise ValueError("class_labels given to a network without classes (num_class_embeds is None)")
             return None
         if class_labels is not None:
-            labels = _per_sample(class_labels, x, "class_labels")
-            if labels.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"class_labels must be int64, got {labels.dtype}")
-            return labels
+            if class_labels.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"class_labels must be int64, got {class_labels.dtype}")
+            return _per_sample(class_labels.to(t.device), t.shape[0], "class_labels")
         if config.null_class is None:
             raise ValueError(
                 f"this network has {config.num_class_embeds} classes and no null class: pass class_labels, int64 [B]"
             )
-        return torch.full((x.shape[0],), config.null_class, dtype=torch.int64, device=x.device)
+        return torch.full_like(t, config.null_class, dtype=torch.int64)
 
     def _zero_residual_branches(self) -> None:
         last = [self.conv_out]
@@ -248,8 +247,7 @@ def _up_path(config: UNetConfig, opts: BlockOptions) -> nn.ModuleList:
     return nn.ModuleList(blocks)
 
 
-def _per_sample(value: Tensor | float, x: Tensor, name: str) -> Tensor:
-    value = torch.as_tensor(value, device=x.device)
-    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, x.shape[0])):
-        raise ValueError(f"{name} must have shape [{x.shape[0]}] (one per image), [1] or [], got {list(value.shape)}")
-    return value.expand(x.shape[0])
+def _per_sample(value: Tensor, batch: int, name: str) -> Tensor:
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, batch)):
+        raise ValueError(f"{name} must have shape [{batch}] (one per image), [1] or [], got {list(value.shape)}")
+    return value.expand(batch)

@@ -189,16 +189,18 @@ def test_fresh_network_is_zero_and_trains() -> None:
     x, t, _ = random_inputs(model.config)
     assert torch.equal(model(x, t), torch.zeros(2, 3, 16, 16))
     target = torch.randn(2, 3, 16, 16)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(20):
+    for _ in range(4):  # the gradient reaches conv_out first, then conv2, then what lies before
+        model.zero_grad()
         loss = (model(x, t) - target).square().mean()
-        optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
         losses.append(loss.item())
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    assert losses[-1] < 0.9 * losses[0]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(p.grad, alpha=0.1)
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
 
 
 @torch.no_grad()
