@@ -51,7 +51,7 @@ def ddpm_table(
         schedule.num_timesteps, steps=steps, timesteps=timesteps, spacing=spacing, steps_offset=steps_offset
     )
     respaced = schedule.respaced(visited)
-    a, b = x0_coefficients(respaced, prediction_type)
+    a, b = x0_coefficients(respaced.alphas_cumprod, prediction_type)
     sigma, h0, h1 = _std_coefficients(respaced, variance_type)
     rows64 = make_rows(
         len(visited),
@@ -73,8 +73,8 @@ def ddpm_table(
     )
 
 
-def x0_coefficients(schedule: Schedule, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """Return a and b of x_0 = a x_t + b m, float64 [T] each, for every t of the schedule.
+def x0_coefficients(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """Return a and b of x_0 = a x_t + b m, float64 and shaped like alpha_bar.
 
     epsilon: x_0 = (x_t - sqrt(1 - alpha_bar_t) m) / sqrt(alpha_bar_t)      (Ho et al. 2020, eq. 15)
     v:       x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) m          (Salimans & Ho 2022, section 4)
@@ -83,21 +83,17 @@ def x0_coefficients(schedule: Schedule, prediction_type: str) -> tuple[Tensor, T
         ValueError: the type is unknown, or epsilon is predicted where alpha_bar = 0.
     """
     if prediction_type == "epsilon":
-        _check_epsilon_defines_x0(schedule)
-        return schedule.sqrt_recip_alphas_cumprod, -schedule.sqrt_recipm1_alphas_cumprod
+        if (alpha_bar == 0.0).any():
+            raise ValueError(
+                "prediction_type 'epsilon' cannot give x_0 where alpha_bar = 0 (zero terminal SNR): x_t is pure noise "
+                "there, and (x_t - eps) / 0 says nothing; use a network trained for 'v' or 'x_0', or no rescaling"
+            )
+        return (1.0 / alpha_bar).sqrt(), -((1.0 - alpha_bar) / alpha_bar).sqrt()
     if prediction_type == "v":
-        return schedule.sqrt_alphas_cumprod, -schedule.sqrt_one_minus_alphas_cumprod
+        return alpha_bar.sqrt(), -(1.0 - alpha_bar).sqrt()
     if prediction_type == "x_0":
-        return torch.zeros_like(schedule.betas), torch.ones_like(schedule.betas)
+        return torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
     raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
-
-
-def _check_epsilon_defines_x0(schedule: Schedule) -> None:
-    if schedule.alphas_cumprod[-1] == 0.0:
-        raise ValueError(
-            "prediction_type 'epsilon' cannot give x_0 where alpha_bar = 0 (zero terminal SNR): x_t is pure noise "
-            "there, and (x_t - eps) / 0 says nothing; use a network trained for 'v' or 'x_0', or no rescaling"
-        )
 
 
 def _std_coefficients(schedule: Schedule, variance_type: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -183,7 +183,9 @@ def ddim_step(
     sigma = torch.zeros(())
     if eta > 0:
         sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)).sqrt()
-    return alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - sigma**2).sqrt() * eps + sigma * z
+    # Rounding can leave a negative number where sigma^2 is the whole variance.
+    direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt()
+    return alpha_bar_prev.sqrt() * x_0 + direction * eps + sigma * z
 
 
 def _at(coefficients: Tensor, t: Tensor | int, x: Tensor) -> Tensor:
