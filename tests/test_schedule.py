@@ -94,16 +94,16 @@ def test_named_schedule_matches_diffusers_in_float32(name, T):
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs"),
-    [("linear_rescaled", "linear_beta_schedule"), ("sigmoid_jabri", "sigmoid_beta_schedule")],
+    ("name", "theirs", "rtol"),
+    # Their sigmoid normalises by ends in float32, which the last betas amplify.
+    [("linear_rescaled", "linear_beta_schedule", 1e-12), ("sigmoid_jabri", "sigmoid_beta_schedule", 2e-5)],
 )
-def test_named_schedule_matches_lucidrains(name, theirs):
+def test_named_schedule_matches_lucidrains(name, theirs, rtol):
     module = pytest.importorskip(
         "denoising_diffusion_pytorch.denoising_diffusion_pytorch", reason="denoising-diffusion-pytorch is the oracle"
     )
-    torch.testing.assert_close(
-        getattr(module, theirs)(1000).double(), Schedule.named(name).betas, rtol=1e-9, atol=1e-12
-    )
+    betas = getattr(module, theirs)(1000).double()
+    torch.testing.assert_close(betas, Schedule.named(name).betas, rtol=rtol, atol=1e-9)
 
 
 def test_cosine_at_eight_steps_has_the_known_alpha_bar():
@@ -133,8 +133,9 @@ def test_posterior_is_the_product_of_the_two_gaussians(name):
 
 def test_derived_tables_are_float64_and_consistent():
     s = Schedule.linear()
-    log_alpha_bar = torch.tensor([math.fsum(math.log1p(-float(b)) for b in s.betas[: t + 1]) for t in range(1000)])
-    torch.testing.assert_close(s.alphas_cumprod.log().float(), log_alpha_bar, rtol=1e-6, atol=1e-9)
+    for t in (0, 1, 10, 500, 999):
+        log_alpha_bar = math.fsum(math.log1p(-beta) for beta in s.betas[: t + 1].tolist())
+        assert float(s.alphas_cumprod[t]) == pytest.approx(math.exp(log_alpha_bar), rel=1e-13)
     torch.testing.assert_close(s.sqrt_alphas_cumprod * s.sqrt_recip_alphas_cumprod, torch.ones_like(s.betas))
     torch.testing.assert_close(
         s.sqrt_recipm1_alphas_cumprod * s.sqrt_alphas_cumprod, s.sqrt_one_minus_alphas_cumprod, rtol=1e-14, atol=0
