@@ -63,3 +63,16 @@ def past_the_end(x_ptr, out_ptr, n_elements, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs <= n_elements
     tl.store(out_ptr + offs, tl.load(x_ptr + offs, mask=mask), mask=mask)
+
+
+@triton.jit
+def library_functions(x_ptr, out_ptr, n_elements, SINE: tl.constexpr, BLOCK: tl.constexpr):
+    """out = sin(x) or sqrt(x), both of which keep a slow path in the listing."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n_elements
+    x = tl.load(x_ptr + offs, mask=mask, other=1.0)
+    if SINE:
+        y = tl.sin(x)
+    else:
+        y = tl.sqrt_rn(x)
+    tl.store(out_ptr + offs, y, mask=mask)
