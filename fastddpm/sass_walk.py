@@ -155,10 +155,14 @@ class _Graph:
         for header in sorted(self._trips, key=lambda h: len(self.loops[h])):
             self._collapse(header, content, following, leaving)
         best = self._longest(0, set(content), content, following, leaving)
-        if best is None:
+        if best is None or (self._stores(self._blocks) and not self._stores(best)):
             reasons = ", ".join(sorted(set(self.rare.values()))) or "no EXIT is reached"
-            raise SassError(f"every path meets what cannot be counted: {reasons}; give the loops' trip counts")
+            raise SassError(f"every path that stores meets what cannot be counted: {reasons}; give the trip counts")
         return best
+
+    def _stores(self, starts: Iterable[int]) -> bool:
+        """Whether any of these blocks writes global memory: a thread with work to do does."""
+        return any(i.stem in ("STG", "ST") for start in starts for i in self._blocks[start].instructions)
 
     def _collapse(
         self, header: int, content: dict[int, Counter[int]], following: dict[int, list[int]], leaving: set[int]

@@ -89,6 +89,13 @@ def test_an_unavoidable_unknown_loop_is_refused() -> None:
         count(LOOP)
 
 
+def test_leaving_early_is_no_way_around_a_loop_that_stores() -> None:
+    body = LOOP.replace("MOV R0, RZ", "@P1 EXIT\nMOV R0, RZ")
+    with pytest.raises(sass.SassError, match=r"loop at 0x20.*trip counts"):
+        count(body)
+    assert count(body, 2).executed == 2 + 2 * 4 + 2
+
+
 def test_a_subroutine_is_avoided_and_reported() -> None:
     body = "@P0 BRA `(.L_x_1)\nMOV R0, R1\nCALL.REL.NOINC `($slowpath)\n.L_x_1:\nFADD R0, R1, R2\nEXIT"
     result = count(body)
