@@ -1,0 +1,127 @@
+"""Figures of named GPUs, from the makers' data sheets, for the roofline of ``fastddpm inspect``.
+
+Clock: the boost clock; data centre parts are quoted by their peak float32 rate, which fixes it (2 x lanes x clock).
+Issue rate: an SM's four schedulers issue one warp instruction each per clock, so 128 lanes (CUDA C++ Programming Guide,
+"Hardware Multithreading" of each compute capability). Integer rate: its table "Throughput of Native Arithmetic
+Instructions", rows 32-bit integer add, shift, logic and 32-bit integer multiply: 64 lanes each (the unified cores of
+compute capability 12.0 do better on the first; 64 is the cautious figure there).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its data sheet describes it.
+
+    Attributes:
+        name: how people call it.
+        arch: compilation target.
+        bandwidth: bytes per second to and from DRAM.
+        processors: streaming multiprocessors.
+        clock: boost clock in Hz.
+        l2: bytes of L2 cache.
+        source: where the figures come from.
+        issue_lanes: lanes that a processor can issue per clock.
+        integer_lanes: lanes of integer arithmetic and logic per clock, and as many again of integer multiply.
+    """
+
+    name: str
+    arch: str
+    bandwidth: float
+    processors: int
+    clock: float
+    l2: int
+    source: str
+    issue_lanes: int = 128
+    integer_lanes: int = 64
+
+    @property
+    def issue_rate(self) -> float:
+        """Thread instructions per second."""
+        return self.processors * self.issue_lanes * self.clock
+
+    @property
+    def integer_rate(self) -> float:
+        """Thread integer instructions per second, of each of the two kinds."""
+        return self.processors * self.integer_lanes * self.clock
+
+
+_MB = 1 << 20
+
+GPUS = (
+    Gpu(
+        name="T4",
+        arch="sm_75",
+        bandwidth=320e9,
+        processors=40,
+        clock=1.59e9,
+        l2=4 * _MB,
+        source="NVIDIA T4 data sheet (320 GB/s); NVIDIA Turing GPU architecture white paper (TU104: 40 SMs, 4 MB L2)",
+    ),
+    Gpu(
+        name="A100 SXM 80GB",
+        arch="sm_80",
+        bandwidth=2039e9,
+        processors=108,
+        clock=1.41e9,
+        l2=40 * _MB,
+        source="NVIDIA A100 data sheet (2,039 GB/s); NVIDIA A100 white paper (108 SMs, 1,410 MHz, 40 MB L2)",
+    ),
+    Gpu(
+        name="H100 SXM",
+        arch="sm_90",
+        bandwidth=3.35e12,
+        processors=132,
+        clock=1.98e9,
+        l2=50 * _MB,
+        source="NVIDIA H100 data sheet (3.35 TB/s, 67 TFLOPS FP32); NVIDIA H100 white paper (132 SMs, 50 MB L2)",
+    ),
+    Gpu(
+        name="H200 SXM",
+        arch="sm_90",
+        bandwidth=4.8e12,
+        processors=132,
+        clock=1.98e9,
+        l2=50 * _MB,
+        source="NVIDIA H200 data sheet (4.8 TB/s, 67 TFLOPS FP32); NVIDIA H100 white paper (132 SMs, 50 MB L2)",
+    ),
+    Gpu(
+        name="B200",
+        arch="sm_100",
+        bandwidth=8e12,
+        processors=148,
+        clock=1.98e9,
+        l2=126 * _MB,
+        source="NVIDIA HGX B200 data sheet (8 TB/s, 75 TFLOPS FP32); SMs and L2 as the device reports them",
+    ),
+    Gpu(
+        name="RTX 5090",
+        arch="sm_120",
+        bandwidth=1792e9,
+        processors=170,
+        clock=2.407e9,
+        l2=96 * _MB,
+        source="NVIDIA RTX Blackwell white paper (1,792 GB/s, 170 SMs, 2,407 MHz, 98,304 KB L2)",
+    ),
+)
+BY_NAME = {gpu.name: gpu for gpu in GPUS}
+
+
+def default_gpu(arch: str) -> Gpu | None:
+    """The GPU that stands for an architecture, None where no data sheet is on file."""
+    return next((gpu for gpu in GPUS if gpu.arch == arch), None)
+
+
+def find_gpu(name: str) -> Gpu:
+    """Look a GPU up by name, whatever the case.
+
+    Raises:
+        ValueError: if no data sheet of that name is on file.
+    """
+    for gpu in GPUS:
+        if gpu.name.lower() == name.lower():
+            return gpu
+    raise ValueError(f"no data sheet on file for the GPU {name!r}; known: {', '.join(BY_NAME)}")
