@@ -168,7 +168,6 @@ def simple_loss(
 
 
 def ddim_step(
-    x_t: Tensor,
     x_0: Tensor,
     eps: Tensor,
     alpha_bar_t: Tensor,
@@ -176,9 +175,9 @@ def ddim_step(
     eta: float = 0.0,
     z: Tensor | float = 0.0,
 ) -> Tensor:
-    """Move from noise level alpha_bar_t to alpha_bar_prev   (Song et al. 2021, arXiv:2010.02502, eqs. 12 and 16).
+    """Compose x at noise level alpha_bar_prev from the x_0 and eps read off x_t   (Song et al. 2021, eqs. 12 and 16).
 
-    With eta = 0 and alpha_bar_prev < alpha_bar_t it is the inversion, from data to noise.
+    arXiv:2010.02502, in Ho et al.'s notation. With eta = 0 and alpha_bar_prev < alpha_bar_t it is the inversion, from data to noise.
     """
     sigma = torch.zeros(())
     if eta > 0:

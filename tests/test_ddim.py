@@ -71,7 +71,7 @@ def test_ddim_row_equals_equation_12(schedule, prediction_type, final_alpha_cump
         eps = eps_of(m, x_t, t, schedule, prediction_type)
         if rederive_eps:
             eps = (x_t - levels[r].sqrt() * x_0) / (1 - levels[r]).sqrt()
-        expected = reference.ddim_step(x_t, x_0, eps, levels[r], levels[r + 1], eta, z)
+        expected = reference.ddim_step(x_0, eps, levels[r], levels[r + 1], eta, z)
         # From alpha_bar = 0 with eta = 1, 1 - alpha_bar_prev - sigma^2 is 0: the paper's form leaves sqrt(2^-53).
         tolerance = 1e-7 if eta == 1.0 and levels[r] == 0.0 else 1e-12
         assert relative_error(execute_row64(table, r, x_t, m, z)[0], expected) <= tolerance
@@ -166,7 +166,7 @@ def test_ddim_inversion_row_equals_equation_12_upwards():
     x, m = randn(2, 3), randn(2, 3, seed=1)
     for r in range(3):
         x_0 = (x - (1 - levels[r]).sqrt() * m) / levels[r].sqrt()
-        expected = reference.ddim_step(x, x_0, m, levels[r], levels[r + 1])
+        expected = reference.ddim_step(x_0, m, levels[r], levels[r + 1])
         assert relative_error(execute_row64(table, r, x, m)[0], expected) <= 1e-12
 
 

@@ -93,6 +93,15 @@ def test_scheduler_config_builds_the_same_process_in_diffusers(config):
     )
 
 
+@pytest.mark.parametrize("theirs", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
+def test_from_scheduler_config_reads_every_beta_schedule_of_diffusers(theirs):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
+    scheduler = diffusers.DDPMScheduler(beta_schedule=theirs)
+    config = DiffusionConfig.from_scheduler_config(dict(scheduler.config))
+    torch.testing.assert_close(scheduler.betas.double(), config.schedule().betas, rtol=2e-5, atol=1e-7)
+    assert config.to_scheduler_config()["beta_schedule"] == theirs
+
+
 @pytest.mark.parametrize("scheduler_name", ["DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler"])
 def test_from_scheduler_config_reads_what_diffusers_saves(scheduler_name, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")

@@ -214,6 +214,23 @@ def test_p_sample_loop_hands_the_model_the_visited_timesteps():
     assert seen == [49, 20, 3, *range(49, -1, -1)]
 
 
+def test_p_sample_loop_steps_between_the_visited_noise_levels():
+    # For x_0 = sqrt(alpha_bar_t) x_t and z = 0 every step multiplies by sqrt(alpha_bar_t / alpha_bar_prev), so the
+    # run as a whole by sqrt(alpha_bar) of its first timestep, whichever timesteps lie between.
+    x_T = randn(2, 3)
+
+    def x_0_theta(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return SCHEDULE.alphas_cumprod[t].sqrt().unsqueeze(1) * x
+
+    for timesteps in ([40, 20, 3], [40], None):
+        visited = list(range(T - 1, -1, -1)) if timesteps is None else timesteps
+        z = torch.zeros(len(visited), 2, 3, dtype=torch.float64)
+        x = reference.p_sample_loop(
+            x_0_theta, x_T, SCHEDULE, timesteps=timesteps, z=z, prediction_type="x_0", clip_range=None
+        )
+        torch.testing.assert_close(x, SCHEDULE.sqrt_alphas_cumprod[visited[0]] * x_T, rtol=1e-11, atol=0)
+
+
 def test_simple_loss_is_the_mean_squared_error_of_eps():
     x_0, eps, t = randn(7, 3), randn(7, 3, seed=1), per_sample_t()
     assert float(reference.simple_loss(lambda x, t: eps, x_0, t, SCHEDULE, eps)) == 0.0
