@@ -177,7 +177,8 @@ def ddim_step(
 ) -> Tensor:
     """Compose x at noise level alpha_bar_prev from the x_0 and eps read off x_t   (Song et al. 2021, eqs. 12 and 16).
 
-    arXiv:2010.02502, in Ho et al.'s notation. With eta = 0 and alpha_bar_prev < alpha_bar_t it is the inversion, from data to noise.
+    In the notation of Ho et al. (arXiv:2010.02502 writes alpha for alpha_bar). With eta = 0 and alpha_bar_prev below
+    alpha_bar_t it is the inversion, from data to noise.
     """
     sigma = torch.zeros(())
     if eta > 0:
