@@ -10,6 +10,7 @@ import functools
 import hashlib
 import math
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ MAX_DATA_BYTES = 8 << 30
 # Four of five images train; the rest are held out for the classifier and for evaluation.
 _TRAIN_FRACTION = 0.8
 _SPLIT_KEY = 0x5EED
+
+# What NumPy and zipfile raise on damaged, encrypted or exotic files.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -232,16 +236,16 @@ def array_file(path: Path) -> Dataset:
     try:
         if path.suffix == ".npy":
             with path.open("rb") as stream:
-                images, labels = _read_array(stream, path.stat().st_size, str(path)), None
+                images, labels = _read_array(stream, path.stat().st_size, "array"), None
         else:
             images, labels = _read_npz(path)
-    except (zipfile.BadZipFile, EOFError, OSError, OverflowError, SyntaxError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable array file: {error}") from error
-    x = _as_nchw(path, images)
-    if labels is None:
-        return Dataset(str(path), x)
-    if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(x):
-        raise ValueError(f"{path}: labels must be {len(x)} integers from 0, got {labels.dtype} {labels.shape}")
+        x = _as_nchw(images)
+        if labels is None:
+            return Dataset(str(path), x)
+        if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(x):
+            raise ValueError(f"labels must be {len(x)} integers from 0, got {labels.dtype} {labels.shape}")
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: not a usable array file: {error}") from error
     classes = tuple(str(i) for i in range(int(labels.max()) + 1))
     return Dataset(str(path), x, torch.from_numpy(labels.astype(np.int64)), classes)
 
@@ -252,12 +256,12 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
         def read(name: str) -> np.ndarray:
             with archive.open(members[name]) as stream:
-                return _read_array(stream, members[name].file_size, f"{path}[{name}]")
+                return _read_array(stream, members[name].file_size, name)
 
         only = next(iter(members)) if len(members) == 1 else None
         name = next((n for n in ("images", "arr_0", only) if n in members), None)
         if name is None:
-            raise ValueError(f"{path}: no array called images or arr_0 among {sorted(members)[:8]}")
+            raise ValueError(f"no array called images or arr_0 among {sorted(members)[:8]}")
         label_name = next((n for n in ("labels", "arr_1") if n in members), None)
         return read(name), None if label_name is None else read(label_name)
 
@@ -288,20 +292,18 @@ def _check_bytes(name: str, n_bytes: int) -> None:
         )
 
 
-def _as_nchw(path: Path, images: np.ndarray) -> Tensor:
+def _as_nchw(images: np.ndarray) -> Tensor:
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(
-            f"{path}: images must be [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3, got {images.shape}"
-        )
+        raise ValueError(f"images must be [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3, got {images.shape}")
     if images.dtype == np.uint8:
         return torch.from_numpy(np.array(images, order="C"))
     if images.dtype.kind != "f":
-        raise ValueError(f"{path}: images must be uint8, or floating point in [-1, 1], got {images.dtype}")
+        raise ValueError(f"images must be uint8, or floating point in [-1, 1], got {images.dtype}")
     x = np.array(images, dtype=np.float32, order="C")
     if not np.abs(x).max() <= 1.0:
-        raise ValueError(f"{path}: floating point images must lie in [-1, 1], got {x.min():g}..{x.max():g}")
+        raise ValueError(f"floating point images must lie in [-1, 1], got {x.min():g}..{x.max():g}")
     return torch.from_numpy(x)

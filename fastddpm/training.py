@@ -266,4 +266,4 @@ def _interruptible() -> Iterator[_Interrupt]:
         restore()
 
 
-__all__ = ["TrainConfig", "TrainResult", "Trainer", "DivergenceError", "loss_fn", "train"]
+__all__ = ["DivergenceError", "TrainConfig", "TrainResult", "Trainer", "loss_fn", "train"]

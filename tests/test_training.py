@@ -1,0 +1,408 @@
+"""The trainer: its loss against the reference, its draws as functions of (seed, k, n), and what interruptions leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fastddpm.atomic
+from fastddpm import noise, reference, training
+from fastddpm.checkpoint import CHECKPOINT, read_state
+from fastddpm.data import Dataset, load_data
+from fastddpm.ops import Counter
+from fastddpm.schedule import Schedule
+from fastddpm.table import q_rows
+from fastddpm.train_config import TrainConfig
+from fastddpm.train_log import read_log
+from fastddpm.train_run import LOG, SETTINGS, default_unet
+from fastddpm.training import DivergenceError, Trainer, batch_indices, drop_classes, learning_rate, loss_fn, train
+from fastddpm.unet import UNet, UNetConfig
+from fastddpm.weights import load
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "num_class_embeds": 11,
+    "null_class": 10,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """A run of twelve steps that takes a second."""
+    model = tmp_path / "tiny.json"
+    model.write_text(json.dumps(TINY))
+    return TrainConfig(
+        data="digits8x8",
+        out=str(tmp_path / "run"),
+        model=str(model),
+        steps=12,
+        batch=8,
+        warmup=3,
+        log_every=5,
+        save_every=4,
+        seed=7,
+    )
+
+
+def _at_step(n: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call ``action`` in the middle of the run, after gradient step n."""
+    step = Trainer.step
+
+    def stepping(self: Trainer, at: int) -> float:
+        loss = step(self, at)
+        if at == n:
+            action()
+        return loss
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+
+
+def _same_run(one: Path, two: Path) -> bool:
+    a, b = load_file(one / CHECKPOINT), load_file(two / CHECKPOINT)
+    same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    models = ("model.safetensors", "raw/model.safetensors", LOG)
+    return same and all((one / name).read_bytes() == (two / name).read_bytes() for name in models)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x_0"])
+def test_loss_fn_is_l_simple_of_the_reference(prediction: str) -> None:
+    torch.manual_seed(0)
+    schedule = Schedule.cosine(50)
+    x_0, t = torch.rand(6, 1, 4, 4) * 2 - 1, torch.tensor([0, 1, 7, 25, 48, 49])
+    counter = Counter(torch.tensor([3]), torch.arange(6), torch.tensor([11]), noise.STREAM_TRAIN)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * x + 0.01 * t[:, None, None, None]
+
+    eps = noise.normals(*counter, 16).view(6, 1, 4, 4).double()
+    x_t = reference.q_sample(x_0.double(), t, schedule, eps)
+    signal_t = schedule.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
+    sigma_t = schedule.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1)
+    target = {"epsilon": eps, "x_0": x_0.double(), "v": signal_t * eps - sigma_t * x_0}[prediction]
+    expected = (target - model(x_t, t)).square().mean()
+    loss = loss_fn(model, x_0, t, counter, q_rows(schedule), prediction)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_batch_indices_visits_every_image_once_an_epoch_in_another_order() -> None:
+    epochs = [torch.cat([batch_indices(5, 4 * epoch + i, 32, 8) for i in range(4)]) for epoch in range(3)]
+    assert all(epoch.sort().values.tolist() == list(range(32)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+    assert not torch.equal(epochs[0][:8], batch_indices(6, 0, 32, 8))
+
+
+def test_batch_indices_refuses_more_than_there_are() -> None:
+    with pytest.raises(ValueError, match="a batch of 9"):
+        batch_indices(0, 0, 8, 9)
+
+
+def test_drop_classes_drops_the_share_asked_for_by_image_and_step() -> None:
+    k, labels = torch.arange(20_000), torch.full((20_000,), 4)
+    dropped = drop_classes(labels, 10, 0.1, 0, k, 3) == 10
+    assert set(drop_classes(labels, 10, 0.1, 0, k, 3).tolist()) == {4, 10}
+    # 5 standard errors of a binomial share: sqrt(0.1 * 0.9 / 20000) = 0.0021.
+    assert abs(dropped.double().mean().item() - 0.1) < 5 * 0.0021213
+    alone = drop_classes(labels[:100], 10, 0.1, 0, k[:100], 3) == 10
+    assert torch.equal(alone, dropped[:100])
+    assert not torch.equal(dropped, drop_classes(labels, 10, 0.1, 0, k, 4) == 10)
+
+
+def test_learning_rate_rises_stays_and_falls(config: TrainConfig) -> None:
+    settings = dataclasses.replace(config, steps=100, warmup=10, decay=0.2, lr=1.0)
+    rates = [learning_rate(settings, n) for n in range(100)]
+    assert rates[:11] == pytest.approx([(n + 1) / 10 for n in range(10)] + [1.0])
+    assert rates[11:81] == [1.0] * 70
+    assert rates[81:] == pytest.approx([1 - i / 20 for i in range(1, 20)])
+
+
+def test_trainer_noises_image_k_alike_in_any_batch(config: TrainConfig) -> None:
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    data = Dataset("random", images, torch.arange(40) % 10, tuple("0123456789"))
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def net(x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        seen.append((x_t, t, class_labels))
+        return x_t
+
+    model = UNet(UNetConfig.from_dict(TINY))
+    trainer = training.build_trainer(dataclasses.replace(config, flip=True), data, model)
+    trainer.net = net
+    trainer.loss(torch.arange(40), n=2)
+    trainer.loss(torch.tensor([30, 3]), n=2)
+    trainer.loss(torch.tensor([30, 3]), n=3)
+    for all_images, two, later in zip(*seen, strict=True):
+        assert torch.equal(all_images[[30, 3]], two)
+        assert two.dtype == torch.int64 or not torch.equal(two, later)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(config: TrainConfig) -> None:
+    weights = []
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        data = load_data("digits8x8")
+        model = UNet(UNetConfig.from_dict(TINY))
+        whole = dataclasses.replace(config, accumulate=accumulate, dropout=0.0)
+        trainer = training.build_trainer(whole, data, model)
+        losses = [trainer.step(n) for n in range(3)]
+        weights.append((losses, model.conv_in.weight.detach().clone()))
+    assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-5)
+    torch.testing.assert_close(weights[0][1], weights[1][1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_train_resumes_to_the_bits_of_an_uninterrupted_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    config = dataclasses.replace(config, dtype=dtype, accumulate=2, flip=True)
+    broken = dataclasses.replace(config, out=str(tmp_path / "broken"))
+    train(config, quiet=True)
+    with monkeypatch.context() as patch:
+        _at_step(6, lambda: signal.raise_signal(signal.SIGINT), patch)
+        stopped = train(broken, quiet=True)
+    assert (stopped.steps, stopped.signal) == (7, signal.SIGINT)
+    assert not _same_run(tmp_path / "run", tmp_path / "broken")
+    again = train(dataclasses.replace(broken, resume=True), quiet=True)
+    assert (again.steps, again.signal) == (12, None)
+    assert _same_run(tmp_path / "run", tmp_path / "broken")
+
+
+def test_train_resumes_after_a_crash_between_checkpoints(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash() -> None:
+        raise MemoryError("killed")
+
+    broken = dataclasses.replace(config, out=str(tmp_path / "broken"))
+    train(config, quiet=True)
+    with monkeypatch.context() as patch:
+        _at_step(9, crash, patch)
+        with pytest.raises(MemoryError):
+            train(broken, quiet=True)
+    # What kill -9 in the middle of a write leaves: half a checkpoint under another name, half a line in the log.
+    leftover = tmp_path / "broken" / f".{CHECKPOINT}.123.tmp"
+    leftover.write_bytes(b"half a checkpoint")
+    with (tmp_path / "broken" / LOG).open("a") as log:
+        log.write('{"step": 15, "lo')
+    train(dataclasses.replace(broken, resume=True), quiet=True)
+    assert not leftover.exists()
+    assert _same_run(tmp_path / "run", tmp_path / "broken")
+
+
+def test_train_keeps_the_last_checkpoint_when_the_disk_is_full(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = fastddpm.atomic._write_synced, []
+
+    def full(path: Path, content: bytes) -> None:
+        if CHECKPOINT in path.name:
+            written.append(path)
+            if len(written) == 2:
+                path.write_bytes(content[:1000])
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastddpm.atomic, "_write_synced", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(config, quiet=True)
+    out = Path(config.out)
+    assert not list(out.glob(".*.tmp"))
+    assert read_state(out)["step"] == 4
+    assert train(dataclasses.replace(config, resume=True), quiet=True).steps == 12
+
+
+def test_train_stops_at_a_loss_that_is_not_finite(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverging(*args: Any, **kwargs: Any) -> Tensor:
+        losses.append(loss_fn(*args, **kwargs))
+        return losses[-1] * (float("nan") if len(losses) == 7 else 1.0)
+
+    losses: list[Tensor] = []
+    monkeypatch.setattr(training, "loss_fn", diverging)
+    with pytest.raises(DivergenceError, match=r"loss nan.* at step 6; the last good checkpoint is .* at step 4"):
+        train(config, quiet=True)
+    assert all(v.isfinite().all() for v in load_file(Path(config.out) / CHECKPOINT).values())
+
+
+def test_train_learns(config: TrainConfig) -> None:
+    train(dataclasses.replace(config, steps=80, batch=32, warmup=10, lr=3e-3, dropout=0.0), quiet=True)
+    losses = [line["loss"] for line in read_log(Path(config.out))]
+    assert len(losses) == 16
+    assert losses[0] > 0.9  # predicts zero: E ||eps||^2 = 1
+    assert sum(losses[-4:]) / 4 < 0.7
+
+
+def test_train_saves_a_model_that_loads_with_its_diffusion(config: TrainConfig) -> None:
+    train(dataclasses.replace(config, prediction="v", schedule="cosine"), quiet=True)
+    averaged, raw = load(config.out), load(Path(config.out) / "raw")
+    assert averaged.diffusion is not None
+    assert (averaged.diffusion.prediction_type, averaged.diffusion.beta_schedule) == ("v", "cosine")
+    tensors = load_file(Path(config.out) / CHECKPOINT)
+    for name, p in averaged.named_parameters():
+        assert torch.equal(p, tensors[f"ema.{name}"])
+        assert torch.equal(dict(raw.named_parameters())[name], tensors[f"model.{name}"])
+    assert not torch.equal(averaged.conv_in.weight, raw.conv_in.weight)
+
+
+def test_train_draws_grids_and_plots(config: TrainConfig) -> None:
+    from PIL import Image
+
+    train(dataclasses.replace(config, steps=10, sample_every=10, timesteps=50, schedule="cosine"), quiet=True)
+    with Image.open(Path(config.out) / "samples-0000010.png") as grid:
+        assert grid.size == (10 * (8 + 2) + 2, 4 * (8 + 2) + 2)
+    with Image.open(Path(config.out) / "loss.png") as plot:
+        assert plot.size[0] > 400
+
+
+def test_train_leaves_the_callers_generator_alone(config: TrainConfig) -> None:
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    train(config, quiet=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_train_refuses_a_folder_in_use(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def second_run() -> None:
+        with pytest.raises(BlockingIOError, match="another process"):
+            train(dataclasses.replace(config, resume=True), quiet=True)
+        tried.append(True)
+
+    tried: list[bool] = []
+    _at_step(5, second_run, monkeypatch)
+    train(config, quiet=True)
+    assert tried
+
+
+def test_train_refuses_existing_output_unless_told(config: TrainConfig) -> None:
+    train(config, quiet=True)
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(config, quiet=True)
+    (Path(config.out) / "notes.txt").write_text("mine")
+    train(dataclasses.replace(config, overwrite=True, steps=3), quiet=True)
+    assert read_state(Path(config.out))["step"] == 3
+    assert (Path(config.out) / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        pytest.param({"lr": 1e-4}, "lr was 0.001 and is 0.0001", id="setting"),
+        pytest.param({"model": None}, "model was", id="network"),
+        pytest.param({"data": "CHANGED"}, "data_sha256 was", id="data"),
+    ],
+)
+def test_train_refuses_to_resume_another_run(
+    config: TrainConfig, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    import numpy as np
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    labels = np.arange(40) % 10
+    path = tmp_path / "d.npz"
+    np.savez(path, images=images, labels=labels)
+    config = dataclasses.replace(config, data=str(path), steps=4)
+    train(config, quiet=True)
+    if change == {"data": "CHANGED"}:
+        np.savez(path, images=images[::-1], labels=labels)
+        change = {}
+    with pytest.raises(ValueError, match=named):
+        train(dataclasses.replace(config, resume=True, **change), quiet=True)
+    assert read_state(Path(config.out))["step"] == 4
+
+
+def test_train_resumes_an_empty_folder_from_the_start_and_refuses_a_foreign_one(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    assert train(dataclasses.replace(config, resume=True, steps=2), quiet=True).steps == 2
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match=f"no {SETTINGS}"):
+        train(dataclasses.replace(config, out=str(foreign), resume=True), quiet=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other format", "garbage"])
+def test_train_names_a_damaged_checkpoint(config: TrainConfig, damage: str) -> None:
+    from safetensors.torch import save_file
+
+    train(config, quiet=True)
+    path = Path(config.out) / CHECKPOINT
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "other format":
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match="not a usable checkpoint"):
+        train(dataclasses.replace(config, resume=True, steps=20), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("batch", 0),
+        ("accumulate", 9),
+        ("lr", float("nan")),
+        ("lr", -1.0),
+        ("ema", 1.0),
+        ("dropout", -0.1),
+        ("class_dropout", 1.5),
+        ("seed", 2**63),
+        ("seed", -1),
+        ("dtype", "float16"),
+        ("schedule", "quadratic"),
+        ("prediction", "noise"),
+        ("timesteps", 0),
+        ("decay", 1.1),
+        ("save_every", -1),
+    ],
+)
+def test_config_names_the_setting_out_of_range(config: TrainConfig, field: str, value: Any) -> None:
+    names = {"schedule": "beta_schedule", "prediction": "prediction_type", "timesteps": "num_timesteps"}
+    with pytest.raises(ValueError, match=names.get(field, field)):
+        dataclasses.replace(config, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "widths", "embeds"),
+    [
+        ((1, 32, 32), 10, (16, 32, 64, 96), 11),
+        ((1, 8, 8), 0, (64, 96), None),
+        ((3, 64, 64), 2, (64, 64, 128, 256, 384), 3),
+    ],
+)
+def test_default_unet_fits_the_images(
+    shape: tuple[int, int, int], classes: int, widths: tuple[int, ...], embeds: int | None
+) -> None:
+    unet = default_unet(shape, classes, with_null=True)
+    assert (unet.block_out_channels, unet.num_class_embeds) == (widths, embeds)
+    with torch.device("meta"):
+        model = UNet(unet)
+        assert model(torch.zeros(2, *shape), torch.zeros(2)).shape == (2, *shape)
+    if shape == (1, 32, 32):
+        assert unet == UNetConfig.digits()
+
+
+def test_default_unet_refuses_a_size_it_cannot_halve() -> None:
+    with pytest.raises(ValueError, match="--resolution"):
+        default_unet((3, 50, 50), 0, with_null=False)
