@@ -120,6 +120,17 @@ def test_an_undeclared_output_is_caught() -> None:
         add(torch.zeros(8), torch.zeros(8), torch.zeros(8))
 
 
+def test_in_place_add_reads_and_writes_each_element_once() -> None:
+    device = PtxDevice()
+    x, y = torch.arange(5001.0), torch.full((5001,), 2.0)
+    device.in_place(x)
+    with device.active():
+        add(x, y, x)
+    device.check_written_once()
+    assert torch.equal(x, torch.arange(5001.0) + 2)
+    assert device.traffic(x).loaded == device.distinct_loaded(x) == device.traffic(x).stored == 5001 * 4
+
+
 def test_gaps_of_a_strided_tensor_are_unreadable() -> None:
     device = PtxDevice()
     x = torch.zeros(64)[::2]

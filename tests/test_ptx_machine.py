@@ -179,6 +179,33 @@ def test_reading_what_another_thread_writes_is_a_race(first: str) -> None:
         Machine(parse(build_kernel(body, 1, 32)), memory).run([array.ctypes.data], Grid((1, 1, 1)))
 
 
+def in_place(body: str, array: np.ndarray) -> Memory:
+    memory = Memory()
+    memory.add(Segment("p0", array.ctypes.data, array.nbytes, writable=True, in_place=True))
+    Machine(parse(build_kernel(body, 1, 32)), memory).run([array.ctypes.data], Grid((2, 1, 1)))
+    return memory
+
+
+NEIGHBOUR = address(0, 4) + "min.u32 %r3, %t2, 40;\nmad.wide.u32 %a1, %r3, 4, %a1;\nld.global.b32 %r0, [%a1];\n"
+
+
+def test_in_place_reads_of_others_elements_may_be_dropped() -> None:
+    """Threads past the end read the last element, which thread 40 updates, and drop it: in any order, the same."""
+    array = np.arange(41, dtype=np.uint32)
+    body = "ld.param.b64 %a1, [p0];\n" + NEIGHBOUR + "add.u32 %r0, %r0, 5;\nsetp.le.u32 %p0, %t2, 40;\n"
+    memory = in_place(body + "@%p0 st.global.b32 [%a0], %r0;", array)
+    assert array.tolist() == list(range(5, 46))
+    (segment,) = memory.segments
+    assert (segment.traffic.loaded, segment.distinct_loaded, segment.traffic.stored) == (256, 164, 164)
+    assert (segment.writes == 1).all()
+
+
+def test_in_place_reads_of_others_elements_must_not_be_used() -> None:
+    body = "ld.param.b64 %a1, [p0];\n" + NEIGHBOUR.replace("min.u32 %r3, %t2, 40", "xor.b32 %r3, %t2, 1")
+    with pytest.raises(UndefinedValueError, match="memory"):
+        in_place(body + "st.global.b32 [%a0], %r0;", np.arange(64, dtype=np.uint32))
+
+
 def test_in_place_update_of_ones_own_element_is_no_race() -> None:
     memory, array = Memory(), np.arange(64, dtype=np.uint32)
     memory.add(Segment("p0", array.ctypes.data, array.nbytes, writable=True))

@@ -137,13 +137,18 @@ class PtxDevice:
         _texts[metadata["hash"]] = Path(path).read_text()
         self.compiled.append(metadata["hash"])
 
-    def output(self, tensor: torch.Tensor, *, poison: bool = True) -> torch.Tensor:
-        """Declare a tensor that the kernel writes; ``poison`` makes its old values unreadable."""
+    def output(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Declare a tensor that the kernel writes; its old values are unreadable."""
         segment = self._register(tensor, "output", writable=True)
-        if poison:
-            _mark_elements(segment.unreadable, tensor, segment)
-            if tensor.numel() < 1 << 26:
-                _poison(tensor)
+        _mark_elements(segment.unreadable, tensor, segment)
+        if tensor.numel() < 1 << 26:
+            _poison(tensor)
+        self._expected.append((tensor, segment))
+        return tensor
+
+    def in_place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Declare a tensor that the kernel reads and writes, each thread its own elements."""
+        segment = self._register(tensor, "in-place tensor", writable=True, in_place=True)
         self._expected.append((tensor, segment))
         return tensor
 
@@ -153,9 +158,14 @@ class PtxDevice:
         return tensor
 
     def traffic(self, tensor: torch.Tensor) -> Traffic:
-        """Bytes that the launches so far moved to and from a tensor."""
+        """Bytes that the launches so far requested from and sent to a tensor."""
         segment = self.memory.find(*_extent(tensor))
         return segment.traffic if segment is not None else Traffic()
+
+    def distinct_loaded(self, tensor: torch.Tensor) -> int:
+        """Bytes of a tensor that the launches so far read at least once."""
+        segment = self.memory.find(*_extent(tensor))
+        return segment.distinct_loaded if segment is not None else 0
 
     def check_written_once(self) -> None:
         """Every element of every output was written, and once; nothing else was."""
@@ -191,12 +201,12 @@ class PtxDevice:
             self._register(value, f"argument of shape {list(value.shape)}", writable=False)
         return int(value.data_ptr())
 
-    def _register(self, tensor: torch.Tensor, name: str, *, writable: bool) -> Segment:
+    def _register(self, tensor: torch.Tensor, name: str, *, writable: bool, in_place: bool = False) -> Segment:
         # Memory that a launch has seen must not be given to another tensor while this device lives.
         self._kept.append(tensor)
         start, end = _extent(tensor)
         unit = min(tensor.element_size(), 4)
-        segment = Segment(name, start, end - start, unit=unit, writable=writable)
+        segment = Segment(name, start, end - start, unit=unit, writable=writable, in_place=in_place)
         if end - start != tensor.numel() * tensor.element_size():
             segment.unreadable[:] = True
             _mark_elements(segment.unreadable, tensor, segment, value=False)

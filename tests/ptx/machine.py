@@ -66,13 +66,19 @@ class Machine:
         if len(arguments) != len(self.program.parameters):
             raise PtxError(f"{len(self.program.parameters)} parameters expected, {len(arguments)} given")
         self._arguments = dict(zip((p.name for p in self.program.parameters), arguments, strict=True))
-        blocks, per_chunk = grid.linear_blocks(), max(1, LANES_AT_ONCE // self.program.threads)
         with np.errstate(all="ignore"):
-            for first in range(0, len(blocks), per_chunk):
-                self._start(blocks[first : first + per_chunk], grid.shape)
-                self._run_groups()
+            if any(segment.in_place for segment in self.memory.segments):
+                with self.memory.rehearsal():
+                    self._run_blocks(grid)
+            self._run_blocks(grid)
         for segment in self.memory.segments:
             segment.end_launch()
+
+    def _run_blocks(self, grid: Grid) -> None:
+        blocks, per_chunk = grid.linear_blocks(), max(1, LANES_AT_ONCE // self.program.threads)
+        for first in range(0, len(blocks), per_chunk):
+            self._start(blocks[first : first + per_chunk], grid.shape)
+            self._run_groups()
 
     def _start(self, blocks: np.ndarray, shape: tuple[int, int, int]) -> None:
         """Lay out one thread per entry and set the special registers."""
@@ -238,8 +244,9 @@ class Machine:
 
         def execute(lanes: Lanes) -> None:
             addresses, threads = locate(lanes)
-            for item, value in zip(items, self.memory.load(addresses, width, len(items), threads), strict=True):
-                self.registers.write(item, decode(value, kind), kind, lanes)
+            values, undefined = self.memory.load(addresses, width, len(items), threads)
+            for item, value in zip(items, values, strict=True):
+                self.registers.write(item, decode(value, kind), kind, lanes, undefined)
 
         return execute
 

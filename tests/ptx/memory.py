@@ -1,15 +1,21 @@
 """Global memory with a shadow: every access is checked, every byte counted.
 
 A segment is the exact extent of one tensor, so a canary margin is not needed: whatever lies outside a segment cannot
-be touched. The shadow keeps, per unit (the element size, four bytes at most), whether the unit may be read, how often
-it was written, and which thread read or wrote it last, which is what finds a race between threads.
+be touched. The shadow keeps, per unit (the element size, four bytes at most), whether the unit may be read, whether it
+was, how often it was written, and which thread read or wrote it last, which is what finds a race between threads.
+
+A tensor that is updated in place is run twice. The first run learns which thread writes what; in the second, a value
+that a thread reads from another thread's element is undefined, so it may be dropped but must not reach memory.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import mmap
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +24,9 @@ _LINE = 16
 _LARGE = 1 << 28
 _MAP_NORESERVE = 0x4000  # mman.h of Linux; the mmap module does not name it
 _SEVERAL = -1
+
+Loaded = tuple[list[np.ndarray], np.ndarray | None]
+"""Values as unsigned integers, and which accesses gave an undefined one; None if none did."""
 
 
 class AccessError(Exception):
@@ -35,7 +44,7 @@ def sparse_zeros(count: int, dtype: type[np.generic]) -> np.ndarray:
 
 @dataclass
 class Traffic:
-    """Bytes moved, and how many accesses of each width (in bytes) moved them."""
+    """Bytes requested, and how many accesses of each width (in bytes) requested them."""
 
     loaded: int = 0
     stored: int = 0
@@ -52,20 +61,34 @@ class Traffic:
 class Segment:
     """Bytes ``[start, start + size)`` of the host's memory, seen by the kernel as global memory."""
 
-    def __init__(self, name: str, start: int, size: int, *, unit: int = 4, writable: bool = False) -> None:
+    def __init__(
+        self, name: str, start: int, size: int, *, unit: int = 4, writable: bool = False, in_place: bool = False
+    ) -> None:
         self.name, self.start, self.end = name, start, start + size
-        self.unit, self.writable = unit, writable
+        self.unit, self.writable, self.in_place = unit, writable, in_place
         self.traffic = Traffic()
         units = -(-size // unit)
         # Where every default is zero, a shadow of a huge tensor costs only the pages that are touched.
         self.unreadable = sparse_zeros(units, np.bool_)
+        self.read = sparse_zeros(units, np.bool_)
         self.writes = sparse_zeros(units if writable else 0, np.uint8)
         self._reader = sparse_zeros(units if writable else 0, np.int64)
         self._writer = sparse_zeros(units if writable else 0, np.int64)
+        self._owner: np.ndarray | None = None
         # The view starts and ends on a 16-byte line, so that a tensor at an odd offset has views of every width.
         self._view_start = start - start % _LINE
         length = -(-(self.end - self._view_start) // _LINE) * _LINE
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(self._view_start))
+
+    def contents(self) -> np.ndarray:
+        """The segment's own bytes."""
+        first = self.start - self._view_start
+        return self._bytes[first : first + self.end - self.start]
+
+    @property
+    def distinct_loaded(self) -> int:
+        """Bytes that were read at least once: what DRAM delivers where a cache serves the repeats."""
+        return int(self.read.sum()) * self.unit
 
     def joined(self, other: Segment) -> Segment:
         """One read-only segment over both: readable where either is."""
@@ -76,21 +99,22 @@ class Segment:
             first = (part.start - start) // union.unit
             readable = np.repeat(~part.unreadable, part.unit // union.unit)
             union.unreadable[first : first + readable.size] &= ~readable
+            union.read[first : first + readable.size] |= np.repeat(part.read, part.unit // union.unit)
             union.traffic.add(part.traffic)
         return union
 
-    def load(self, addresses: np.ndarray, width: int, count: int, threads: np.ndarray) -> list[np.ndarray]:
-        """Read ``count`` values of ``width`` bytes at each address."""
+    def load(self, addresses: np.ndarray, width: int, count: int, threads: np.ndarray) -> Loaded:
+        """Read ``count`` values of ``width`` bytes at each address, and tell which of them are undefined."""
         units = self._units(addresses, width * count)
         if self.unreadable[units].any():
             raise AccessError(f"{self.name}: read of memory that was never written")
-        if self.writable:
-            self._note_read(units, threads)
+        undefined = self._note_read(units, threads) if self.writable else None
+        self.read[units] = True
         self.traffic.loaded += addresses.size * width * count
         self.traffic.load_widths[width * count] += addresses.size
         view = self._bytes.view(f"u{width}")
         first = (addresses - np.uint64(self._view_start)) // np.uint64(width)
-        return [view[first + np.uint64(i)] for i in range(count)]
+        return [view[first + np.uint64(i)] for i in range(count)], undefined
 
     def store(self, addresses: np.ndarray, width: int, values: list[np.ndarray], threads: np.ndarray) -> None:
         """Write ``values[i]`` at ``addresses + i * width``."""
@@ -113,8 +137,12 @@ class Segment:
         first = (addresses - np.uint64(self.start)).astype(np.int64) // self.unit
         return first[:, None] + np.arange(size // self.unit)
 
-    def _note_read(self, units: np.ndarray, threads: np.ndarray) -> None:
+    def _note_read(self, units: np.ndarray, threads: np.ndarray) -> np.ndarray | None:
         threads = np.broadcast_to(threads[:, None] + 1, units.shape)
+        if self.in_place:
+            owner = threads if self._owner is None else self._owner[units]
+            foreign = ((owner != 0) & (owner != threads)).any(axis=1)
+            return foreign if foreign.any() else None
         writer = self._writer[units]
         if ((writer != 0) & (writer != threads)).any():
             raise AccessError(f"{self.name}: race, a thread reads what another one writes")
@@ -122,6 +150,7 @@ class Segment:
         self._reader[units] = np.where((before == 0) | (before == threads), threads, _SEVERAL)
         clash = (self._reader[units] != threads) & (self._reader[units] != _SEVERAL)
         self._reader[units[clash]] = _SEVERAL
+        return None
 
     def _note_write(self, units: np.ndarray, threads: np.ndarray) -> None:
         threads = np.broadcast_to(threads[:, None] + 1, units.shape)
@@ -133,8 +162,14 @@ class Segment:
             raise AccessError(f"{self.name}: race, two threads write the same element")
         self.writes[units] += 1
 
+    def end_rehearsal(self) -> None:
+        """Keep who wrote what for the second run."""
+        self._owner = self._writer
+        self._writer = sparse_zeros(self._writer.size, np.int64)
+
     def end_launch(self) -> None:
         """Forget which thread touched what: launches on one stream are ordered."""
+        self._owner = None
         self._reader = sparse_zeros(self._reader.size, np.int64)
         self._writer = sparse_zeros(self._writer.size, np.int64)
 
@@ -156,20 +191,38 @@ class Memory:
         self.segments.sort(key=lambda s: s.start)
         return segment
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Run something that leaves no trace but who wrote what in the tensors that are updated in place."""
+        written = [segment for segment in self.segments if segment.writable]
+        if any(segment.end - segment.start >= _LARGE for segment in written):
+            raise AccessError("an in-place update of a huge tensor is not rehearsed here; copy a part of it")
+        contents = [segment.contents().copy() for segment in written]
+        shadows = [copy.deepcopy((s.traffic, s.read, s.unreadable, s.writes)) for s in self.segments]
+        yield
+        for segment, shadow in zip(self.segments, shadows, strict=True):
+            segment.traffic, segment.read, segment.unreadable, segment.writes = shadow
+        for segment, content in zip(written, contents, strict=True):
+            segment.contents()[:] = content
+            segment.end_rehearsal()
+
     def find(self, start: int, end: int) -> Segment | None:
         """The segment that holds ``[start, end)``."""
         return next((s for s in self.segments if s.start <= start and end <= s.end), None)
 
-    def load(self, addresses: np.ndarray, width: int, count: int, threads: np.ndarray) -> list[np.ndarray]:
+    def load(self, addresses: np.ndarray, width: int, count: int, threads: np.ndarray) -> Loaded:
         """Read ``count`` unsigned values of ``width`` bytes per address ([lanes], uint64)."""
         parts = self._split(addresses, width * count)
         if len(parts) == 1:
             return parts[0][0].load(addresses, width, count, threads)
         values = [np.zeros(addresses.shape, f"u{width}") for _ in range(count)]
+        undefined = np.zeros(addresses.shape, np.bool_)
         for segment, lanes in parts:
-            for value, loaded in zip(values, segment.load(addresses[lanes], width, count, threads[lanes]), strict=True):
-                value[lanes] = loaded
-        return values
+            loaded, marks = segment.load(addresses[lanes], width, count, threads[lanes])
+            undefined[lanes] = False if marks is None else marks
+            for value, part in zip(values, loaded, strict=True):
+                value[lanes] = part
+        return values, undefined if undefined.any() else None
 
     def store(self, addresses: np.ndarray, width: int, values: list[np.ndarray], threads: np.ndarray) -> None:
         """Write unsigned values of ``width`` bytes per address."""
