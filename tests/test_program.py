@@ -1,0 +1,170 @@
+"""A step as the device sees it: one fused operation, no host read, one graph whatever t, seed and label."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastddpm import Sampler, Schedule, ddpm_table
+from fastddpm import compile_policy as policy
+from fastddpm import network as net
+from fastddpm.program import Plan, Program, TensorSpec
+
+TABLE = ddpm_table(Schedule.linear(50, 1e-3, 0.2), steps=4)
+SHAPE = (3, 8, 8)
+
+PLANS = {
+    "counter": Plan(4),
+    "given": Plan(4, noise="given"),
+    "none": Plan(4, noise="none"),
+    "guided": Plan(4, guided=True, labels=True),
+    "x0": Plan(4, x0_out=True),
+    "finite": Plan(4, check_finite=True),
+    "kwargs": Plan(4, kwargs=(("shift", TensorSpec((4, 1, 1, 1), torch.float32)),)),
+}
+
+
+class Small(nn.Module):
+    """A convolution and an embedding, on any device, with weights that need no initialisation."""
+
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 3, 3, 3, device=device, dtype=dtype))
+        self.embedding = nn.Parameter(torch.zeros(11, 3, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, shift: Any = 0.0) -> Tensor:
+        m = torch.conv2d(x, self.weight, padding=1) + (t / 50).to(x.dtype).reshape(-1, 1, 1, 1) + shift
+        return m if class_labels is None else m + self.embedding[class_labels][:, :, None, None]
+
+
+class Record(TorchDispatchMode):
+    """Counts operations, and the devices of the tensors that they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[func.name()] += 1
+        self.devices |= {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def program(plan: Plan, device: str, dtype: torch.dtype) -> Program:
+    model = net.ModelNetwork(Small(device, dtype), compile_model=False, strict=False)
+    return Program(plan, model, TABLE, SHAPE, device=torch.device(device), dtype=dtype)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="fake CUDA tensors need a CUDA build of PyTorch")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plan", PLANS)
+def test_step_on_cuda_reads_nothing_back_and_touches_no_host_tensor(plan: str, dtype: torch.dtype) -> None:
+    TABLE.rows  # noqa: B018  (cached: a real tensor, as in a real run)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        step = program(PLANS[plan], "cuda:0", dtype).step
+        with Record() as record:
+            step()
+    assert record.devices == {"cuda"}
+    assert "aten::_local_scalar_dense" not in record.operations
+    assert record.operations["aten::conv2d"] + record.operations["aten::convolution"] == 1
+    assert record.operations["fastddpm::p_sample"] == 1
+
+
+def test_step_around_the_network_is_three_operations() -> None:
+    """The timestep, the fused step and the counter; views move no data."""
+    p = program(Plan(4), "cpu", torch.float32)
+    p.network = lambda x, t, row, kwargs: x  # type: ignore[assignment]
+    with torch.no_grad(), Record() as record:
+        p.step()
+    moving = {name for name in record.operations if name not in ("aten::expand", "aten::slice.Tensor")}
+    assert moving == {"aten::index_select.out", "fastddpm::p_sample", "aten::add_.Tensor"}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_step_keeps_every_buffer_where_it_is(plan: str) -> None:
+    p = program(PLANS[plan], "cpu", torch.bfloat16)
+
+    def addresses() -> dict[str, int]:
+        tensors = {**vars(p), **p.kwargs}
+        return {name: value.data_ptr() for name, value in tensors.items() if isinstance(value, Tensor)}
+
+    before = addresses()
+    with torch.no_grad():
+        for _ in range(3):
+            p.step()
+    assert addresses() == before
+    assert len(before) >= 8
+    assert p.row.item() == 3
+
+
+def test_model_compiles_once_for_all_timesteps_seeds_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, fullgraph: compile_(model, fullgraph=fullgraph, backend=counter)
+    )
+    torch._dynamo.reset()
+    compiled = Sampler(Small().eval(), TABLE, SHAPE, compile=True, null_class=10)
+    eager = Sampler(Small().eval(), TABLE, SHAPE, compile=False, null_class=10)
+    for seeds, labels in (([0, 1], [0, 1]), ([2**31, 2**63], [9, 9]), ([2, 2], [10, 3])):
+        call: dict[str, Any] = {"seeds": seeds, "class_labels": labels, "guidance": 2.0}
+        assert torch.equal(compiled.sample(**call), eager.sample(**call))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_model_that_does_not_compile_runs_uncompiled_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def breaks_the_graph(x: Tensor, t: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return 0.5 * x
+
+    expected = Sampler(breaks_the_graph, TABLE, SHAPE, compile=False).sample(seeds=[1])
+    monkeypatch.setattr(policy, "weight_uses", lambda model, shape: 10**12)
+    auto = Sampler(breaks_the_graph, TABLE, SHAPE, samples_ahead=1000)
+    assert auto.compiles
+    assert torch.equal(auto.sample(seeds=[1]), expected)
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING and "torch.compile failed" in r.message]) == 1
+    strict = Sampler(breaks_the_graph, TABLE, SHAPE, compile=True)
+    with pytest.raises(RuntimeError, match=r"(?i)graph[ _]break"):
+        strict.sample(seeds=[1])
+    torch._dynamo.reset()
+
+
+def test_compile_auto_on_a_cpu_weighs_the_work_ahead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    cpu, model = torch.device("cpu"), Small()
+    enough = math.ceil(policy.REPAYS_AFTER / ((81 + 33) * 64))
+    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: True)
+    assert not policy.decide_compile("auto", cpu, model, SHAPE, enough - 1)
+    assert "runs uncompiled" in caplog.text
+    caplog.clear()
+    assert policy.decide_compile("auto", cpu, model, SHAPE, enough)
+    assert "runs compiled" in caplog.text
+    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
+    assert not policy.decide_compile("auto", cpu, model, SHAPE, enough)
+    assert "no C++ compiler" in caplog.text
+    assert policy.decide_compile(True, cpu, model, SHAPE, 0)
+    assert not policy.decide_compile(False, cpu, model, SHAPE, 10**18)
+    assert policy.weight_uses(lambda x, t: x, SHAPE) == 0
+
+
+def test_compile_auto_on_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    for installed in (True, False):
+        monkeypatch.setattr(policy, "has_triton", lambda installed=installed: installed)
+        assert policy.decide_compile("auto", cuda, Small(), SHAPE, 1) == installed
