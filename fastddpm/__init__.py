@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fastddpm.dpm_solver import dpm_solver_table as dpm_solver_table
     from fastddpm.errors import BackendUnavailable as BackendUnavailable
     from fastddpm.noise import randn as randn
-    from fastddpm.sample import sample as sample
     from fastddpm.sampler import Sampler as Sampler
+    from fastddpm.sampling import sample as sample
     from fastddpm.schedule import Schedule as Schedule
     from fastddpm.table import Table as Table
     from fastddpm.unet import UNet as UNet
@@ -42,7 +42,7 @@ _HOME = {
     "dpm_solver_table": "dpm_solver",
     "load": "weights",
     "randn": "noise",
-    "sample": "sample",
+    "sample": "sampling",
     "save_pretrained": "weights",
 }
 
