@@ -1,0 +1,169 @@
+"""How programs cover a batch: tiles of samples x groups of four elements.
+
+A tile has ``TILE`` rows; a row is one group (4 consecutive elements of a sample) and belongs to one thread, so that
+one Philox counter serves it and float32 moves 128 bits at a time. A sample of few groups shares its tile with others.
+Samples lie on grid axis 0, since the other axes end at 65,535; the tiles of a sample on axes 1 and 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# How a group of four lies in memory: consecutive and aligned; consecutive; one channel of four channels-last pixels;
+# four elements in C order of a channels-last sample (a group may then span two channels).
+VECTOR = tl.constexpr(0)
+SCALAR = tl.constexpr(1)
+PIXELS = tl.constexpr(2)
+STRIDED = tl.constexpr(3)
+
+# Two groups a thread: the key schedule and the first, uniform rounds of Philox are shared between them.
+TILE = 256
+NUM_WARPS = 4
+_AXIS = 65535
+_BLOCKS = tuple(1 << k for k in reversed(range(TILE.bit_length())))
+# A tile of several samples loads a row, a seed and an id per group: as costly as a third of its lanes left idle.
+_SHARING = 1.33
+# Four programs for every block that an H100 holds at once (132 SMs x 12 blocks of 128 threads at 40 registers).
+_ENOUGH_PROGRAMS = 6336
+# 16 groups of float32 are two cache lines: a larger sample is not cut finer.
+_SMALLEST_BLOCK = 16
+
+
+def block_groups(groups: int) -> int:
+    """Groups of one sample that a tile covers: a power of two, from the sample's size alone (never the batch's)."""
+
+    def cost(block: int) -> float:
+        return -(-groups // block) * block * (1.0 if block == TILE else _SHARING)
+
+    smallest = min(_SMALLEST_BLOCK, 1 << max(groups - 1, 0).bit_length())
+    return min((b for b in _BLOCKS if b >= smallest), key=cost)
+
+
+def repeats(batch: int, groups: int) -> int:
+    """Tiles of a sample that one program walks: several, once there are programs enough to fill any GPU."""
+    block = block_groups(groups)
+    tiles = -(-groups // block)
+    programs = tiles * -(-batch // (TILE // block))
+    return max(r for r in (1, 2, 3, 4) if r == 1 or (tiles % r == 0 and programs // r >= _ENOUGH_PROGRAMS))
+
+
+def launch_grid(batch: int, groups: int, repeat: int = 1) -> tuple[int, int, int]:
+    """Programs on the three grid axes for ``batch`` samples of ``groups`` groups, each walking ``repeat`` tiles."""
+    block = block_groups(groups)
+    programs = -(-groups // (block * repeat))
+    return -(-batch // (TILE // block)), min(programs, _AXIS), -(-programs // _AXIS)
+
+
+@triton.jit
+def program():
+    """Which of its sample's programs this one is."""
+    return (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)).to(tl.uint32)
+
+
+@triton.jit
+def tile_samples(batch, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
+    """Sample of each row of a tile, a scalar where the tile holds one sample, and whether it exists.
+
+    Rows beyond the batch repeat the last sample: their loads need no mask, only their stores do.
+    """
+    s = tl.program_id(0)
+    exists = tl.full((TILE,), 1, tl.int1)
+    if BLOCK_G != TILE:
+        s = s * (TILE // BLOCK_G) + tl.arange(0, TILE) // BLOCK_G
+        exists = s < batch
+        s = tl.minimum(s, batch - 1)
+    return s, exists
+
+
+@triton.jit
+def tile_groups(tile, groups, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
+    """Group (uint32) of each row of a sample's ``tile``-th tile, and whether it exists; the last one repeats."""
+    g = tile.to(tl.uint32) * BLOCK_G + (tl.arange(0, TILE) % BLOCK_G).to(tl.uint32)
+    last = (groups - 1).to(tl.uint32)
+    return tl.minimum(g, last), g <= last
+
+
+@triton.jit
+def per_row(value, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
+    """A per-sample value, ready to meet a [TILE, 4] tile."""
+    if BLOCK_G != TILE:
+        value = value[:, None]
+    return value
+
+
+@triton.jit
+def join4(a0, a1, a2, a3):
+    """Four [T] tensors as the columns of [T, 4]. This nesting keeps a row in one thread: no layout conversion."""
+    return tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), (a0.shape[0], 4))
+
+
+@triton.jit
+def split4(x):
+    """The columns of [T, 4]."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    a0, a2 = tl.split(even)
+    a1, a3 = tl.split(odd)
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def _vector(ptr, start):
+    """Pointers to whole groups that start at ``start`` (int64 [T]), each aligned to its own width."""
+    BYTES: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2
+    return tl.multiple_of(ptr + (start[:, None] + tl.arange(0, 4)[None, :]), (BYTES, BYTES))
+
+
+@triton.jit
+def _offset(index, plane, width, channel, ACCESS: tl.constexpr):
+    if ACCESS == PIXELS:
+        return index * width + channel
+    if ACCESS == STRIDED:
+        return (index % plane) * width + index // plane
+    return index
+
+
+@triton.jit
+def load(ptr, base, index, n, plane, width, channel, ACCESS: tl.constexpr):
+    """A group of four elements of the sample at ``base`` per row, float32 [T, 4].
+
+    Args:
+        index: int64 [T], where the group starts: an element, or for PIXELS a pixel of ``channel``.
+        n: the sample's size, where a group may be cut short (SCALAR, STRIDED); zero beyond it.
+        plane, width: pixels and channels of a channels-last sample.
+    """
+    if ACCESS == VECTOR:
+        return tl.load(_vector(ptr, base + index)).to(tl.float32)
+    p = ptr + base
+    x0 = tl.load(p + _offset(index, plane, width, channel, ACCESS))
+    if ACCESS == PIXELS:
+        x1 = tl.load(p + _offset(index + 1, plane, width, channel, ACCESS))
+        x2 = tl.load(p + _offset(index + 2, plane, width, channel, ACCESS))
+        x3 = tl.load(p + _offset(index + 3, plane, width, channel, ACCESS))
+    else:
+        x1 = tl.load(p + _offset(index + 1, plane, width, channel, ACCESS), mask=index + 1 < n, other=0.0)
+        x2 = tl.load(p + _offset(index + 2, plane, width, channel, ACCESS), mask=index + 2 < n, other=0.0)
+        x3 = tl.load(p + _offset(index + 3, plane, width, channel, ACCESS), mask=index + 3 < n, other=0.0)
+    return join4(x0, x1, x2, x3).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, base, index, value, live, n, plane, width, channel, ACCESS: tl.constexpr):
+    """Round float32 [T, 4] once, to nearest even, and store it where :func:`load` reads, in bounds only."""
+    value = value.to(ptr.dtype.element_ty)
+    if ACCESS == VECTOR:
+        tl.store(_vector(ptr, base + index), value, mask=live[:, None])
+    else:
+        p = ptr + base
+        CUT: tl.constexpr = ACCESS != PIXELS
+        x0, x1, x2, x3 = split4(value)
+        tl.store(p + _offset(index, plane, width, channel, ACCESS), x0, mask=live)
+        tl.store(
+            p + _offset(index + 1, plane, width, channel, ACCESS), x1, mask=live & (index + 1 < n) if CUT else live
+        )
+        tl.store(
+            p + _offset(index + 2, plane, width, channel, ACCESS), x2, mask=live & (index + 2 < n) if CUT else live
+        )
+        tl.store(
+            p + _offset(index + 3, plane, width, channel, ACCESS), x3, mask=live & (index + 3 < n) if CUT else live
+        )
