@@ -186,6 +186,18 @@ def image_folder(folder: Path, *, resolution: int | None = None) -> Dataset:
     return Dataset(str(folder), nchw, labels, classes)
 
 
+def image_file(path: Path, *, resolution: int) -> Dataset:
+    """Load one image, cropped to a centred square and shrunk to at most ``resolution`` pixels a side.
+
+    Raises:
+        ValueError: it is damaged or too large.
+    """
+    mode = "L" if _with_image(path, _is_grey) else "RGB"
+    side = min(resolution, *_with_image(path, _oriented_size))
+    pixels = _with_image(path, lambda image: _pixels(image, mode, side))
+    return Dataset(str(path), torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None])
+
+
 def _with_image(path: Path, use: Callable[[Any], Any]) -> Any:
     """Open an image, check its declared size, and return use(image); name the file in whatever goes wrong."""
     from PIL import Image
@@ -234,11 +246,7 @@ def array_file(path: Path) -> Dataset:
         ValueError: the file is damaged, holds objects, declares too much, or its arrays are none of the above.
     """
     try:
-        if path.suffix == ".npy":
-            with path.open("rb") as stream:
-                images, labels = _read_array(stream, path.stat().st_size, "array"), None
-        else:
-            images, labels = _read_npz(path)
+        images, labels = _read_arrays(path)
         x = _as_nchw(images)
         if labels is None:
             return Dataset(str(path), x)
@@ -248,6 +256,25 @@ def array_file(path: Path) -> Dataset:
         raise ValueError(f"{path}: not a usable array file: {error}") from error
     classes = tuple(str(i) for i in range(int(labels.max()) + 1))
     return Dataset(str(path), x, torch.from_numpy(labels.astype(np.int64)), classes)
+
+
+def numbers_file(path: Path) -> np.ndarray:
+    """Read the array of a .npy or .npz file that `array_file` takes for the images, of whatever shape and values.
+
+    Raises:
+        ValueError: the file is damaged, holds objects or declares too much.
+    """
+    try:
+        return _read_arrays(path)[0]
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: not a usable array file: {error}") from error
+
+
+def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    with path.open("rb") as stream:
+        return _read_array(stream, path.stat().st_size, "array"), None
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
