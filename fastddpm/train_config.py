@@ -15,7 +15,10 @@ from fastddpm.diffusion import DiffusionConfig
 DTYPES = ("float32", "bfloat16")
 
 # What may differ when a run is resumed: where, how long, how often; none of them changes a step that was taken.
-FREE_ON_RESUME = ("out", "steps", "save_every", "sample_every", "log_every", "compile", "device", "resume", "overwrite")
+FREE_ON_RESUME = (
+    *("out", "steps", "save_every", "sample_every", "log_every", "tensorboard"),
+    *("compile", "device", "resume", "overwrite"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class TrainConfig:
         save_every: steps between checkpoints; 0 for one at the end.
         sample_every: steps between sample grids and loss plots; 0 for none.
         log_every: steps per line of the log, which holds their mean loss.
+        tensorboard: write the log's scalars for TensorBoard too.
         resume: continue the run in ``out``, if there is one.
         overwrite: replace the run in ``out``.
 
@@ -82,6 +86,7 @@ class TrainConfig:
     save_every: int = 1000
     sample_every: int = 0
     log_every: int = 10
+    tensorboard: bool = False
     resume: bool = False
     overwrite: bool = False
 

@@ -50,12 +50,15 @@ class TrainLog:
         kept = "".join(f"{json.dumps(line)}\n" for line in read_log(out) if line["step"] <= start)
         write_files({out / LOG: kept.encode()})
         self._file: IO[str] = (out / LOG).open("a")
+        self._tensorboard = _tensorboard_writer(out, start) if config.tensorboard else None
 
     def __enter__(self) -> TrainLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._file.close()
 
     def state(self) -> dict[str, Any]:
@@ -70,6 +73,9 @@ class TrainLog:
             mean = self._sum / self._count
             self._file.write(json.dumps({"step": n + 1, "loss": mean, "lr": lr}) + "\n")
             self._file.flush()
+            if self._tensorboard is not None:
+                self._tensorboard.add_scalar("loss", mean, n + 1)
+                self._tensorboard.add_scalar("learning rate", lr, n + 1)
             self._bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
             self._sum, self._count = 0.0, 0
         self._bar.update()
@@ -80,6 +86,14 @@ class TrainLog:
         plot = loss_plot(list(read_log(self._out)))
         if plot is not None:
             write_files({self._out / PLOT: plot})
+
+
+def _tensorboard_writer(out: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs tensorboard: pip install tensorboard") from error
+    return SummaryWriter(str(out), purge_step=start + 1)
 
 
 def read_log(out: Path) -> Iterator[dict[str, float]]:

@@ -146,7 +146,16 @@ def _check_same(out: Path, identity: dict[str, object]) -> None:
 def _remove_run(out: Path) -> None:
     # Only files that a run writes: whatever else the user keeps there stays.
     model = ("config.json", "scheduler_config.json", "model.safetensors")
-    for pattern in (SETTINGS, LOG, PLOT, SAMPLES, CHECKPOINT, *model, *(f"{RAW}/{name}" for name in model)):
+    for pattern in (
+        SETTINGS,
+        LOG,
+        PLOT,
+        SAMPLES,
+        "events.out.tfevents.*",
+        CHECKPOINT,
+        *model,
+        *(f"{RAW}/{name}" for name in model),
+    ):
         for path in out.glob(pattern):
             path.unlink()
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ TINY = {
     "num_class_embeds": 11,
     "null_class": 10,
 }
+
+NAMES = (("loss", "loss"), ("learning rate", "lr"))
 
 
 @pytest.fixture
@@ -67,17 +70,46 @@ def test_train_resumes_with_the_settings_of_the_run(command: list[str], tmp_path
         pytest.param(["--batch", "64"], "a batch of 64 is more than the 32 images", id="batch"),
         pytest.param(["--data", "nowhere"], "no data at 'nowhere'", id="data"),
         pytest.param(["--model", "nowhere.json"], "nowhere.json", id="model"),
+        pytest.param(["--tensorboard"], "pip install tensorboard", id="tensorboard"),
         pytest.param(["--resume", "--overwrite"], "exclude each other", id="contradiction"),
         pytest.param(["--device", "cuda:99"], "cuda:99", id="device"),
     ],
 )
 def test_train_reports_an_error_in_one_line(
-    command: list[str], capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main([*command, *extra]) == 1
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_train_writes_tensorboard_scalars_when_installed(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert (folder, purge_step) == (str(tmp_path / "run"), 1)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, step, value))
+
+        def close(self) -> None:
+            written.append(("closed", 0, 0.0))
+
+    written: list[tuple[str, int, float]] = []
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert main([*command, "--steps", "2", "--tensorboard", "--quiet"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    expected = [(name, line["step"], line[key]) for line in lines for name, key in NAMES]
+    assert written == [*expected, ("closed", 0, 0.0)]
 
 
 def test_train_refuses_a_file_as_folder(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

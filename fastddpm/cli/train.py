@@ -32,9 +32,12 @@ HELP: dict[str, tuple[Any, str]] = {
     "sample-every": (int, "steps between sample grids and loss plots, 0 for none (0)"),
     "log-every": (int, "steps per line of log.jsonl (10)"),
 }
-FLAGS = {
+SWITCHES = {
     "flip": "mirror images at random",
     "compile": "compile the network with torch.compile",
+    "tensorboard": "write TensorBoard scalars too (needs tensorboard)",
+}
+MODES = {
     "resume": "continue the run in --out with its settings",
     "overwrite": "replace the run in --out",
 }
@@ -53,7 +56,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", required=True, help="folder for checkpoints, log and model")
     for name, (kind, text) in HELP.items():
         parser.add_argument(f"--{name}", type=kind, help=text)
-    for name, text in FLAGS.items():
+    for name, text in SWITCHES.items():
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+    for name, text in MODES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
 
