@@ -12,7 +12,7 @@ from types import FrameType
 
 from fastddpm import __version__
 
-COMMANDS = ("sample", "train")
+COMMANDS = ("sample", "train", "env")
 
 
 class _Terminated(BaseException):

@@ -1,0 +1,113 @@
+"""``fastddpm env`` and the facts it prints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastddpm import machine
+from fastddpm.cli import env, main
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, Any]:
+    return machine.facts()
+
+
+def test_env_json_is_machine_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["versions"]["torch"] == torch.__version__
+    assert printed["threads"]["intra_op"] == torch.get_num_threads()
+    assert printed["cuda"]["available"] == torch.cuda.is_available()
+
+
+def test_env_says_which_backend_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert "fused ops, cpu" in text
+    assert "backend='auto' takes torch" in text
+    assert "Triton" in text
+
+
+def test_env_fits_80_columns(facts: dict[str, Any]) -> None:
+    facts = copy.deepcopy(facts)
+    facts["environment"]["allocator"] = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1 " * 4}
+    facts["cuda"] = {"available": True, "build": "13.0", "reason": None, "devices": [device()]}
+    paths = {line for line in env.render(facts).splitlines() if len(line) > env.WIDTH and "/" not in line}
+    assert paths == set()
+
+
+def device() -> dict[str, Any]:
+    return {
+        "index": 0,
+        "name": "NVIDIA H100 80GB HBM3",
+        "capability": "9.0",
+        "processors": 132,
+        "memory_gib": 79.1,
+        "l2_mib": 50.0,
+        "sm_clock_mhz": 1980,
+        "max_sm_clock_mhz": 1980,
+        "driver": "580.1",
+    }
+
+
+def test_env_warns_of_a_cache_that_others_can_write(tmp_path: Path, facts: dict[str, Any]) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    facts = copy.deepcopy(facts)
+    facts["compiles"]["caches"] = {"TRITON_CACHE_DIR": machine._cache(shared)}
+    assert "OTHERS CAN WRITE" in env.render(facts)
+    shared.chmod(0o700)
+    facts["compiles"]["caches"] = {"TRITON_CACHE_DIR": machine._cache(shared)}
+    assert "OTHERS CAN WRITE" not in env.render(facts)
+
+
+def test_cache_paths_without_home_say_what_to_set(facts: dict[str, Any]) -> None:
+    paths = machine._cache_paths({})
+    cache = {"path": str(paths["TRITON_CACHE_DIR"]), "writable": False, "others_can_write": False}
+    facts = copy.deepcopy(facts)
+    facts["compiles"]["caches"] = {"TRITON_CACHE_DIR": cache}
+    assert "set TRITON_CACHE_DIR" in " ".join(env.render(facts).split())
+
+
+def test_versions_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "no-such-distribution"))
+    found = machine.versions()
+    assert found["no-such-distribution"] is None
+    assert found["torch"] == torch.__version__
+
+
+def test_clocks_are_empty_where_nvml_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = types.ModuleType("pynvml")
+
+    def fail() -> None:
+        raise RuntimeError("driver not loaded")
+
+    broken.nvmlInit = fail  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", broken)
+    assert machine.clocks(0) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"), [("max 100000", None), ("150000 100000", 1.5), (None, None)], ids=["no-limit", "1.5", "none"]
+)
+def test_cpu_reads_the_containers_quota(
+    content: str | None, cores: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_read", lambda path: content)
+    assert machine._cgroup_quota() == cores
+
+
+def test_summary_names_the_machine(facts: dict[str, Any]) -> None:
+    line = machine.summary(facts)
+    assert facts["cpu"]["model"] in line
+    assert f"torch {torch.__version__}" in line
