@@ -1,0 +1,56 @@
+"""``fastddpm verify``: check on this machine what the library promises to the bit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Attach the subcommand."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="check the promises on this machine",
+        description="Check noise, kernels and the sampling loop on this machine. Exit status: 0 if nothing failed, "
+        "1 otherwise. What cannot run here is left out, and said.",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the checks, print each as it ends, and the verdict."""
+    import torch
+
+    from fastddpm.options import resolve_device
+    from fastddpm.verify import Result, verify
+
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(name)
+    results: list[Result] = []
+    for result in verify(device):
+        results.append(result)
+        if not args.json:
+            print(_line(result), flush=True)
+    if args.json:
+        print(json.dumps({"device": str(device), "checks": [r._asdict() for r in results]}, indent=1))
+    else:
+        print(_verdict(str(device), results))
+    return int(any(r.status == "failed" for r in results))
+
+
+def _line(result: Any) -> str:
+    head = f"{result.name:<20} {result.status:<9} {result.seconds:6.1f} s  "
+    return textwrap.fill(result.detail, 80, initial_indent=head, subsequent_indent=" " * len(head))
+
+
+def _verdict(device: str, results: list[Any]) -> str:
+    counts = {status: sum(r.status == status for r in results) for status in ("passed", "failed", "left out")}
+    verdict = "FAILED" if counts["failed"] else "verified"
+    tail = ", the GPU path among them" if counts["left out"] and device == "cpu" else ""
+    summary = f"{counts['passed']} passed, {counts['failed']} failed, {counts['left out']} left out{tail}"
+    return f"{device}: {verdict} ({summary})"
