@@ -65,7 +65,8 @@ def walk(listing: str, kernel: str, trips: Sequence[int] = ()) -> Walk:
     Args:
         listing: what nvdisasm prints, labels included.
         kernel: its symbol.
-        trips: how often the body of each loop runs, in order of address; loops without a number are avoided.
+        trips: how often the body of each loop runs, in order of address; loops without a number are avoided. If the
+            compiler has unrolled them all, the numbers are not needed and not used.
 
     Raises:
         SassError: for an indirect branch, or where every path meets a subroutine or a loop without a number.
@@ -128,7 +129,7 @@ class _Graph:
         self._blocks = blocks
         self.loops = _natural_loops(blocks)
         self._trips = dict(zip(sorted(self.loops), trips, strict=False))
-        if len(trips) > len(self.loops):
+        if len(trips) > len(self.loops) > 0:
             raise SassError(f"{len(trips)} loop counts given, but the kernel has {len(self.loops)} loops")
         self.rare = self._find_rare()
 

@@ -126,6 +126,10 @@ def test_a_missing_kernel_and_surplus_loop_counts_are_refused() -> None:
         count(LOOP, 1, 2)
 
 
+def test_an_unrolled_loop_needs_no_count() -> None:
+    assert count("FADD R0, R1, R2\nFADD R0, R1, R2\nEXIT", 2).executed == 3
+
+
 @pytest.mark.parametrize(
     ("opcode", "width"),
     [("LDG.E", 4), ("LDG.E.U16", 2), ("LDG.E.64.CONSTANT", 8), ("STG.E.128", 16), ("STG.E.U8", 1)],

@@ -1,0 +1,93 @@
+"""``fastddpm inspect``: what each kernel variant costs on a GPU, read from the compiled code without one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastddpm.gpus import Gpu
+    from fastddpm.inspect import Report
+
+WIDTH = 80
+_HEADER = f"{'variant':<34}{'regs':>5}{'spill':>6}{'smem':>6}{'bar':>4}{'i/el':>6}{'B/el':>5}{'binds':>8}{'':>6}"
+_LEGEND = """regs: registers per thread. spill, smem: bytes per thread and per program. bar: barriers. i/el: SASS
+instructions executed per element. B/el: bytes per element to and from the tensors. binds: the roof that binds once the
+tensors have left L2, and the time of the instructions as a share of DRAM's. Second line: bits of each access, by
+tensor, and the size from which DRAM rather than L2 counts."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Attach the subcommand."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="compile every kernel without a GPU and print what it costs",
+        description="Compile every kernel variant, without a GPU, and print registers, spills, access widths, executed "
+        "instructions and bytes per element, and the roofline they imply.",
+    )
+    parser.add_argument("--arch", action="append", metavar="ARCH", help="sm_75, sm_80, sm_90 (default), sm_100, ...")
+    parser.add_argument("--gpu", metavar="NAME", help="GPU whose data sheet the roofline uses, such as 'H100 SXM'")
+    parser.add_argument("--kernel", metavar="STEM", help="only this kernel: p_sample, q_sample or noise")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, measure, print."""
+    from fastddpm import gpus, inspect, kernel_variants
+
+    variants = [v for v in kernel_variants.variants() if args.kernel in (None, v.kernel)]
+    if not variants:
+        stems = sorted({v.kernel for v in kernel_variants.variants()})
+        raise ValueError(f"no kernel {args.kernel!r}; use one of {', '.join(stems)}")
+    gpu = gpus.find_gpu(args.gpu) if args.gpu else None
+    archs = args.arch or [gpu.arch if gpu else "sm_90"]
+    if gpu is not None and archs != [gpu.arch]:
+        raise ValueError(f"{gpu.name} is {gpu.arch}, not {', '.join(archs)}; leave --arch or --gpu out")
+    reports = {arch: inspect.inspect_all(variants, arch, gpu) for arch in archs}
+    if args.json:
+        print(json.dumps([report.to_dict() for arch in archs for report in reports[arch]], indent=1))
+    else:
+        for arch in archs:
+            print(render(arch, gpu or gpus.default_gpu(arch), reports[arch]))
+    return 0
+
+
+def render(arch: str, gpu: Gpu | None, reports: list[Report]) -> str:
+    """A table of at most 80 columns."""
+    lines = _heading(arch, gpu)
+    kernel = None
+    for report in reports:
+        if report.kernel != kernel:
+            kernel = report.kernel
+            lines += ["", kernel, _HEADER.rstrip()]
+        lines += _row(report)
+    lines += ["", *textwrap.wrap(_LEGEND, WIDTH)]
+    return "\n".join(lines)
+
+
+def _heading(arch: str, gpu: Gpu | None) -> list[str]:
+    if gpu is None:
+        return [f"{arch}: no data sheet on file, no roofline"]
+    dram, issue = f"DRAM {gpu.bandwidth / 1e12:.2f} TB/s", f"issue {gpu.issue_rate / 1e12:.1f} T instructions/s"
+    return textwrap.wrap(f"{arch}, {gpu.name}: {dram}, {issue}, L2 {gpu.l2 >> 20} MB ({gpu.source})", WIDTH)
+
+
+def _row(report: Report) -> list[str]:
+    from fastddpm.inspect import summarise_widths
+
+    executed = "-" if report.executed is None else f"{report.executed:.1f}"
+    share = "" if report.compute_share is None else f"{report.compute_share:.2f}"
+    line = (
+        f"{report.variant:<34}{report.registers:>5}{report.spills:>6}{report.shared:>6}{report.barriers:>4}"
+        f"{executed:>6}{report.bytes_per_element:>5.3g}{report.roof or '-':>8}{share:>6}"
+    )
+    details = summarise_widths(report.widths)
+    if report.l2_elements is not None:
+        details += f"; DRAM counts from {report.l2_elements / 1e6:.1f} M elements"
+    remarks = [*report.notes, *(f"left out: {reason}" for reason in report.avoided)]
+    indented = [details, *remarks]
+    return [line] + [
+        part for text in indented for part in textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    ]
