@@ -150,12 +150,18 @@ def _scaled_cos_sin(r: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(r > 0x7FFFFFFF, -cos, cos), sin
 
 
+def box_muller(r_radius: Tensor, r_angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn pairs of 32-bit words (int64 tensors in [0, 2**32)) into pairs of normals, float32."""
+    rho = _scaled_radius(r_radius)
+    cos, sin = _scaled_cos_sin(r_angle)
+    return rho * cos, rho * sin
+
+
 def _normals_block(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, g: Tensor) -> Tensor:
     """float32 [B, 4 * len(g)] from key and counter words [B, 1] or [1, 1] and groups g [1, G]."""
     r0, r1, r2, r3 = philox(seed, sample_id, step, stream, g)
-    rho = _scaled_radius(torch.stack((r0, r2), dim=-1))
-    cos, sin = _scaled_cos_sin(torch.stack((r1, r3), dim=-1))
-    return torch.stack((rho * cos, rho * sin), dim=-1).flatten(1)
+    pairs = box_muller(torch.stack((r0, r2), dim=-1), torch.stack((r1, r3), dim=-1))
+    return torch.stack(pairs, dim=-1).flatten(1)
 
 
 def normals(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, n: int) -> Tensor:

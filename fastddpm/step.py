@@ -52,7 +52,7 @@ class Flags(NamedTuple):
 
 def exp(y: Tensor) -> Tensor:
     """e**y of float32 in the project's own polynomial, relative error 2e-7; y is held to [-87, 88], NaN stays."""
-    y = torch.minimum(torch.maximum(y, y.new_full((), EXP_MIN)), y.new_full((), EXP_MAX))
+    y = y.clamp(EXP_MIN, EXP_MAX)
     shifted = y * LOG2_E + ROUNDER
     n = shifted - ROUNDER
     r = (y - n * LN2_HI) - n * LN2_LO
@@ -65,7 +65,8 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.dim() - 1))
 
 
-def _columns(rows: Tensor, row: Tensor, like: Tensor) -> list[Tensor]:
+def columns(rows: Tensor, row: Tensor, like: Tensor) -> list[Tensor]:
+    """The columns of each sample's row, each [B, 1, ...] or [1, 1, ...] against ``like``."""
     return [_per_sample(column, like) for column in rows.index_select(0, row).unbind(1)]
 
 
@@ -89,7 +90,7 @@ def q_sample(x_0: Tensor, rows: Tensor, row: Tensor, noise: Counter | Tensor) ->
     Returns:
         (x_t, eps), float32; the caller rounds them once to the storage type.
     """
-    c_x, sigma = _columns(rows, row, x_0)
+    c_x, sigma = columns(rows, row, x_0)
     eps = draw(noise, x_0.shape)
     return c_x * x_0.to(torch.float32) + sigma * eps, eps
 
@@ -136,7 +137,7 @@ def p_sample(
     Returns:
         (x_prev, x0), float32; the caller rounds them once to the storage type.
     """
-    a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, w = _columns(rows, row, x_t)
+    a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, w = columns(rows, row, x_t)
     m, v = network_output(m, w, flags)
     x = x_t.to(torch.float32)
     x0 = a * x + b * m
