@@ -7,11 +7,11 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from oracles import box_muller64, normal64, philox4x32_10
 from torch import Tensor
 
 from fastddpm import noise
 from fastddpm.seeds import resolve_seeds
+from oracles import box_muller64, normal64, philox4x32_10
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 RANDOM123 = [
