@@ -167,6 +167,22 @@ def test_p_sample_is_the_originals_bits_and_draws(original: Any, objective: str,
         assert torch.equal(results[1][1], results[0][1])
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_p_sample_of_a_bfloat16_network_is_the_originals_bits(original: Any, objective: str) -> None:
+    class Low(Net):
+        def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+            return super().forward(x, t).bfloat16()
+
+    arguments = options(objective=objective)
+    theirs, ours = original.GaussianDiffusion(Low(), **arguments), GaussianDiffusion(Low(), **arguments)
+    results = []
+    for diffusion in (theirs, ours):
+        torch.manual_seed(11)
+        results.append(diffusion.p_sample(images(4) * 4 - 2, 20))
+    assert torch.equal(results[1][0], results[0][0])
+    assert torch.equal(results[1][1], results[0][1].float())
+
+
 @pytest.mark.parametrize(("objective", "schedule"), list(zip(OBJECTIVES, SCHEDULES, strict=True)))
 def test_sample_is_the_originals_over_1000_steps(original: Any, objective: str, schedule: str) -> None:
     theirs, ours = pair(original, timesteps=1000, objective=objective, beta_schedule=schedule)

@@ -16,6 +16,7 @@ from fastddpm.sampler import Sampler, StepResult
 from fastddpm.table import COLUMN
 
 Seeds = int | Sequence[int] | Tensor
+_NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class InvalidArgumentError(ValueError, AssertionError):
@@ -132,8 +133,8 @@ def run_table(
 
 
 def fits_rows(x: Tensor, output: Any) -> TypeGuard[Tensor]:
-    """Tell whether the fused step may replace the original's arithmetic: float32, and nothing to differentiate."""
-    if not isinstance(output, Tensor) or x.dtype != torch.float32 or output.dtype != torch.float32:
+    """Tell whether the fused step may replace the original's arithmetic: a float32 state and no gradient to keep."""
+    if not isinstance(output, Tensor) or x.dtype != torch.float32 or output.dtype not in _NETWORK_DTYPES:
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or output.requires_grad))
 

@@ -195,7 +195,9 @@ class GaussianDiffusion(DiffusionProcess):
             if fits_rows(x, output):
                 x_start, rows = torch.empty_like(x), self._cached("rows", _ddpm_rows, self.objective)
                 noise = source.at(step, x) if t > 0 else None
-                return ops.p_sample(x, output, rows, step.to(x.device), noise, clip=True, x0_out=x_start), x_start
+                backend = self.sampler_options.get("backend", "auto")
+                row = step.to(x.device)
+                return ops.p_sample(x, output, rows, row, noise, clip=True, x0_out=x_start, backend=backend), x_start
             x_start = self._start_from(output, x, times).clamp(-1.0, 1.0)
             mean, _, log_variance = self.q_posterior(x_start, x, times)
         z = source.draw(step, x) if t > 0 else 0.0

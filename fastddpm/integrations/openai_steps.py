@@ -99,6 +99,7 @@ class StepRunner(DiffusionProcess):
             t,
             None if step.kind == "reverse" else source.at(self.num_timesteps - 1 - t, x),
             x0_out=x_start,
+            backend=self.sampler_options.get("backend", "auto"),
             **self._flags(step),
         )
         return {"sample": sample, "pred_xstart": x_start}
