@@ -1,0 +1,89 @@
+"""``fastddpm convert``: bring a model of another library into this library's format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """Convert a model of another library: a diffusers folder (DDPMPipeline or UNet2DModel), a checkpoint of
+OpenAI's improved-diffusion or guided-diffusion, or one of denoising-diffusion-pytorch. Nothing in a checkpoint is
+executed: files that hold more than tensors are refused. A network is converted exactly or not at all."""
+
+EPILOG = """denoising-diffusion-pytorch's own Unet is another architecture, so that only its schedule can be converted
+(--schedule-only); sample it through fastddpm.integrations.lucidrains. OpenAI's checkpoints do not say how they were
+trained: repeat the flags of the training script, which default to improved-diffusion's where both packages agree."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Attach the subcommand."""
+    parser = subparsers.add_parser("convert", help="convert a model", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("source", type=Path, help="a folder, or a .pt, .pth, .ckpt or .bin file")
+    parser.add_argument("destination", type=Path, help="a folder that holds no model yet")
+    parser.add_argument("--layout", choices=("flat", "pipeline"), default="flat", help="pipeline: as DDPMPipeline's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to store (default: float32)")
+    parser.add_argument("--config", type=Path, help="config.json, for a .pt with the weights of a UNet2DModel")
+    parser.add_argument(
+        "--weights", choices=("average", "last"), default="average", help="which of a lucidrains Trainer's weights"
+    )
+    parser.add_argument("--schedule-only", action="store_true", help="write scheduler_config.json alone")
+    openai = parser.add_argument_group("OpenAI's flags, as in training")
+    heads = openai.add_mutually_exclusive_group()
+    heads.add_argument("--num-heads", type=int, help="of every attention layer")
+    heads.add_argument("--num-head-channels", type=int, help="width of every head")
+    openai.add_argument("--new-attention-order", action="store_true", help="use_new_attention_order")
+    openai.add_argument("--image-size", type=int, help="of the training images")
+    openai.add_argument("--diffusion-steps", type=int, default=1000, help="default: 1000")
+    openai.add_argument("--noise-schedule", choices=("linear", "cosine"), default="linear", help="default: linear")
+    openai.add_argument("--rescale-timesteps", action=argparse.BooleanOptionalAction, help="matters if not 1000 steps")
+    openai.add_argument("--predict-xstart", action="store_true", help="the network predicts x_0")
+    openai.add_argument("--sigma-small", action="store_true", help="the smaller of the two fixed variances")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, write and say what it was."""
+    import torch
+
+    from fastddpm.convert import convert
+    from fastddpm.convert_openai import OpenAIFlags
+
+    flags = OpenAIFlags(
+        num_heads=args.num_heads,
+        num_head_channels=args.num_head_channels,
+        new_attention_order=args.new_attention_order,
+        image_size=args.image_size,
+        diffusion_steps=args.diffusion_steps,
+        noise_schedule=args.noise_schedule,
+        rescale_timesteps=args.rescale_timesteps,
+        predict_xstart=args.predict_xstart,
+        sigma_small=args.sigma_small,
+    )
+    converted = convert(
+        args.source,
+        args.destination,
+        layout=args.layout,
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        config=args.config,
+        average=args.weights == "average",
+        schedule_only=args.schedule_only,
+        flags=flags,
+    )
+    print(f"{args.destination}: {_describe(converted, schedule_only=args.schedule_only)}")
+    return 0
+
+
+def _describe(converted: Any, *, schedule_only: bool) -> str:
+    diffusion = converted.diffusion
+    trained = (
+        "schedule unknown"
+        if diffusion is None
+        else (
+            f"T = {diffusion.num_timesteps}, "
+            f"{'its own betas' if diffusion.trained_betas else diffusion.beta_schedule + ' betas'}, "
+            f"predicts {diffusion.prediction_type}, variance {diffusion.variance_type}"
+        )
+    )
+    if schedule_only:
+        return f"schedule of a {converted.kind} checkpoint ({trained}); no network"
+    count = sum(parameter.numel() for parameter in converted.model.parameters())
+    return f"network of {count / 1e6:.1f} M parameters from {converted.kind} ({trained})"
