@@ -1,0 +1,34 @@
+"""`fastddpm.accelerate`: the fast form of an object of another library, found by the name of its class's package."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_INTEGRATIONS = {
+    "diffusers": "fastddpm.integrations.diffusers",
+    "denoising_diffusion_pytorch": "fastddpm.integrations.lucidrains",
+}
+
+
+def accelerate(target: Any, **options: Any) -> Any:
+    """Return the fast form of a pipeline or scheduler of diffusers, or of a GaussianDiffusion (lucidrains').
+
+    It has the original's methods, arguments and results; see `accelerate` of `fastddpm.integrations.diffusers` and
+    `fastddpm.integrations.lucidrains`. The network is shared, not copied.
+
+    Args:
+        target: the live object.
+        **options: further arguments of `Sampler`, where the fast form runs whole loops: compile, backend, ...
+
+    Raises:
+        TypeError: nothing here can accelerate it.
+    """
+    for base in type(target).__mro__:
+        integration = _INTEGRATIONS.get(base.__module__.partition(".")[0])
+        if integration is not None:
+            return importlib.import_module(integration).accelerate(target, **options)
+    raise TypeError(
+        f"cannot accelerate {type(target).__module__}.{type(target).__qualname__}; pass a pipeline or scheduler of "
+        "diffusers, or a GaussianDiffusion of denoising_diffusion_pytorch"
+    )

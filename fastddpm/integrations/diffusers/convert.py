@@ -1,0 +1,55 @@
+"""`accelerate` for objects of diffusers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, SchedulerMixin
+
+from fastddpm.integrations.diffusers.fused import FusedScheduler
+from fastddpm.integrations.diffusers.pipelines import FastDDIMPipeline, FastDDPMPipeline, WholeLoop
+from fastddpm.integrations.diffusers.schedulers import fast_scheduler
+
+
+def accelerate(target: Any, **options: Any) -> Any:
+    """Return the fast form of a pipeline or scheduler of diffusers; `target` itself stays as it is.
+
+    A DDPMPipeline or DDIMPipeline becomes one that runs its whole loop in a `Sampler`. Any other pipeline (conditional
+    ones, custom subclasses) becomes a shallow copy with its DDPMScheduler or DDIMScheduler in the fast form. Networks
+    are shared, not copied.
+
+    Args:
+        target: the pipeline or scheduler.
+        **options: further arguments of `Sampler`, for the first kind: compile, cuda_graph, backend, check_finite, ...
+
+    Raises:
+        TypeError: there is nothing to accelerate in the target, or options were given for something without a sampler.
+    """
+    if isinstance(target, WholeLoop):
+        return copy.copy(target).configure(**options)
+    if type(target) in (DDPMPipeline, DDIMPipeline):
+        fast_class: Any = FastDDPMPipeline if type(target) is DDPMPipeline else FastDDIMPipeline
+        fast = fast_class(unet=target.unet, scheduler=target.scheduler)
+        for name in vars(target).keys() - vars(fast).keys():
+            setattr(fast, name, vars(target)[name])
+        return fast.configure(**options)
+    if options:
+        raise TypeError(f"{type(target).__name__} takes no options, got {', '.join(options)}; leave them out")
+    if isinstance(target, SchedulerMixin):
+        return _fast_or_raise(target)
+    if isinstance(target, DiffusionPipeline) and hasattr(target, "scheduler"):
+        fast = copy.copy(target)
+        fast.scheduler = _fast_or_raise(target.scheduler)
+        return fast
+    raise TypeError(f"cannot accelerate {type(target).__name__}; pass a pipeline, a DDPMScheduler or a DDIMScheduler")
+
+
+def _fast_or_raise(scheduler: Any) -> Any:
+    fast = fast_scheduler(scheduler)
+    if not isinstance(fast, FusedScheduler):
+        raise TypeError(
+            f"{type(scheduler).__name__} has no fast form; DDPMScheduler and DDIMScheduler have one, e.g. "
+            "DDIMScheduler.from_config(scheduler.config)"
+        )
+    return fast

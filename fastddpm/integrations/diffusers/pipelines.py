@@ -1,0 +1,243 @@
+"""DDPMPipeline and DDIMPipeline of diffusers with the whole loop in this library's sampler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, ImagePipelineOutput
+from torch import Tensor
+
+from fastddpm.integrations.diffusers.loop import Generators, Noise, Request, step_by_step, whole_loop
+from fastddpm.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler, fast_scheduler
+from fastddpm.integrations.diffusers.unets import native_unet, shares_parameters
+from fastddpm.network import Model
+from fastddpm.sampler import Sampler, StepResult
+from fastddpm.table import Table
+
+logger = logging.getLogger("fastddpm")
+
+# A sampler holds buffers and captured graphs; two are enough to alternate between settings.
+_MAX_SAMPLERS = 2
+
+Callback = Callable[[StepResult], None]
+
+
+class WholeLoop:
+    """Mixin before one of diffusers' unconditional pipelines."""
+
+    unet: Any
+    scheduler: Any
+    _original: ClassVar[type]
+    _options: dict[str, Any] | None = None
+    _samplers: dict[Any, Sampler] | None = None
+    _native: tuple[Any, Any] = (None, None)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # model_index.json names the class by its __name__, and is to load where there is no fastddpm.
+        cls.__name__ = cls._original.__name__
+
+    def register_modules(self, **modules: Any) -> None:
+        """Take the network and the scheduler, this in its fast form."""
+        if "scheduler" in modules:
+            modules["scheduler"] = fast_scheduler(modules["scheduler"])
+        super().register_modules(**modules)  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a copy makes again: samplers hold locks and graphs."""
+        return {name: value for name, value in vars(self).items() if name not in ("_samplers", "_native")}
+
+    def configure(self, **options: Any) -> Any:
+        """Set further arguments of `Sampler`: compile, cuda_graph, backend, check_finite, calls_ahead, dtype.
+
+        Returns:
+            The pipeline itself.
+        """
+        self._options = options
+        self.refresh()
+        return self
+
+    def refresh(self) -> None:
+        """Take the weights again; needed after changes in place that leave no trace, see `Sampler.refresh`."""
+        for sampler in (self._samplers or {}).values():
+            sampler.clear()
+        self._samplers = None
+
+    def _generate(
+        self,
+        batch_size: int,
+        generator: Generators | None,
+        num_inference_steps: int,
+        seeds: int | Sequence[int] | Tensor | None,
+        class_labels: int | Sequence[int] | Tensor | None,
+        callback: Callback | None,
+        **step_options: Any,
+    ) -> Tensor:
+        """Return x_0 [B, ...]."""
+        self.scheduler = fast_scheduler(self.scheduler)
+        if not isinstance(self.scheduler, (FastDDPMScheduler, FastDDIMScheduler)):
+            raise TypeError(
+                f"{type(self).__qualname__} runs DDPMScheduler and DDIMScheduler, got {type(self.scheduler).__name__}; "
+                f"use diffusers' own {self._original.__name__} for it"
+            )
+        device = self._execution_device  # type: ignore[attr-defined]
+        noise = Noise.resolve(self._shape(), device, self.unet.dtype, batch_size, generator, seeds)
+        self._check_labels(class_labels)
+        self.scheduler.set_timesteps(num_inference_steps)
+        table = self.scheduler.as_table(quiet_end=noise.seeded, **step_options) if self._can_replay(device) else None
+        draws = [self.scheduler.draws(t, **step_options) for t in self.scheduler.timesteps.tolist()]
+        with self.progress_bar(total=len(draws)) as bar:  # type: ignore[attr-defined]
+
+            def after(result: StepResult) -> None:
+                bar.update()
+                if callback is not None:
+                    callback(result)
+
+            request = Request(noise, class_labels, draws, after, wants_x0=callback is not None)
+            if table is not None:
+                return whole_loop(self._sampler(table, noise.shape[1:]), request)
+            return step_by_step(self.unet, self.scheduler, request, step_options)
+
+    def _shape(self) -> tuple[int, ...]:
+        size = self.unet.config.sample_size
+        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    def _check_labels(self, class_labels: Any) -> None:
+        conditional = getattr(self.unet, "class_embedding", None) is not None
+        if conditional and class_labels is None:
+            raise ValueError("class_labels should be provided: the UNet is class-conditional")
+        if class_labels is not None and not conditional:
+            raise ValueError("class_labels were given, and the UNet has no class embedding; leave them out")
+
+    def _can_replay(self, device: torch.device) -> bool:
+        """Whether a table expresses the steps, and the UNet may be called from a captured step."""
+        scheduler = self.scheduler
+        return (
+            type(scheduler) in (FastDDPMScheduler, FastDDIMScheduler)
+            and scheduler.fits_a_table
+            and device.type in ("cpu", "cuda")
+            and self.unet.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and getattr(self.unet.config, "class_embed_type", None) is None
+            and not hasattr(self.unet, "_hf_hook")
+        )
+
+    def _sampler(self, table: Table, shape: tuple[int, ...]) -> Sampler:
+        model = self._network()
+        rows, t = table.rows.numpy().tobytes(), tuple(table.timesteps.tolist())
+        key = (id(model), rows, t, shape, self.unet.dtype, str(self.unet.device))
+        samplers = self._samplers = self._samplers or {}
+        if key not in samplers:
+            while len(samplers) >= _MAX_SAMPLERS:
+                samplers.pop(next(iter(samplers))).clear()
+            samplers[key] = Sampler(model, table, shape, **(self._options or {}))
+        return samplers[key]
+
+    def _network(self) -> Model:
+        """Return this library's form of the UNet where it has one, else the UNet itself."""
+        unet, native = self._native
+        if unet is not self.unet or (native is not None and not shares_parameters(native, self.unet)):
+            native = native_unet(self.unet)
+            self._native = (self.unet, native)
+        return self.unet if native is None else native
+
+    def _finish(self, x: Tensor, output_type: str | None, return_dict: bool) -> Any:
+        images: Any = (x / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)  # type: ignore[attr-defined]
+        self.maybe_free_model_hooks()  # type: ignore[attr-defined]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class FastDDPMPipeline(WholeLoop, DDPMPipeline):
+    """`diffusers.DDPMPipeline`, same arguments, files and images, with the whole loop in one sampler.
+
+    On CUDA a step, network included, is captured once and replayed; on the CPU the loop runs without host decisions.
+    The state is float32 whatever the UNet's dtype is. A scheduler or network that cannot be replayed (dynamic
+    thresholding, a "learned" variance, offloading) runs step by step, with the same arguments.
+    """
+
+    _original = DDPMPipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators | None = None,
+        num_inference_steps: int = 1000,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> Any:
+        """Draw images.
+
+        Args:
+            batch_size: how many; with `seeds`, their number.
+            generator: where noise is drawn from, in diffusers' order, one for all or one per image.
+            num_inference_steps: steps per image.
+            output_type: "pil", "np" (NHWC) or "pt" (NCHW), in [0, 1].
+            return_dict: return an object with images; else a tuple.
+            seeds: one seed per image instead of a generator: an image then depends on its own seed alone.
+            class_labels: one label for all images or one each.
+            callback: called after each step with a `StepResult`, see `Sampler.sample`.
+
+        Raises:
+            ValueError: seeds and a generator are both given, or labels do not fit the UNet.
+            TypeError: the scheduler is neither DDPM nor DDIM.
+            IndexError: fewer generators than images.
+        """
+        x = self._generate(batch_size, generator, num_inference_steps, seeds, class_labels, callback)
+        return self._finish(x, output_type, return_dict)
+
+
+class FastDDIMPipeline(WholeLoop, DDIMPipeline):
+    """`diffusers.DDIMPipeline`, same arguments, files and images, as `FastDDPMPipeline`."""
+
+    _original = DDIMPipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators | None = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> Any:
+        """Draw images; arguments as in `FastDDPMPipeline`.
+
+        Args:
+            eta: 0 for the deterministic sampler, 1 for DDPM's noise.
+            use_clipped_model_output: take eps from x_t and the clipped x_0.
+
+        Raises:
+            ValueError: as in `FastDDPMPipeline`, or the number of generators is not the batch size.
+        """
+        if not 0.0 <= eta <= 1.0:
+            logger.warning("eta should lie in [0, 1], from DDIM to DDPM, got %s", eta)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"got {len(generator)} generators for a batch size of {batch_size}; give one per image")
+        x = self._generate(
+            batch_size,
+            generator,
+            num_inference_steps,
+            seeds,
+            class_labels,
+            callback,
+            eta=eta,
+            use_clipped_model_output=bool(use_clipped_model_output),
+        )
+        return self._finish(x, output_type, return_dict)

@@ -1,0 +1,83 @@
+"""Cases and comparisons shared by the differential tests against diffusers."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+# Of the largest value: one float32 step through the rows of a table, against diffusers' operations one by one.
+STEP_RTOL = 1e-6
+SHAPE = (2, 3, 4, 4)
+
+
+def all_pairs(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """Choose combinations such that every pair of values of two factors occurs in one of them (greedily)."""
+    rng = random.Random(seed)
+    names = list(factors)
+
+    def pairs(case: dict[str, int]) -> set[tuple[str, int, str, int]]:
+        return {(p, case[p], q, case[q]) for p, q in itertools.combinations(names, 2)}
+
+    missing = {
+        (p, i, q, j)
+        for p, q in itertools.combinations(names, 2)
+        for i in range(len(factors[p]))
+        for j in range(len(factors[q]))
+    }
+    cases = []
+    while missing:
+        p, i, q, j = min(missing)
+        candidates = [{name: rng.randrange(len(factors[name])) for name in names} | {p: i, q: j} for _ in range(30)]
+        best = max(candidates, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        cases.append({name: factors[name][best[name]] for name in names})
+    return cases
+
+
+def case_id(case: Mapping[str, Any]) -> str:
+    """Name a case by its values."""
+    return "-".join(str(value).replace("torch.", "").replace(" ", "") for value in case.values())
+
+
+def assert_step_matches(ours: Any, theirs: Any, *, a: float, scale: float) -> None:
+    """Compare a step's two results: prev_sample within 1e-6 of its largest value, x_0 within 4 ulp times |a|.
+
+    Args:
+        a: the coefficient of x_t in x_0; x_0 is ill-conditioned where it is large.
+        scale: the largest of x_t's and the output's values.
+    """
+    bound = STEP_RTOL * float(theirs.prev_sample.abs().max())
+    torch.testing.assert_close(ours.prev_sample, theirs.prev_sample, rtol=0, atol=bound)
+    ulp = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(
+        ours.pred_original_sample, theirs.pred_original_sample, rtol=0, atol=4 * ulp * max(1.0, abs(a)) * scale
+    )
+
+
+def tiny_unet(**options: Any) -> UNet2DModel:
+    """Build a UNet2DModel of 8x8 images, about 20,000 parameters, the same each time."""
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet2DModel(**{**config, **options}).eval()
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw a normal tensor from a generator of its own."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
