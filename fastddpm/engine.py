@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -105,8 +105,11 @@ class CudaGraphEngine:
             side.wait_stream(current)
             try:
                 with torch.cuda.stream(side):
-                    for _ in range(WARMUP_STEPS):
+                    for _ in range(WARMUP_STEPS - 1):
                         rewind()
+                        step()
+                    rewind()
+                    with _synchronisation_raises():
                         step()
                     rewind()
                 # No other stream may free memory in the middle of a capture, and cached blocks are better returned.
@@ -150,6 +153,21 @@ class CudaGraphEngine:
         self._graph.reset()
         self._graph = None
         self._pool.release()
+
+
+@contextlib.contextmanager
+def _synchronisation_raises() -> Iterator[None]:
+    """Find a step that synchronises before its capture is begun.
+
+    PyTorch cannot fully undo a capture that CUDA has invalidated: the default generator stays in capture mode, and
+    torch.randn on the GPU raises from then on.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class TapeEngine:

@@ -59,6 +59,16 @@ class Program:
     `step` makes no decision that depends on a tensor's value and reads nothing that a call sets except through the
     buffers, so that an engine may capture it before the first call's data arrive.
 
+    Args:
+        plan: batch size and switches.
+        network: what predicts.
+        table: the rows.
+        shape: one sample's shape.
+        device: where the buffers live.
+        dtype: what the network is given.
+        backend: "auto", "triton" or "torch".
+        compiled: where the fused step is the PyTorch twin on a CPU, run it through Inductor.
+
     Attributes:
         x_t: the state, float32 [B, ...]; each step replaces it by x_{t-1}.
         x0: the last estimate of x_0, float32 [B, ...], where the plan or the table keeps it.
@@ -76,8 +86,10 @@ class Program:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        compiled: bool = False,
     ) -> None:
-        self.plan, self.network, self.table, self.shape, self.backend = plan, network, table, shape, backend
+        self.plan, self.network, self.table, self.shape = plan, network, table, shape
+        self._backend, self._compiled = backend, compiled
         B, n = plan.batch, plan.network_batch
 
         def buffer(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -128,7 +140,8 @@ class Program:
             out=self.x_t,
             x0_out=self.x0,
             low_out=self.x_in[: plan.batch] if self._own_input else None,
-            backend=self.backend,
+            backend=self._backend,
+            compiled=self._compiled,
         )
         if self.first_bad is not None:
             self._record_non_finite(self.first_bad)
@@ -182,7 +195,7 @@ class Program:
 
     def _draw_x_T(self) -> Tensor:
         counter = noise.Counter(self.seed, self.sample_id, torch.zeros_like(self.row), noise.STREAM_X_T)
-        return ops.randn(counter, self.shape, torch.float32, self.x_t.device, self.backend)
+        return ops.randn(counter, self.shape, torch.float32, self.x_t.device, self._backend)
 
     def _checked(self, m: Any) -> Tensor:
         if not isinstance(m, Tensor):

@@ -70,7 +70,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], config.temb_channels)
         self.class_embedding = (
-            nn.Embedding(config.num_class_embeds, config.temb_channels) if config.num_class_embeds else None
+            _embedding(config.num_class_embeds, config.temb_channels) if config.num_class_embeds else None
         )
         self.down_blocks = _down_path(config, opts)
         self.mid_block = MidBlock(
@@ -211,6 +211,12 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    weight = torch.empty(rows, width)
+    # Drawing on the meta device, as nn.Embedding does by itself, imports torch._dynamo, which takes seconds.
+    return nn.Embedding(rows, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
 
 
 def _down_path(config: UNetConfig, opts: BlockOptions) -> nn.ModuleList:

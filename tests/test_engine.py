@@ -182,6 +182,8 @@ class FakeCuda:
             "synchronize": lambda device=None: cuda.calls.append("synchronize"),
             "empty_cache": lambda: cuda.calls.append("empty_cache"),
             "graph_pool_handle": handle,
+            "get_sync_debug_mode": lambda: 0,
+            "set_sync_debug_mode": lambda mode: cuda.calls.append(f"on synchronisation: {mode}"),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
@@ -193,7 +195,11 @@ def test_cuda_graph_warms_up_on_the_side_stream_and_captures_there(monkeypatch: 
     engine.replay()
     assert cuda.calls == [
         "side waits for main",
-        *["rewind", "step on side"] * 3,
+        *["rewind", "step on side"] * 2,
+        "rewind",
+        "on synchronisation: error",
+        "step on side",
+        "on synchronisation: 0",
         "rewind",
         "synchronize",
         "empty_cache",
@@ -262,6 +268,7 @@ def test_cuda_graph_refuses_a_host_read_and_the_device_goes_on() -> None:
     with pytest.raises(RuntimeError):
         CudaGraphEngine(pool).capture(lambda: ignore(x.mul_(x.sum().item())), ignore)
     assert torch.cuda.current_stream() == stream
+    assert torch.randn(3, device="cuda").isfinite().all()
     engine, counter = CudaGraphEngine(pool), torch.zeros(1, device="cuda")
     engine.capture(lambda: ignore(counter.add_(1)), ignore)
     counter.zero_()

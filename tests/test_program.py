@@ -114,6 +114,8 @@ def test_model_compiles_once_for_all_timesteps_seeds_and_labels(monkeypatch: pyt
     monkeypatch.setattr(
         torch, "compile", lambda model, fullgraph: compile_(model, fullgraph=fullgraph, backend=counter)
     )
+    # The fused step stays eager: its compilation has tests of its own, and takes longer.
+    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
     torch._dynamo.reset()
     compiled = Sampler(Small().eval(), TABLE, SHAPE, compile=True, null_class=10)
     eager = Sampler(Small().eval(), TABLE, SHAPE, compile=False, null_class=10)
@@ -135,6 +137,7 @@ def test_model_that_does_not_compile_runs_uncompiled_with_one_warning(
     monkeypatch.setattr(policy, "weight_uses", lambda model, shape: 10**12)
     auto = Sampler(breaks_the_graph, TABLE, SHAPE, samples_ahead=1000)
     assert auto.compiles
+    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
     assert torch.equal(auto.sample(seeds=[1]), expected)
     assert len([r for r in caplog.records if r.levelno == logging.WARNING and "torch.compile failed" in r.message]) == 1
     strict = Sampler(breaks_the_graph, TABLE, SHAPE, compile=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastddpm import DiffusionConfig, Sampler, Schedule, ddpm_table, noise, reference
 from fastddpm.engine import LoopEngine, TapeEngine
-from fastddpm.errors import ModelOutputError, SamplingError
+from fastddpm.errors import BackendUnavailable, ModelOutputError, SamplingError
 from fastddpm.sampler import StepResult
 from fastddpm.samplers import make_table
 from fastddpm.table import Table
@@ -607,10 +607,16 @@ def test_no_seeds_give_no_samples() -> None:
     assert sampler().sample(seeds=[]).shape == (0, *SHAPE)
 
 
+def test_triton_on_a_cpu_is_refused_at_once() -> None:
+    with pytest.raises(BackendUnavailable, match="Triton"):
+        sampler(backend="triton")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"shape": ()}, "shape must be"),
+        ({"backend": "cuda"}, "backend must be"),
         ({"shape": (3, 0)}, "shape must be"),
         ({"shape": (3.0, 4)}, "shape must be"),
         ({"dtype": torch.float64}, "dtype must be"),

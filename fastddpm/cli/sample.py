@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.weights import load
 
     rank, world = rank_and_world(os.environ)
-    started = time.perf_counter()
     model = load(args.model)
     planned = _plan(args, model)
     outputs = Outputs(
@@ -78,9 +77,11 @@ def run(args: argparse.Namespace) -> int:
     )
     with locked(args.outdir, shared=outputs.shared):
         outputs.begin(_config(args, model, planned), resume=args.resume, overwrite=args.overwrite)
+        started = time.perf_counter()
         drawn = _draw(planned, outputs, quiet=args.quiet)
+        seconds = time.perf_counter() - started
         outputs.finish(grid=args.grid)
-    _report(args, planned, drawn, time.perf_counter() - started)
+    _report(args, planned, drawn, seconds)
     return 0
 
 
@@ -155,7 +156,7 @@ def _config(args: argparse.Namespace, model: UNet, planned: Run) -> dict[str, An
         "guidance": planned.guidance,
         "dtype": str(sampler.dtype).removeprefix("torch."),
         "device": sampler.device.type,
-        "backend": args.backend,
+        "backend": "triton" if sampler.uses_triton else "torch",
         "compile": sampler.compiles,
         "format": args.format,
     }
@@ -169,7 +170,7 @@ def _report(args: argparse.Namespace, planned: Run, drawn: int, seconds: float) 
         "seconds": round(seconds, 3),
         "images_per_second": round(drawn / seconds, 4),
         "device": str(sampler.device),
-        "backend": "triton" if args.backend == "triton" or sampler.device.type == "cuda" else "torch",
+        "backend": "triton" if sampler.uses_triton else "torch",
         "seeds": format_seeds(planned.seeds),
         "outdir": str(args.outdir),
     }
