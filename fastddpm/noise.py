@@ -78,8 +78,9 @@ COS_POLY = (
     float.fromhex("-0x1.448738p-28"),
 )
 
-# Elements a block of the eager twin works on: its int64 temporaries stay in a core's cache.
-_BLOCK_GROUPS = 1 << 15
+# Groups that the eager twin works on at a time: its int64 temporaries stay in a core's cache, and below PyTorch's grain
+# size no operation waits for other threads.
+_BLOCK_GROUPS = 1 << 14
 _MAX_ELEMENTS = 1 << 34
 
 
