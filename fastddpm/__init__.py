@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastddpm.acceleration import accelerate as accelerate
     from fastddpm.ddim import ddim_inversion_table as ddim_inversion_table
     from fastddpm.ddim import ddim_table as ddim_table
     from fastddpm.ddpm import ddpm_table as ddpm_table
@@ -36,6 +37,7 @@ _HOME = {
     "Table": "table",
     "UNet": "unet",
     "UNetConfig": "unet",
+    "accelerate": "acceleration",
     "ddim_inversion_table": "ddim",
     "ddim_table": "ddim",
     "ddpm_table": "ddpm",
