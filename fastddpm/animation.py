@@ -1,0 +1,224 @@
+"""The animation of a `Story`: there and back again, as a GIF."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastddpm import drawing
+from fastddpm.diffuse import Process, marginal
+from fastddpm.story import Story
+
+# A process of few steps glides from state to state in this many frames there, and as many back.
+GLIDE_FRAMES = 32
+MAX_POINTS = 1200
+COLOURS = 64
+# Milliseconds.
+FRAME, REST, PAUSE = 60, 450, 1500
+
+_WIDTH, _SIDE = 4.6, 4.2
+
+
+class Frame(NamedTuple):
+    """One frame.
+
+    Attributes:
+        forward: of the forward process, else of the reverse.
+        k: place among the recorded states, the fraction being the way from one to the next.
+        milliseconds: how long it stays.
+    """
+
+    forward: bool
+    k: float
+    milliseconds: int
+
+
+def frames(story: Story) -> list[Frame]:
+    """List the frames: forward to the last state, then back where there is a reverse process."""
+    last = len(story.indices) - 1
+    # Points glide from state to state; images are shown as they are.
+    between = max(1, round(GLIDE_FRAMES / last)) if drawing.is_points(story) else 1
+    rest = REST if last < 20 else FRAME
+    there = [Frame(True, _eased(i, between), FRAME if i % between else rest) for i in range(last * between + 1)]
+    there = _pausing(there)
+    if story.reverse is None:
+        return there
+    back = [f._replace(forward=False) for f in there[::-1]]
+    return [*there, *back]
+
+
+def _eased(i: int, between: int) -> float:
+    """Place of frame i: slow at the states, fast between them."""
+    state, step = divmod(i, between)
+    u = step / between
+    return state + u * u * (3.0 - 2.0 * u)
+
+
+def _pausing(run: list[Frame]) -> list[Frame]:
+    return [run[0]._replace(milliseconds=PAUSE), *run[1:-1], run[-1]._replace(milliseconds=PAUSE)]
+
+
+def gif(story: Story) -> bytes:
+    """Draw a story as an animated GIF that repeats.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    plan = frames(story)
+    images = list(_drawn(story, plan))
+    # All colours are in the first frame of either process.
+    sheet = Image.new("RGB", (images[0].width, 2 * images[0].height))
+    sheet.paste(images[0], (0, 0))
+    sheet.paste(images[-1], (0, images[0].height))
+    palette = _with_white(sheet.quantize(COLOURS, dither=Image.Dither.NONE))
+    first, *others = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
+    stream = io.BytesIO()
+    first.save(
+        stream,
+        format="GIF",
+        save_all=True,
+        append_images=others,
+        duration=[f.milliseconds for f in plan],
+        loop=0,
+        optimize=False,
+        disposal=1,
+    )
+    return stream.getvalue()
+
+
+def _with_white(palette: Image.Image) -> Image.Image:
+    """Make near-whites of a palette white: averaging tints the ground, and the lookup is content with a near one."""
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    colours[colours.min(axis=1) >= 244] = 255
+    palette.putpalette(colours.ravel().tolist())
+    return palette
+
+
+def _drawn(story: Story, plan: list[Frame]) -> Iterator[Image.Image]:
+    scene = _Scene(story)
+    for frame in plan:
+        scene.show(frame)
+        yield drawing.pixels(scene.figure)
+
+
+class _Scene:
+    """The figure, drawn once; a frame changes what moves."""
+
+    def __init__(self, story: Story) -> None:
+        self.story = story
+        picture = _SIDE if drawing.is_points(story) else _SIDE * _image_aspect(story)
+        height = picture + 1.95
+        self.figure = drawing.new_figure(_WIDTH, height)
+        self.title = self._write(height - 0.28, size=15, weight="bold")
+        self.numbers = [self._write(height - 0.62, x=x, size=14) for x in (0.15, 0.48, 0.83)]
+        margin = (_WIDTH - _SIDE) / 2
+        self.axes = drawing.add_axes(self.figure, margin, 1.05, _SIDE, picture)
+        self._furnish()
+        curve = drawing.add_axes(self.figure, margin, 0.42, _SIDE, 0.5)
+        self.dot = _draw_curve(curve, story.process)
+        self.verdict = self._write(0.2, size=11)
+
+    def _write(self, y: float, x: float = 0.5, **style: Any) -> Any:
+        height = self.figure.get_size_inches()[1]
+        return self.figure.text(x, y / height, "", ha="center", va="center", **{"color": drawing.INK, **style})
+
+    def _furnish(self) -> None:
+        if not drawing.is_points(self.story):
+            self.image = self.axes.imshow(
+                _pictures(self.story, Frame(True, 0.0, 0)), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+            )
+            return
+        limit = drawing.LIMIT
+        self.axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
+        self.cloud = self.axes.scatter([], [], s=5, alpha=0.8, linewidths=0)
+        target = drawing.ellipse(np.zeros(2), np.eye(2), edgecolor=drawing.TARGET, linewidth=1.2, linestyle=(0, (3, 2)))
+        self.axes.add_patch(target)
+        self.moments: Any = None
+
+    def show(self, frame: Frame) -> None:
+        """Move everything to where it is in a frame."""
+        story, process = self.story, self.story.process
+        i = _state(story, frame.k)
+        # On the way between two states the numbers are those of the nearer one.
+        near = story.indices[round(frame.k)]
+        self.title.set_text(
+            r"forward: $q(x_t\,|\,x_{t-1})\;\rightarrow$" if frame.forward else rf"$\leftarrow$ reverse: {story.model}"
+        )
+        texts = (
+            rf"$t = {process.t[near]}$",
+            rf"$\bar{{\alpha}}_t = {drawing.number(process.alpha_bar(near))}$",
+            rf"SNR ${drawing.number(process.snr(near))}$",
+        )
+        for place, text in zip(self.numbers, texts, strict=True):
+            place.set_text(text)
+        self.dot.set_data([i], [_alpha_bar(process, i)])
+        self.verdict.set_text(drawing.verdict(process))
+        self.verdict.set_color(drawing.verdict_colour(process))
+        if drawing.is_points(story):
+            self._move_points(frame, _alpha_bar(process, i))
+        else:
+            self.image.set_data(_pictures(story, frame))
+
+    def _move_points(self, frame: Frame, alpha_bar: float) -> None:
+        states = _states(self.story, frame)
+        self.cloud.set_offsets(_between(states, frame.k).numpy())
+        self.cloud.set_facecolor(drawing.colours(states[0]))
+        if self.moments is not None:
+            self.moments.remove()
+        mean, covariance = (m.numpy() for m in marginal(self.story.x_0, alpha_bar))
+        self.moments = drawing.ellipse(mean, covariance, edgecolor=drawing.INK, linewidth=1.5)
+        self.axes.add_patch(self.moments)
+
+
+def _states(story: Story, frame: Frame) -> Tensor:
+    states = story.forward if frame.forward or story.reverse is None else story.reverse
+    return states[:, :MAX_POINTS] if drawing.is_points(story) else states
+
+
+def _between(states: Tensor, k: float) -> Tensor:
+    low = min(int(k), len(states) - 2)
+    return torch.lerp(states[low], states[low + 1], k - low)
+
+
+def _state(story: Story, k: float) -> float:
+    """Number of the state at place k among those recorded."""
+    low = min(int(k), len(story.indices) - 2)
+    return story.indices[low] + (k - low) * (story.indices[low + 1] - story.indices[low])
+
+
+def _alpha_bar(process: Process, i: float) -> float:
+    low = min(int(i), process.steps - 1)
+    return process.alpha_bar(low) + (i - low) * (process.alpha_bar(low + 1) - process.alpha_bar(low))
+
+
+def _pictures(story: Story, frame: Frame) -> np.ndarray:
+    """The images of a frame side by side, x_t above the estimate of x_0."""
+    k = round(frame.k)
+    rows = [_states(story, frame)[k]]
+    if story.x0_estimates is not None:
+        rows.append(rows[0] if frame.forward else story.x0_estimates[k])
+    if frame.forward and len(rows) == 2:
+        rows[1] = story.forward[0]
+    columns = [drawing.mosaic(torch.stack(pair)) for pair in zip(*rows, strict=True)]
+    return np.concatenate(columns, axis=1)
+
+
+def _image_aspect(story: Story) -> float:
+    height, width = _pictures(story, Frame(True, 0.0, 0)).shape[:2]
+    return height / width
+
+
+def _draw_curve(axes: Any, process: Process) -> Any:
+    states = range(process.steps + 1)
+    axes.plot(states, [process.alpha_bar(i) for i in states], color=drawing.MUTED, linewidth=1.5)
+    axes.set(ylim=(-0.12, 1.12), xlim=(-0.02 * process.steps, 1.02 * process.steps))
+    axes.text(0.985, 0.8, r"$\bar{\alpha}_t$", transform=axes.transAxes, ha="right", va="center", color=drawing.MUTED)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return axes.plot([0], [1], marker="o", markersize=7, color=drawing.INK)[0]

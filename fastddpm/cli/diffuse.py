@@ -1,0 +1,174 @@
+"""``fastddpm diffuse``: the picture of data dissolving into a Gaussian, and of samples coming back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastddpm.sampler import Sampler
+    from fastddpm.story import Request, Story
+
+DESCRIPTION = """Draw the forward process of data in T steps, panel by panel, with alpha_bar_t and the signal-to-noise
+ratio, and beneath it a reverse process: for points that of a small network trained on the spot, or of the exact
+denoiser of the data (--exact); for images that of --exact or of a --model."""
+
+DATA_HELP = """swiss-roll (default), two-moons, checkerboard; mnist, digits8x8; a .npy, .npz or .csv of points [N, 2];
+an image, an image folder, or a .npy/.npz file of images"""
+
+# States that the animation of a long process shows.
+GIF_STATES = 51
+
+
+def add_parser(subparsers: Any) -> None:
+    """Attach the subcommand."""
+    parser = subparsers.add_parser("diffuse", help="draw the forward and reverse process", description=DESCRIPTION)
+    parser.add_argument("--data", default="swiss-roll", help=DATA_HELP)
+    parser.add_argument("--steps", type=int, help="T (default: 8); with --model its network calls (default: 50)")
+    parser.add_argument(
+        "--schedule", help="cosine (default), linear_rescaled, sigmoid_jabri, ... (with --model: its own)"
+    )
+    reverse = parser.add_mutually_exclusive_group()
+    reverse.add_argument("--exact", action="store_true", help="reverse by the exact denoiser of the data; no training")
+    reverse.add_argument("--model", help="reverse images by a model: the name of a shipped one, or a directory")
+    parser.add_argument("--show", type=int, help="points (default: 2000) or images (default: 2) drawn")
+    parser.add_argument("--train-steps", type=int, default=4000, help="gradient steps of the points' network")
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
+    parser.add_argument("--out", type=Path, help="the PNG to write (default: diffuse-DATA.png)")
+    parser.add_argument("--gif", action="store_true", help="also write an animation, beside the PNG")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="points: also compare 8 x 10000 samples with data by the sliced Wasserstein distance",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1")
+    parser.add_argument(
+        "--backend", choices=("auto", "triton", "torch"), default="auto", help="for the fused operations"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that exist")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compute the process, draw it, and say whether it ended Gaussian."""
+    from fastddpm import animation, drawing
+    from fastddpm.atomic import write_files
+    from fastddpm.story import tell
+
+    request = _request(args)
+    paths = _free_paths(args)
+    drawing.new_figure(1, 1)  # a missing matplotlib is better found before than after the training
+    with _progress(args, request) as progress:
+        story, sampler = tell(request, progress)
+    pictures = [drawing.strip(story)]
+    if args.gif:
+        pictures.append(animation.gif(story))
+    write_files(dict(zip(paths, pictures, strict=True)))
+    _report(args, story, paths, _measured(args, request, story, sampler))
+    return 0
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from fastddpm.drawing import MAX_PANELS
+    from fastddpm.points import DATA_SETS
+    from fastddpm.story import Request
+
+    if args.model is not None and args.schedule is not None:
+        raise ValueError(f"--schedule {args.schedule} and --model {args.model}: a model brings its own schedule")
+    if args.measure and args.data not in DATA_SETS:
+        raise ValueError(f"--measure needs data to draw anew, {', '.join(DATA_SETS)}; got {args.data}")
+    if args.measure and args.exact:
+        raise ValueError("--measure is for the trained network; --exact returns to the points it was given")
+    return Request(
+        data=args.data,
+        steps=args.steps if args.steps is not None else 8 if args.model is None else 50,
+        schedule=args.schedule or "cosine",
+        exact=args.exact,
+        model=args.model,
+        shown=args.show,
+        train_steps=args.train_steps,
+        states=GIF_STATES if args.gif else MAX_PANELS,
+        seed=args.seed,
+        device=args.device,
+        backend=args.backend,
+    )
+
+
+def _free_paths(args: argparse.Namespace) -> list[Path]:
+    """Return the files to write.
+
+    Raises:
+        ValueError: --out is no PNG.
+        FileExistsError: one exists, and --overwrite was not given.
+    """
+    png = args.out or Path(f"diffuse-{Path(args.data).stem}.png")
+    if png.suffix != ".png":
+        raise ValueError(f"--out {png} must end in .png")
+    paths = [png, png.with_suffix(".gif")] if args.gif else [png]
+    for path in paths:
+        if path.exists() and not args.overwrite:
+            raise FileExistsError(f"{path} exists already; use --overwrite to replace it, or another --out")
+    return paths
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A progress bar of the training; hands out what to call after each step."""
+
+    def __init__(self, args: argparse.Namespace, request: Request) -> None:
+        from tqdm import tqdm
+
+        hidden = args.quiet or not sys.stderr.isatty()
+        self._bar = tqdm(total=request.train_steps, unit="step", desc="training", file=sys.stderr, disable=hidden)
+
+    def __enter__(self) -> Any:
+        def show(step: int, loss: float) -> None:
+            if step % 50 == 0:
+                self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update()
+
+        return show
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+
+def _measured(args: argparse.Namespace, request: Request, story: Story, sampler: Sampler | None) -> dict[str, float]:
+    if not args.measure or sampler is None:
+        return {}
+    from fastddpm.points import compare
+
+    of_samples, of_data = compare(
+        request.data, lambda n, seed: sampler.sample(seed=seed, batch_size=n), first_seed=request.seed + 1
+    )
+    return {"sw_samples": of_samples, "sw_data": of_data, "sw_ratio": of_samples / of_data}
+
+
+def _report(args: argparse.Namespace, story: Story, paths: list[Path], measured: dict[str, float]) -> None:
+    process = story.process
+    alpha_bar = process.alpha_bar(process.steps)
+    summary = {
+        "steps": process.steps,
+        "alpha_bar_T": alpha_bar,
+        "ends_gaussian": process.ends_gaussian(),
+        "prior_nats": process.prior_term(story.x_0),
+        **measured,
+        "files": [str(path) for path in paths],
+    }
+    if args.json:
+        print(json.dumps(summary))
+        return
+    if args.quiet:
+        return
+    relation = "<" if process.ends_gaussian() else ">="
+    ends = "ends Gaussian" if process.ends_gaussian() else "does not end Gaussian (try --schedule cosine)"
+    print(f"T = {process.steps}: {ends}, alpha_bar_T = {alpha_bar:.3g} {relation} 0.001")
+    if measured:
+        print(
+            f"sliced Wasserstein distance: samples and data {measured['sw_samples']:.4f}, two draws of the data "
+            f"{measured['sw_data']:.4f}, ratio {measured['sw_ratio']:.2f}"
+        )
+    print(f"wrote {', '.join(map(str, paths))}")
