@@ -45,14 +45,21 @@ def repeats(batch: int, groups: int) -> int:
     block = block_groups(groups)
     tiles = -(-groups // block)
     programs = tiles * -(-batch // (TILE // block))
-    return max(r for r in (1, 2, 3, 4) if r == 1 or (tiles % r == 0 and programs // r >= _ENOUGH_PROGRAMS))
+    # Powers of two near 2**32 groups: see launch_grid.
+    choices = (1, 2, 3, 4) if groups < 1 << 31 else (1, 2, 4)
+    return max(r for r in choices if r == 1 or (tiles % r == 0 and programs // r >= _ENOUGH_PROGRAMS))
 
 
 def launch_grid(batch: int, groups: int, repeat: int = 1) -> tuple[int, int, int]:
-    """Programs on the three grid axes for ``batch`` samples of ``groups`` groups, each walking ``repeat`` tiles."""
+    """Programs on the three grid axes for ``batch`` samples of ``groups`` groups, each walking ``repeat`` tiles.
+
+    The last axis is a power of two, as block and repeat are: rounded up to it, the programs of a sample cover at most
+    2**32 groups, so that the groups of a surplus program do not wrap around to live ones.
+    """
     block = block_groups(groups)
     programs = -(-groups // (block * repeat))
-    return -(-batch // (TILE // block)), min(programs, _AXIS), -(-programs // _AXIS)
+    depth = 1 << (-(-programs // _AXIS) - 1).bit_length()
+    return -(-batch // (TILE // block)), -(-programs // depth), depth
 
 
 @triton.jit
