@@ -25,6 +25,7 @@ from ptx.parser import Program, parse
 
 _device_indices = itertools.count(1)
 _texts: dict[str, str] = {}
+_HUGE = 1 << 26
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 
 
@@ -87,12 +88,13 @@ class _Launcher:
 
     def __init__(self, device: PtxDevice, source: Any, metadata: Any) -> None:
         self._device, self._metadata = device, metadata
-        self._types = list(source.signature.values())
+        self._signature = list(source.signature.items())
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, packed: Any, *rest: Any) -> None:
         _launch_metadata, _enter, _exit, *arguments = rest
-        pairs = zip(self._types, arguments, strict=True)
-        self._device.launch(self._metadata, (x, y, z), [(t, a) for t, a in pairs if t != "constexpr"])
+        named = zip(self._signature, arguments, strict=True)
+        passed = [(name, kind, value) for (name, kind), value in named if kind != "constexpr"]
+        self._device.launch(self._metadata, (x, y, z), passed)
 
 
 @lru_cache(maxsize=64)
@@ -108,11 +110,13 @@ class PtxDevice:
         arch: compute capability times ten.
         execute: run the PTX; otherwise only record.
         select_blocks: for huge grids, which linear blocks to run.
+        output_arguments: kernel arguments whose tensors are outputs even where they were not declared.
     """
 
     arch: int = 90
     execute: bool = True
     select_blocks: Callable[[tuple[int, int, int]], Sequence[int]] | None = None
+    output_arguments: Sequence[str] = ()
     launches: list[Launch] = field(default_factory=list)
     compiled: list[str] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
@@ -140,8 +144,9 @@ class PtxDevice:
     def output(self, tensor: torch.Tensor) -> torch.Tensor:
         """Declare a tensor that the kernel writes; its old values are unreadable."""
         segment = self._register(tensor, "output", writable=True)
-        _mark_elements(segment.unreadable, tensor, segment)
-        if tensor.numel() < 1 << 26:
+        # Marking a huge tensor would touch every page of it.
+        if tensor.numel() < _HUGE:
+            _mark_elements(segment.unreadable, tensor, segment)
             _poison(tensor)
         self._expected.append((tensor, segment))
         return tensor
@@ -177,19 +182,19 @@ class PtxDevice:
                 extra = int(segment.writes.astype(np.int64).sum()) - int(expected.sum()) + missing
                 raise AccessError(f"output of shape {list(tensor.shape)}: {missing} units missing, {extra} extra")
 
-    def launch(self, metadata: Any, grid: tuple[int, int, int], arguments: list[tuple[str, Any]]) -> None:
-        """Take a launch from Triton."""
+    def launch(self, metadata: Any, grid: tuple[int, int, int], arguments: list[tuple[str, str, Any]]) -> None:
+        """Take a launch from Triton; each argument has a name and a type."""
         if min(grid) <= 0 or any(size > limit for size, limit in zip(grid, _MAX_GRID, strict=True)):
             raise AccessError(f"no GPU accepts the grid {grid} (limits {_MAX_GRID})")
         self.launches.append(Launch(metadata.name, grid, metadata.hash, metadata.num_warps))
         if self.execute:
-            bits = [self._bind(kind, value) for kind, value in arguments]
+            bits = [self._bind(*argument) for argument in arguments]
             program = _program(_texts[metadata.hash])
             blocks = np.asarray(self.select_blocks(grid)) if self.select_blocks else None
             scratch = [0] * (len(program.parameters) - len(bits))
             Machine(program, self.memory).run(bits + scratch, Grid(grid, blocks))
 
-    def _bind(self, kind: str, value: Any) -> int:
+    def _bind(self, name: str, kind: str, value: Any) -> int:
         """An argument's bits; a tensor becomes readable memory."""
         if not kind.startswith("*"):
             if kind[0] not in "iu":
@@ -198,7 +203,10 @@ class PtxDevice:
         if value is None:
             return 0
         if value.numel() and self.memory.find(*_extent(value)) is None:
-            self._register(value, f"argument of shape {list(value.shape)}", writable=False)
+            if name in self.output_arguments:
+                self.output(value)
+            else:
+                self._register(value, f"{name} of shape {list(value.shape)}", writable=False)
         return int(value.data_ptr())
 
     def _register(self, tensor: torch.Tensor, name: str, *, writable: bool, in_place: bool = False) -> Segment:
