@@ -119,7 +119,7 @@ class _Scene:
         self.numbers = [self._write(height - 0.62, x=x, size=14) for x in (0.15, 0.48, 0.83)]
         margin = (_WIDTH - _SIDE) / 2
         self.axes = drawing.add_axes(self.figure, margin, 1.05, _SIDE, picture)
-        self._furnish()
+        self._add_points() if drawing.is_points(story) else self._add_images()
         curve = drawing.add_axes(self.figure, margin, 0.42, _SIDE, 0.5)
         self.dot = _draw_curve(curve, story.process)
         self.verdict = self._write(0.2, size=11)
@@ -128,18 +128,22 @@ class _Scene:
         height = self.figure.get_size_inches()[1]
         return self.figure.text(x, y / height, "", ha="center", va="center", **{"color": drawing.INK, **style})
 
-    def _furnish(self) -> None:
-        if not drawing.is_points(self.story):
-            self.image = self.axes.imshow(
-                _pictures(self.story, Frame(True, 0.0, 0)), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
-            )
-            return
+    def _add_points(self) -> None:
         limit = drawing.LIMIT
         self.axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
         self.cloud = self.axes.scatter([], [], s=5, alpha=0.8, linewidths=0)
         target = drawing.ellipse(np.zeros(2), np.eye(2), edgecolor=drawing.TARGET, linewidth=1.2, linestyle=(0, (3, 2)))
         self.axes.add_patch(target)
         self.moments: Any = None
+
+    def _add_images(self) -> None:
+        start = _pictures(self.story, Frame(True, 0.0, 0))
+        self.image = self.axes.imshow(start, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        style = {"transform": self.axes.transAxes, "ha": "left", "va": "top", "size": 13, "color": drawing.INK}
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2.5}
+        self.axes.text(0.012, 0.985, "$x_t$", bbox=box, **style)
+        if self.story.x0_estimates is not None:
+            self.estimate = self.axes.text(0.012, 0.475, "$x_0$", bbox=box, **style)
 
     def show(self, frame: Frame) -> None:
         """Move everything to where it is in a frame."""
@@ -164,6 +168,8 @@ class _Scene:
             self._move_points(frame, _alpha_bar(process, i))
         else:
             self.image.set_data(_pictures(story, frame))
+            if story.x0_estimates is not None:
+                self.estimate.set_text("$x_0$" if frame.forward else r"$\hat{x}_0(x_t)$")
 
     def _move_points(self, frame: Frame, alpha_bar: float) -> None:
         states = _states(self.story, frame)

@@ -214,7 +214,12 @@ def _tell_model(request: Request, x_0: Tensor, shown: Tensor) -> tuple[Story, Sa
     table = make_table("ddpm", diffusion, steps=request.steps)
     process = Process.visiting(diffusion.schedule(), table.timesteps)
     sampler = Sampler(model, table, shape, device=request.device, backend=request.backend, compile=False)
-    return _walk(request, x_0, shown, process, sampler, f"model {request.model}"), sampler
+    return _walk(request, x_0, shown, process, sampler, f"model {_label(str(request.model))}"), sampler
+
+
+def _label(source: str) -> str:
+    """Name a source as it is written in the picture: without its folder, and with no sign of mathtext."""
+    return Path(source).name.replace("$", r"\$")
 
 
 def _picked(n: int, count: int, seed: int) -> Tensor:
@@ -232,4 +237,4 @@ def _walk(request: Request, x_0: Tensor, shown: Tensor, process: Process, sample
     if sampler is not None:
         labels = labels_for(sampler.model, range(len(shown)), None)
         reverse, x0_estimates = reverse_walk(sampler, len(shown), indices, seed=request.seed, class_labels=labels)
-    return Story(request.data, process, indices, x_0, forward, reverse, x0_estimates, model)
+    return Story(_label(request.data), process, indices, x_0, forward, reverse, x0_estimates, model)

@@ -37,7 +37,10 @@ def test_point_diffusion_clips_no_data() -> None:
 
 def test_tell_standardises_the_points_of_a_file(workdir: Path) -> None:
     np.savetxt(workdir / "p.csv", np.random.default_rng(0).normal(5.0, 3.0, (40, 2)), delimiter=",")
-    told, _ = tell(Request(data="p.csv", steps=2, exact=True, shown=10))
+    (workdir / "some").mkdir()
+    (workdir / "p.csv").rename(workdir / "some" / "p $1$.csv")
+    told, _ = tell(Request(data="some/p $1$.csv", steps=2, exact=True, shown=10))
+    assert told.name == r"p \$1\$.csv"
     assert told.forward.shape == (3, 10, 2)
     assert float(told.x_0.double().mean(dim=0).abs().max()) < 1e-7
     assert float(told.x_0.double().square().sum(dim=1).mean()) == pytest.approx(2.0, rel=1e-6)
