@@ -103,7 +103,7 @@ def check_resumable(
         shared: other processes of the same run write to the directory too, and may have begun.
 
     Raises:
-        FileExistsError: outputs exist, and neither resume nor overwrite was asked for.
+        FileExistsError: outputs exist, or another run's files, and neither resume nor overwrite was asked for.
         ValueError: resume was asked for and the directory holds a run of another config, or files without one.
     """
     if overwrite:
@@ -111,7 +111,7 @@ def check_resumable(
     existing = [path for path in outputs if path.exists()]
     earlier = read_manifest(directory)
     if not resume:
-        if earlier is not None and not (shared and earlier == config):
+        if earlier is not None and not (shared and earlier == config) and _holds_files(directory):
             existing.append(directory / NAME)
         if existing:
             raise FileExistsError(
@@ -122,3 +122,8 @@ def check_resumable(
         raise ValueError(f"{directory} has outputs but no {NAME}, so nothing says what made them; use --overwrite")
     elif earlier is not None and (changed := differences(earlier, config)):
         raise ValueError(f"cannot resume {directory}, the run differs: {'; '.join(changed)}")
+
+
+def _holds_files(directory: Path) -> bool:
+    """Tell whether anything but a manifest is there; a run that failed at once leaves nothing worth keeping."""
+    return any(path.name != NAME and not path.name.startswith(".") for path in directory.iterdir())

@@ -168,11 +168,19 @@ def test_check_resumable_refuses_another_config_by_name(tmp_path: Path) -> None:
 
 def test_check_resumable_lets_processes_of_one_run_start_one_after_the_other(tmp_path: Path) -> None:
     manifest.write_manifest(tmp_path, CONFIG)
+    (tmp_path / "b.png").touch()
     refuse(tmp_path, shared=True)
     with pytest.raises(FileExistsError, match="exists already"):
         refuse(tmp_path)
     with pytest.raises(FileExistsError, match="exists already"):
         refuse(tmp_path, {**CONFIG, "steps": 20}, shared=True)
+
+
+def test_check_resumable_accepts_a_manifest_without_files(tmp_path: Path) -> None:
+    manifest.write_manifest(tmp_path, CONFIG)
+    (tmp_path / ".a.png.1.tmp").touch()
+    refuse(tmp_path)
+    refuse(tmp_path, {**CONFIG, "steps": 20})
 
 
 def test_model_digest_sees_every_weight() -> None:
