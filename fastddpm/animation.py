@@ -116,7 +116,7 @@ class _Scene:
         height = picture + 1.95
         self.figure = drawing.new_figure(_WIDTH, height)
         self.title = self._write(height - 0.28, size=15, weight="bold")
-        self.numbers = [self._write(height - 0.62, x=x, size=14) for x in (0.15, 0.48, 0.83)]
+        self.numbers = [self._write(height - 0.62, x=x, size=14) for x in (0.14, 0.46, 0.805)]
         margin = (_WIDTH - _SIDE) / 2
         self.axes = drawing.add_axes(self.figure, margin, 1.05, _SIDE, picture)
         self._add_points() if drawing.is_points(story) else self._add_images()

@@ -124,7 +124,9 @@ def _aspect(states: Tensor) -> float:
 
 def headline(story: Story) -> str:
     """Say in one line what is seen."""
-    n, steps = story.forward.shape[1], story.process.steps
+    n, steps, T = story.forward.shape[1], f"{story.process.steps:,}", story.process.t[-1]
+    if story.process.steps != T:
+        steps += f" of {T:,}"
     if is_points(story):
         what, back = f"{n:,} points dissolve", "come back"
     else:

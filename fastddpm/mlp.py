@@ -112,7 +112,7 @@ def train_points(
         model = PointMLP(diffusion, x_0.shape[1]).to(device)
     rows = q_rows(diffusion.schedule()).to(device)
     data = x_0.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     for n in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * n / steps))

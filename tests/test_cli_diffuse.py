@@ -75,6 +75,7 @@ def test_diffuse_refuses_to_overwrite(workdir: Path, capsys: pytest.CaptureFixtu
         (["--data", "wide.npy"], "wide.npy: points must be numbers [N, 2]"),
         (["--data", "empty.png"], "empty.png: not a usable image"),
         (["--out", "a.jpg"], "--out a.jpg must end in .png"),
+        (["--out", "empty.png/a.png"], "empty.png is no folder that can be written to; choose another --out"),
         (["--show", "0"], "must be at least 1, got 0"),
         (["--train-steps", "0"], "must be at least 1, got 0"),
         (["--seed", "-1"], "seed must be in"),

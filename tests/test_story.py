@@ -92,6 +92,7 @@ def test_tell_follows_a_model_along_its_own_process(model: Path) -> None:
     assert told.process.t[0] == 0
     assert told.process.t[-1] == 200
     assert len(told.process.t) == 6
+    assert "dissolve into a Gaussian in 5 of 200 steps, and samples come back" in drawing.headline(told)
     assert told.reverse is not None
     # The same run through the front door: ids 0 and 1 have the classes 0 and 1 of three.
     x = fastddpm.load(model)

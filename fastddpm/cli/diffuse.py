@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,12 +103,15 @@ def _free_paths(args: argparse.Namespace) -> list[Path]:
     """Return the files to write.
 
     Raises:
-        ValueError: --out is no PNG.
+        ValueError: --out is no PNG, or in no folder that can be written to.
         FileExistsError: one exists, and --overwrite was not given.
     """
     png = args.out or Path(f"diffuse-{Path(args.data).stem}.png")
     if png.suffix != ".png":
         raise ValueError(f"--out {png} must end in .png")
+    folder = next(parent for parent in png.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} is no folder that can be written to; choose another --out")
     paths = [png, png.with_suffix(".gif")] if args.gif else [png]
     for path in paths:
         if path.exists() and not args.overwrite:
@@ -164,8 +168,9 @@ def _report(args: argparse.Namespace, story: Story, paths: list[Path], measured:
     if args.quiet:
         return
     relation = "<" if process.ends_gaussian() else ">="
-    ends = "ends Gaussian" if process.ends_gaussian() else "does not end Gaussian (try --schedule cosine)"
-    print(f"T = {process.steps}: {ends}, alpha_bar_T = {alpha_bar:.3g} {relation} 0.001")
+    ends = "ends Gaussian" if process.ends_gaussian() else "does not end Gaussian"
+    advice = "" if process.ends_gaussian() or args.schedule in (None, "cosine") else "; try --schedule cosine"
+    print(f"T = {process.steps}: {ends}, alpha_bar_T = {alpha_bar:.3g} {relation} 0.001{advice}")
     if measured:
         print(
             f"sliced Wasserstein distance: samples and data {measured['sw_samples']:.4f}, two draws of the data "
