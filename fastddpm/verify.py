@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastddpm import ops, reference
+from fastddpm import noise, ops, reference
 from fastddpm.backend import why_not_triton
 from fastddpm.ddpm import ddpm_table
 from fastddpm.known_answers import NOISE_V1
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule
+from fastddpm.seeds import resolve_seeds
 from fastddpm.table import K, q_rows
 
 FLAGS = ("clip", "learned", "guided", "use_m", "use_prev", "x0_out", "low_out", "channels_last")
@@ -46,8 +47,8 @@ def check_noise(device: torch.device) -> str:
     """noise-v1 gives the committed digests, in every backend that runs here."""
     backends = ["torch"] if why_not_triton(device) else ["torch", "triton"]
     for backend, (case, digest) in itertools.product(backends, NOISE_V1.items()):
-        *words, stream, n = case
-        counter = ops.Counter(*(torch.tensor([word], device=device) for word in words), stream)
+        seed, sample_id, step, stream, n = case
+        counter = noise.counter(resolve_seeds(seed=seed, sample_ids=[sample_id]), step, stream, device)
         z = ops.randn(counter, (n,), backend=backend).cpu().numpy().astype("<f4")
         seen = hashlib.sha256(z.tobytes()).hexdigest()
         assert seen == digest, f"{backend}: {case} gives {seen[:16]}, expected {digest[:16]}"
@@ -170,11 +171,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def _step_cases(dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:
     for flags in itertools.chain([()], itertools.combinations(FLAGS, 1), itertools.combinations(FLAGS, 2)):
         for dtype in dtypes if len(flags) < 2 else dtypes[:1]:
-            for noise in ("counter", "given", "none") if not flags else ("counter",):
+            for source in ("counter", "given", "none") if not flags else ("counter",):
                 shapes = SHAPES if len(flags) < 2 else SHAPES[-2:]
                 for shape in shapes:
                     if len(shape) == 3 or not {"learned", "channels_last"} & set(flags):
-                        yield {"flags": flags, "dtype": dtype, "low": dtypes[1], "noise": noise, "shape": shape}
+                        yield {"flags": flags, "dtype": dtype, "low": dtypes[1], "noise": source, "shape": shape}
 
 
 def _run_step(case: dict[str, Any], device: torch.device, backend: str) -> dict[str, Tensor]:
@@ -186,15 +187,19 @@ def _run_step(case: dict[str, Any], device: torch.device, backend: str) -> dict[
     if "channels_last" in flags:
         layout = torch.channels_last
         m = m.to(memory_format=layout)
-    outputs = {"out": torch.full_like(x_t, torch.nan)}
+    outputs: dict[str, Any] = {"out": torch.full_like(x_t, torch.nan)}
     if "x0_out" in flags:
         outputs["x0_out"] = torch.full_like(x_t, torch.nan)
     if "low_out" in flags:
         outputs["low_out"] = torch.full_like(x_t, torch.nan, dtype=case["low"], memory_format=layout)
-    noises = {"counter": _counter(batch, device), "given": _normal(2, x_t.shape, device).to(dtype), "none": None}
+    noises: dict[str, Any] = {
+        "counter": _counter(batch, device),
+        "given": _normal(2, x_t.shape, device).to(dtype),
+        "none": None,
+    }
     rows = _normal(3, (4, K), device)
     rows[:, 2], rows[:, 3] = -0.5, 0.75
-    switches = {name: name in flags for name in ("clip", "learned", "guided", "use_m", "use_prev")}
+    switches: dict[str, Any] = {name: name in flags for name in ("clip", "learned", "guided", "use_m", "use_prev")}
     x0_prev = _normal(4, x_t.shape, device).to(dtype)
     row = torch.tensor([2, 0, 3], device=device)
     ops.p_sample(x_t, m, rows, row, noises[case["noise"]], **switches, x0_prev=x0_prev, backend=backend, **outputs)
@@ -239,13 +244,17 @@ def _compilations() -> Iterator[list[str]]:
     import triton
 
     names: list[str] = []
-    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
+
+    def note(*args: Any, **details: Any) -> None:
+        names.append(str(details.get("repr", "a kernel")))
+
+    runtime: Any = getattr(getattr(triton, "knobs", None), "runtime", None)
     if not hasattr(runtime, "jit_post_compile_hook"):
         raise Skip(f"Triton {triton.__version__} has no knobs.runtime.jit_post_compile_hook")
     if type(triton.jit(_elementwise)).__name__ == "InterpretedFunction":
         raise Skip("Triton's interpreter compiles nothing")
     previous = runtime.jit_post_compile_hook
-    runtime.jit_post_compile_hook = lambda *args, **kwargs: names.append(str(kwargs.get("repr", "a kernel"))) or False
+    runtime.jit_post_compile_hook = note
     try:
         yield names
     finally:
