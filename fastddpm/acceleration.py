@@ -8,14 +8,16 @@ from typing import Any
 _INTEGRATIONS = {
     "diffusers": "fastddpm.integrations.diffusers",
     "denoising_diffusion_pytorch": "fastddpm.integrations.lucidrains",
+    "improved_diffusion": "fastddpm.integrations.openai",
+    "guided_diffusion": "fastddpm.integrations.openai",
 }
 
 
 def accelerate(target: Any, **options: Any) -> Any:
-    """Return the fast form of a pipeline or scheduler of diffusers, or of a GaussianDiffusion (lucidrains').
+    """Return the fast form of a pipeline or scheduler of diffusers, or of lucidrains' or OpenAI's GaussianDiffusion.
 
-    It has the original's methods, arguments and results; see `accelerate` of `fastddpm.integrations.diffusers` and
-    `fastddpm.integrations.lucidrains`. The network is shared, not copied.
+    It has the original's methods, arguments and results; see `accelerate` of `fastddpm.integrations.diffusers`,
+    `.lucidrains` and `.openai`. The network is shared, not copied.
 
     Args:
         target: the live object.
@@ -30,5 +32,5 @@ def accelerate(target: Any, **options: Any) -> Any:
             return importlib.import_module(integration).accelerate(target, **options)
     raise TypeError(
         f"cannot accelerate {type(target).__module__}.{type(target).__qualname__}; pass a pipeline or scheduler of "
-        "diffusers, or a GaussianDiffusion of denoising_diffusion_pytorch"
+        "diffusers, or a GaussianDiffusion of denoising_diffusion_pytorch, improved_diffusion or guided_diffusion"
     )

@@ -4,6 +4,12 @@ Change the import, or wrap a live instance:
 
     from fastddpm.integrations.lucidrains import GaussianDiffusion
     diffusion = fastddpm.integrations.lucidrains.accelerate(diffusion)
+
+Reproduced, since images depend on it: the float32 arithmetic of each step, no draw before the last step, a draw that
+eta = 0 throws away in DDIM, timesteps truncated towards zero, loss weights by the signal-to-noise ratio.
+Changed on purpose: "linear" with 20 timesteps or fewer is refused (NaN in the original), offset noise is not added into
+the caller's tensor, and whole runs keep x_t contiguous and in float32 (so a pred_x0 network that returns channels_last
+gets its noise in logical order). Missing: self-conditioning, immiscible training, interpolate.
 """
 
 from __future__ import annotations
@@ -187,8 +193,9 @@ class GaussianDiffusion(DiffusionProcess):
 
     def _p_sample(self, x: Tensor, t: int, x_self_cond: Tensor | None, source: NoiseSource) -> tuple[Tensor, Tensor]:
         times = torch.full((len(x),), t, device=self.device, dtype=torch.long)
-        step = torch.tensor([self.num_timesteps - 1 - t])
-        if overrides(self, GaussianDiffusion, _STEP_PARTS[1:]):
+        step = torch.full((1,), self.num_timesteps - 1 - t, device=x.device)
+        # torch.compile fuses the plain form itself, and cannot trace the check that the kept rows are current.
+        if torch.compiler.is_compiling() or overrides(self, GaussianDiffusion, _STEP_PARTS[1:]):
             mean, _, log_variance, x_start = self.p_mean_variance(x, times, x_self_cond, clip_denoised=True)
         else:
             output = self._call_model(x, times, x_self_cond)
@@ -196,8 +203,7 @@ class GaussianDiffusion(DiffusionProcess):
                 x_start, rows = torch.empty_like(x), self._cached("rows", _ddpm_rows, self.objective)
                 noise = source.at(step, x) if t > 0 else None
                 backend = self.sampler_options.get("backend", "auto")
-                row = step.to(x.device)
-                return ops.p_sample(x, output, rows, row, noise, clip=True, x0_out=x_start, backend=backend), x_start
+                return ops.p_sample(x, output, rows, step, noise, clip=True, x0_out=x_start, backend=backend), x_start
             x_start = self._start_from(output, x, times).clamp(-1.0, 1.0)
             mean, _, log_variance = self.q_posterior(x_start, x, times)
         z = source.draw(step, x) if t > 0 else 0.0

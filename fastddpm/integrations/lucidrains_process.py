@@ -165,8 +165,9 @@ class DiffusionProcess(nn.Module):
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t from q(x_t | x_0) = N(sqrt(alpha_bar) x_0, (1 - alpha_bar) I)   (eq. 4); autocast does not apply."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        needs_grad = torch.is_grad_enabled() and (x_start.requires_grad or noise.requires_grad)
-        if x_start.dtype == noise.dtype == torch.float32 and x_start.shape == noise.shape and not needs_grad:
+        plain = torch.compiler.is_compiling() or x_start.shape != noise.shape
+        plain |= torch.is_grad_enabled() and (x_start.requires_grad or noise.requires_grad)
+        if x_start.dtype == noise.dtype == torch.float32 and not plain:
             return ops.q_sample(x_start, self._cached("q", tables.q_rows), t, noise)  # type: ignore[return-value]
         with torch.autocast(x_start.device.type, enabled=False):
             return (

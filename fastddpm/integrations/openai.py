@@ -4,6 +4,13 @@ Change the import, or wrap the object that create_gaussian_diffusion returned:
 
     from fastddpm.integrations.openai import SpacedDiffusion, space_timesteps
     diffusion = fastddpm.integrations.openai.accelerate(diffusion)
+
+Reproduced, since images depend on it: float64 tables rounded where they meet a tensor, a z drawn at every step and
+thrown away at t = 0 and where eta = 0, timesteps accumulated and rounded to even by space_timesteps, the stand-ins for
+the variance at t = 0. Changed on purpose: tables are read-only, a process of one timestep works (IndexError in the
+originals), cond_fn needs no model_kwargs, callers of the progressive loops are not left under no_grad, and timesteps
+outside the process, or none in a section, are refused. Of improved-diffusion alone: arguments after denoised_fn go by
+keyword, because guided-diffusion put cond_fn there.
 """
 
 from __future__ import annotations

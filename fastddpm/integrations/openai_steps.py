@@ -71,6 +71,8 @@ class StepRunner(DiffusionProcess):
         self.sampler_options: dict[str, Any] = {}
         self._rows_of: dict[tuple[str, float], Tensor | None] = {}
         self._kept: tuple[Any, Sampler] | None = None
+        for kind in ("p", "ddim", "reverse"):
+            self._rows(Step(kind))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": None}
@@ -207,6 +209,9 @@ class StepRunner(DiffusionProcess):
         """Return the rows of a step, row t for timestep t, or None where a coefficient is not finite."""
         key = (step.kind, step.eta)
         if key not in self._rows_of:
+            if torch.compiler.is_compiling():
+                # It cannot trace the check below, and fuses the plain form itself.
+                return None
             with torch.inference_mode(False), torch.no_grad():
                 rows = self._build_rows(step)
             self._rows_of[key] = rows if rows.isfinite().all() else None
