@@ -24,8 +24,9 @@ COLOURS = 160
 INK, MUTED, FRAME, GOOD, BAD = "#1d2433", "#6b7487", "#d5d9e2", "#1a7f4b", "#c0392b"
 TARGET = "#8e97a8"
 
-# Inches.
+# Inches. What stands below the panels takes two lines where the picture is narrow.
 _SIDE, _GAP, _LEFT, _TOP, _BOTTOM = 1.9, 0.04, 0.72, 1.58, 0.72
+_MIN_WIDTH, _ONE_LINE = 7.0, 14.0
 
 
 def strip(story: Story) -> bytes:
@@ -48,17 +49,20 @@ def strip_figure(story: Story) -> Any:
     columns = spread(len(story.indices) - 1, MAX_PANELS)
     rows = _rows(story)
     heights = [_SIDE * _aspect(states) for _, states in rows]
-    width, height = _LEFT + _SIDE * len(columns) + 0.08, _TOP + sum(heights) + _BOTTOM
+    content = _LEFT + _SIDE * len(columns) + 0.08
+    width = max(content, _MIN_WIDTH)
+    left = _LEFT + (width - content) / 2
+    height = _TOP + sum(heights) + (_BOTTOM if width >= _ONE_LINE else 1.5 * _BOTTOM)
     figure = new_figure(width, height)
     _text(figure, width / 2, height - 0.32, headline(story), size=_fitting(21, headline(story), width), weight="bold")
     for c, k in enumerate(columns):
-        _titles(figure, story.process, story.indices[k], _LEFT + _SIDE * (c + 0.5), height - 0.80)
+        _titles(figure, story.process, story.indices[k], left + _SIDE * (c + 0.5), height - 0.80)
     top = height - _TOP
     for (label, states), row_height in zip(rows, heights, strict=True):
         top -= row_height
-        _text(figure, 0.34, top + row_height / 2, label, rotation=90, size=15, linespacing=1.5)
+        _text(figure, left - 0.38, top + row_height / 2, label, rotation=90, size=15, linespacing=1.5)
         for c, k in enumerate(columns):
-            axes = add_axes(figure, _LEFT + _SIDE * c + _GAP, top + _GAP, _SIDE - 2 * _GAP, row_height - 2 * _GAP)
+            axes = add_axes(figure, left + _SIDE * c + _GAP, top + _GAP, _SIDE - 2 * _GAP, row_height - 2 * _GAP)
             _panel(axes, story, states, k)
     _footer(figure, story, width)
     return figure
@@ -124,15 +128,18 @@ def _aspect(states: Tensor) -> float:
 
 def headline(story: Story) -> str:
     """Say in one line what is seen."""
-    n, steps, T = story.forward.shape[1], f"{story.process.steps:,}", story.process.t[-1]
-    if story.process.steps != T:
-        steps += f" of {T:,}"
+    process, n = story.process, story.forward.shape[1]
+    steps = f"{process.steps:,}" if process.t[-1] == process.steps else f"{process.steps:,} of {process.t[-1]:,}"
+    steps += " step" if process.steps == 1 else " steps"
     if is_points(story):
-        what, back = f"{n:,} points dissolve", "come back"
+        what, back = f"{n:,} points", "come back"
     else:
-        what, back = f"{n} images dissolve" if n > 1 else "an image dissolves", "samples come back"
+        what, back = "an image" if n == 1 else f"{n} images", "samples come back"
+    one = what == "an image"
+    if not process.ends_gaussian():
+        return f"{story.name}: {what} after {steps} of noise {'is' if one else 'are'} not Gaussian"
     ending = "" if story.reverse is None else f", and {back}"
-    return f"{story.name}: {what} into a Gaussian in {steps} steps{ending}"
+    return f"{story.name}: {what} {'dissolves' if one else 'dissolve'} into a Gaussian in {steps}{ending}"
 
 
 def _titles(figure: Any, process: Process, i: int, x: float, y: float) -> None:
@@ -142,15 +149,19 @@ def _titles(figure: Any, process: Process, i: int, x: float, y: float) -> None:
 
 
 def number(value: float) -> str:
-    """Write a number for mathtext: 1, 0.958, 22.7, 3.7 x 10^-5, infinity."""
+    """Write a number to three digits for mathtext: 1, 0.958, 0.9999, 22.7, 3.7 x 10^-5, infinity."""
     if math.isinf(value):
         return r"\infty"
     if value == round(value) and abs(value) < 1e4:
         return f"{value:.0f}"
-    if 1e-2 <= abs(value) < 1e4:
-        return f"{value:#.3g}".rstrip(".")
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return rf"{mantissa}\cdot 10^{{{int(exponent)}}}".replace(r"1.0\cdot ", "")
+    if 0.9995 <= value < 1.0:
+        # Enough digits to tell it from 1.
+        return f"{value:.{math.ceil(-math.log10(1.0 - value) - 1e-6)}f}"
+    exponent = int(f"{value:.2e}".split("e")[1])
+    if -2 <= exponent <= 3:
+        return f"{value:.{max(0, 2 - exponent)}f}"
+    mantissa, power = f"{value:.1e}".split("e")
+    return rf"{mantissa}\cdot 10^{{{int(power)}}}".replace(r"1.0\cdot ", "")
 
 
 def _panel(axes: Any, story: Story, states: Tensor, k: int) -> None:
@@ -223,27 +234,27 @@ def verdict_colour(process: Process) -> str:
 
 
 def _footer(figure: Any, story: Story, width: float) -> None:
-    L_T = rf"$\mathrm{{KL}}(q(x_T|x_0)\,\|\,\mathcal{{N}}(0, I)) = {number(story.process.prior_term(story.x_0))}$ nats"
-    narrow = width < 14
-    style = {"ha": "right", "size": 16, "color": verdict_colour(story.process)}
-    if narrow:
-        _text(figure, width - 0.1, 0.36, verdict(story.process), **style)
-        return
-    _text(figure, width - 0.1, 0.34, f"{verdict(story.process)},   {L_T}", **style)
+    process = story.process
+    text = verdict(process)
+    if width >= _ONE_LINE:
+        L_T = number(process.prior_term(story.x_0))
+        text += rf",   $\mathrm{{KL}}(q(x_T|x_0)\,\|\,\mathcal{{N}}(0, I)) = {L_T}$ nats"
+    _text(figure, width - 0.1, 0.34, text, ha="right", size=16, color=verdict_colour(process))
     if is_points(story):
-        _legend(figure)
+        _legend(figure, 0.34 if width >= _ONE_LINE else 0.72)
 
 
-def _legend(figure: Any) -> None:
+def _legend(figure: Any, y: float) -> None:
     from matplotlib.lines import Line2D
 
     exact = Line2D([], [], color=INK, linewidth=1.8, marker="+", markersize=9)
     target = Line2D([], [], color=TARGET, linewidth=1.6, linestyle=(0, (3, 2)))
+    width, height = figure.get_size_inches()
     figure.legend(
         handles=[exact, target],
         labels=[r"exact mean and $2\sigma$ of $q(x_t)$", r"$2\sigma$ of $\mathcal{N}(0, I)$"],
         loc="center left",
-        bbox_to_anchor=(0.03, 0.34 / figure.get_size_inches()[1]),
+        bbox_to_anchor=(0.54 / width, y / height),
         ncols=2,
         frameon=False,
         fontsize=15,

@@ -80,7 +80,17 @@ def test_strip_is_a_png_of_moderate_size(cosine: Schedule) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.0, "1"), (0.9578, "0.958"), (22.71, "22.7"), (0.001, "10^{-3}"), (math.inf, r"\infty"), (0.0, "0")],
+    [
+        (1.0, "1"),
+        (0.9578, "0.958"),
+        (22.71, "22.7"),
+        (0.001, "10^{-3}"),
+        (0.9999, "0.9999"),
+        (9999.4, "10^{4}"),
+        (145.2, "145"),
+        (math.inf, r"\infty"),
+        (0.0, "0"),
+    ],
 )
 def test_number_is_written_for_reading(value: float, text: str) -> None:
     assert drawing.number(value) == text

@@ -62,7 +62,7 @@ def test_tell_shows_images_without_a_reverse_process(workdir: Path) -> None:
     assert sampler is None
     assert told.reverse is None
     assert told.forward.shape == (4, 1, 3, 9, 9)
-    assert "dissolves into a Gaussian in 3 steps" in drawing.headline(told)
+    assert drawing.headline(told) == "a.png: an image dissolves into a Gaussian in 3 steps"
 
 
 @pytest.fixture(scope="module")
