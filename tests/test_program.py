@@ -171,3 +171,47 @@ def test_compile_auto_on_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> N
     for installed in (True, False):
         monkeypatch.setattr(policy, "has_triton", lambda installed=installed: installed)
         assert policy.decide_compile("auto", cuda, Small(), SHAPE, 1) == installed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graph_equals_the_loop_for_changing_calls(dtype: torch.dtype) -> None:
+    model = Small("cuda").eval()
+    options: dict[str, Any] = {"dtype": dtype, "compile": False, "null_class": 10}
+    graph = Sampler(model, TABLE, SHAPE, cuda_graph=True, **options)
+    loop = Sampler(model, TABLE, SHAPE, cuda_graph=False, **options)
+    for seeds, labels, w in (([0, 1], [0, 1], 2.0), ([2**63, 5], [9, 2], 0.5), ([7, 8, 9], [1, 1, 1], 3.0)):
+        call: dict[str, Any] = {"seeds": seeds, "class_labels": labels, "guidance": w}
+        assert torch.equal(graph.sample(**call), loop.sample(**call))
+    generators = [[torch.Generator("cuda").manual_seed(s) for s in (1, 2)] for _ in range(2)]
+    assert torch.equal(graph.sample(generator=generators[0]), loop.sample(generator=generators[1]))
+    graph.clear()
+    assert torch.equal(graph.sample(seeds=[3]), loop.sample(seeds=[3]))
+
+
+@pytest.mark.gpu
+def test_loop_on_cuda_never_waits_for_the_device() -> None:
+    for cuda_graph in (True, False):
+        s = Sampler(Small("cuda").eval(), TABLE, SHAPE, cuda_graph=cuda_graph, compile=False)
+        s.warmup(seeds=[1, 2])
+        program, engine = next(iter(s._programs.values()))[0]
+        program.rewind()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.no_grad():
+                for _ in range(len(TABLE)):
+                    engine.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_model_that_reads_the_device_runs_in_the_loop_and_leaves_cuda_usable(caplog: pytest.LogCaptureFixture) -> None:
+    def reads(x: Tensor, t: Tensor) -> Tensor:
+        return x * (0.5 if t[0].item() > 20 else 0.25)
+
+    s = Sampler(reads, TABLE, SHAPE, device="cuda", compile=False)
+    expected = Sampler(reads, TABLE, SHAPE, device="cuda", compile=False, cuda_graph=False).sample(seeds=[1])
+    assert torch.equal(s.sample(seeds=[1]), expected)
+    assert caplog.text.count("no CUDA graph") == 1
+    assert torch.randn(3, device="cuda").isfinite().all()
