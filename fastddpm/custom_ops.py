@@ -36,6 +36,27 @@ def _define(name: str, arguments: str, result: str, mutates: tuple[str, ...] = (
     return register
 
 
+def call(op: Any, *arguments: Any) -> Any:
+    """Call an operator; or its body alone for plain CPU tensors that nobody differentiates, traces or watches.
+
+    The bits are the same, but a process's first call of a custom operator imports Dynamo, which takes as long as
+    importing torch did.
+    """
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    plain = all(type(t) is Tensor and t.device.type == "cpu" for t in tensors)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not plain or differentiated or _is_watched():
+        return op(*arguments)
+    return op._init_fn(*arguments)
+
+
+def _is_watched() -> bool:
+    """Whether a dispatch mode (fake tensors, a profiler of operations) or a functorch transform is active."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _implementation(backend: str, device: torch.device) -> Any:
     name = "triton_backend" if use_triton(backend, device) else "torch_backend"
     return importlib.import_module(f"fastddpm.{name}")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm import custom_ops as custom_ops  # registers torch.ops.fastddpm
+from fastddpm import custom_ops
 from fastddpm.backend import check_backend
 from fastddpm.noise import Counter
 
@@ -59,8 +59,17 @@ def randn(
     if device is not None and torch.empty(0, device=device).device != counter.seed.device:
         raise ValueError(f"device is {device}, but the counter is on {counter.seed.device}; move the counter")
     shape = torch.Size(shape_per_sample)
-    z = torch.ops.fastddpm.randn(
-        counter.seed, counter.sample_id, counter.step, counter.stream, batch, shape.numel(), dtype, backend, compiled
+    z = custom_ops.call(
+        custom_ops.randn,
+        counter.seed,
+        counter.sample_id,
+        counter.step,
+        counter.stream,
+        batch,
+        shape.numel(),
+        dtype,
+        backend,
+        compiled,
     )
     return z.view(batch, *shape)
 
@@ -101,7 +110,7 @@ def q_sample(
             raise ValueError(f"noise is {noise.dtype}, but x_0 is {x_0.dtype}; convert one of them")
     else:
         _check_counter(noise, x_0.shape[0], x_0.device)
-    x_t, eps = torch.ops.fastddpm.q_sample(x_0, rows, row, *_unpack(noise), return_eps, backend, compiled)
+    x_t, eps = custom_ops.call(custom_ops.q_sample, x_0, rows, row, *_unpack(noise), return_eps, backend, compiled)
     return (x_t, eps) if return_eps else x_t
 
 
@@ -169,10 +178,10 @@ def p_sample(
     arguments = (x_t, m, rows, row, *_unpack(noise), x0_prev if use_prev else None)
     flags = (clip, learned, guided, use_m, use_prev)
     if all(tensor is None for tensor in outputs.values()):
-        return torch.ops.fastddpm.p_sample(*arguments, *flags, backend, compiled)
+        return custom_ops.call(custom_ops.p_sample, *arguments, *flags, backend, compiled)
     _refuse_gradients({"x_t": x_t, "m": m, "noise": noise, "x0_prev": x0_prev, **outputs})
     out = torch.empty_like(x_t, memory_format=torch.contiguous_format) if out is None else out
-    torch.ops.fastddpm.p_sample_out(*arguments, *flags, out, x0_out, low_out, backend, compiled)
+    custom_ops.call(custom_ops.p_sample_out, *arguments, *flags, out, x0_out, low_out, backend, compiled)
     return out
 
 

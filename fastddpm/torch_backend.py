@@ -90,9 +90,11 @@ def _p_sample(
 
 
 def _choose(function: Callable[..., Any], compiled: bool, *key: Any) -> Callable[..., Any]:
+    if not compiled:
+        return function
     from fastddpm.compile_policy import has_cpp_compiler
 
-    return _compile(function, key) if compiled and has_cpp_compiler() else function
+    return _compile(function, key) if has_cpp_compiler() else function
 
 
 @functools.cache

@@ -39,3 +39,46 @@ def normal64(seed: int, sample_id: int, step: int, stream: int, element: int) ->
     pair = element % 4 // 2
     r = np.array([words[2 * pair], words[2 * pair + 1]], dtype=np.uint32)
     return float(box_muller64(r[:1], r[1:])[element % 2][0])
+
+
+def row_step(
+    x: npt.NDArray[np.floating],
+    m: npt.NDArray[np.floating],
+    row: npt.NDArray[np.floating],
+    z: npt.NDArray[np.floating] | None,
+    x0_prev: npt.NDArray[np.floating] | None,
+    *,
+    clip: bool,
+    learned: bool,
+    guided: bool,
+    use_m: bool,
+    use_prev: bool,
+) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+    """One row of a table in the arrays' own precision, each operation rounded: (x_prev, x0).
+
+    Args:
+        x, z, x0_prev: [B, C, ...].
+        m: [B, C, ...], channels doubled if learned, batch doubled if guided.
+        row: [B, 12], a row per sample.
+    """
+    columns = row.reshape(len(row), 12, *(1,) * (x.ndim - 1)).swapaxes(0, 1)
+    a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, w = columns
+    conditional, unconditional = (m[: len(x)], m[len(x) :]) if guided else (m, m)
+    C = x.shape[1]
+    v = conditional[:, C:]
+    m = conditional[:, :C]
+    if guided:
+        m = unconditional[:, :C] + w * (m - unconditional[:, :C])
+    x0 = a * x + b * m
+    if clip:
+        x0 = np.minimum(np.maximum(x0, lo), hi)
+    mean = c_x0 * x0 + c_xt * x
+    if use_m:
+        mean = mean + c_m * m
+    if use_prev:
+        assert x0_prev is not None
+        mean = mean + c_prev * x0_prev
+    if z is None:
+        return mean, x0
+    std = sigma * np.exp(h0 + h1 * v) if learned else sigma
+    return np.where(sigma == 0, mean, mean + std * z), x0
