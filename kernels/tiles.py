@@ -7,6 +7,8 @@ Samples lie on grid axis 0, since the other axes end at 65,535; the tiles of a s
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
@@ -30,6 +32,7 @@ _ENOUGH_PROGRAMS = 6336
 _SMALLEST_BLOCK = 16
 
 
+@lru_cache(maxsize=1024)
 def block_groups(groups: int) -> int:
     """Groups of one sample that a tile covers: a power of two, from the sample's size alone (never the batch's)."""
 
@@ -40,6 +43,7 @@ def block_groups(groups: int) -> int:
     return min((b for b in _BLOCKS if b >= smallest), key=cost)
 
 
+@lru_cache(maxsize=1024)
 def repeats(batch: int, groups: int) -> int:
     """Tiles of a sample that one program walks: several, once there are programs enough to fill any GPU."""
     block = block_groups(groups)
@@ -50,6 +54,7 @@ def repeats(batch: int, groups: int) -> int:
     return max(r for r in choices if r == 1 or (tiles % r == 0 and programs // r >= _ENOUGH_PROGRAMS))
 
 
+@lru_cache(maxsize=1024)
 def launch_grid(batch: int, groups: int, repeat: int = 1) -> tuple[int, int, int]:
     """Programs on the three grid axes for ``batch`` samples of ``groups`` groups, each walking ``repeat`` tiles.
 
