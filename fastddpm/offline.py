@@ -20,7 +20,7 @@ from typing import Any
 from fastddpm.errors import BackendUnavailable
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-_ALIGNED = [["tt.divisibility", 16]]
+_ALIGNED: list[Any] = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ def compile_kernel(
     triton = load_triton()
     names = list(kernel.arg_names)
     full = {name: "constexpr" if name in constants else signature[name] for name in names}
-    attributes = {(names.index(name),): _ALIGNED for name in aligned if name not in constants}
+    # Constants carry an empty list, as in a launch: both then share one entry of Triton's cache.
+    marked = [name for name in names if name in constants or name in aligned]
+    attributes = {(names.index(name),): [] if name in constants else _ALIGNED for name in marked}
     try:
         source_type = importlib.import_module("triton.compiler").ASTSource
         target = _target(arch)

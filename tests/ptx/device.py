@@ -31,12 +31,13 @@ _MAX_GRID = (2**31 - 1, 65535, 65535)
 
 @dataclass(frozen=True)
 class Launch:
-    """What the driver was asked to run."""
+    """What the driver was asked to run; ``arguments`` are the integers and addresses that a CUDA graph would keep."""
 
     name: str
     grid: tuple[int, int, int]
     kernel: str
     num_warps: int
+    arguments: tuple[tuple[str, int], ...]
 
 
 class _Utils:
@@ -186,7 +187,8 @@ class PtxDevice:
         """Take a launch from Triton; each argument has a name and a type."""
         if min(grid) <= 0 or any(size > limit for size, limit in zip(grid, _MAX_GRID, strict=True)):
             raise AccessError(f"no GPU accepts the grid {grid} (limits {_MAX_GRID})")
-        self.launches.append(Launch(metadata.name, grid, metadata.hash, metadata.num_warps))
+        values = tuple((name, _bits(kind, value)) for name, kind, value in arguments)
+        self.launches.append(Launch(metadata.name, grid, metadata.hash, metadata.num_warps, values))
         if self.execute:
             bits = [self._bind(*argument) for argument in arguments]
             program = _program(_texts[metadata.hash])
@@ -195,19 +197,14 @@ class PtxDevice:
             Machine(program, self.memory).run(bits + scratch, Grid(grid, blocks))
 
     def _bind(self, name: str, kind: str, value: Any) -> int:
-        """An argument's bits; a tensor becomes readable memory."""
-        if not kind.startswith("*"):
-            if kind[0] not in "iu":
-                raise TypeError(f"a scalar argument of type {kind} would be baked into a graph and is not expected")
-            return int(value) & (2**64 - 1)
-        if value is None:
-            return 0
-        if value.numel() and self.memory.find(*_extent(value)) is None:
+        """An argument's bits; a tensor that is new becomes memory."""
+        is_memory = kind.startswith("*") and value is not None and value.numel() > 0
+        if is_memory and self.memory.find(*_extent(value)) is None:
             if name in self.output_arguments:
                 self.output(value)
             else:
                 self._register(value, f"{name} of shape {list(value.shape)}", writable=False)
-        return int(value.data_ptr())
+        return _bits(kind, value)
 
     def _register(self, tensor: torch.Tensor, name: str, *, writable: bool, in_place: bool = False) -> Segment:
         # Memory that a launch has seen must not be given to another tensor while this device lives.
@@ -219,6 +216,15 @@ class PtxDevice:
             segment.unreadable[:] = True
             _mark_elements(segment.unreadable, tensor, segment, value=False)
         return self.memory.add(segment)
+
+
+def _bits(kind: str, value: Any) -> int:
+    """What the driver hands to the GPU for an argument."""
+    if kind.startswith("*"):
+        return 0 if value is None else int(value.data_ptr())
+    if kind[0] not in "iu":
+        raise TypeError(f"a scalar argument of type {kind} is not expected: coefficients belong into the table")
+    return int(value) & (2**64 - 1)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
