@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ class _Scene:
     def show(self, frame: Frame) -> None:
         """Move everything to where it is in a frame."""
         story, process = self.story, self.story.process
-        i = _state(story, frame.k)
+        alpha_bar = _alpha_bar(story, frame.k)
         # On the way between two states the numbers are those of the nearer one.
         near = story.indices[round(frame.k)]
         self.title.set_text(
@@ -161,11 +162,11 @@ class _Scene:
         )
         for place, text in zip(self.numbers, texts, strict=True):
             place.set_text(text)
-        self.dot.set_data([i], [_alpha_bar(process, i)])
+        self.dot.set_data([_state(story, frame.k)], [alpha_bar])
         self.verdict.set_text(drawing.verdict(process))
         self.verdict.set_color(drawing.verdict_colour(process))
         if drawing.is_points(story):
-            self._move_points(frame, _alpha_bar(process, i))
+            self._move_points(frame, alpha_bar)
         else:
             self.image.set_data(_pictures(story, frame))
             if story.x0_estimates is not None:
@@ -173,7 +174,7 @@ class _Scene:
 
     def _move_points(self, frame: Frame, alpha_bar: float) -> None:
         states = _states(self.story, frame)
-        self.cloud.set_offsets(_between(states, frame.k).numpy())
+        self.cloud.set_offsets(_between(self.story, states, frame.k).numpy())
         self.cloud.set_facecolor(drawing.colours(states[0]))
         if self.moments is not None:
             self.moments.remove()
@@ -187,20 +188,32 @@ def _states(story: Story, frame: Frame) -> Tensor:
     return states[:, :MAX_POINTS] if drawing.is_points(story) else states
 
 
-def _between(states: Tensor, k: float) -> Tensor:
+def _between(story: Story, states: Tensor, k: float) -> Tensor:
+    """Return the points at place k: between two states a step of the same noise, less far.
+
+    x_t = sqrt(a) x_s + sqrt(1 - a) eps with a = alpha_bar_t / alpha_bar_s becomes sqrt(a') x_s + sqrt(1 - a') eps. On
+    the forward process that is a draw of the marginal at this alpha_bar, so the cloud keeps to its ellipse.
+    """
     low = min(int(k), len(states) - 2)
-    return torch.lerp(states[low], states[low + 1], k - low)
+    start, end = (story.process.alpha_bar(story.indices[i]) for i in (low, low + 1))
+    a, a_here = end / start, _alpha_bar(story, k) / start
+    eps = (states[low + 1] - math.sqrt(a) * states[low]) / math.sqrt(1.0 - a)
+    return math.sqrt(a_here) * states[low] + math.sqrt(1.0 - a_here) * eps
+
+
+def _along(values: list[float], k: float) -> float:
+    low = min(int(k), len(values) - 2)
+    return values[low] + (k - low) * (values[low + 1] - values[low])
 
 
 def _state(story: Story, k: float) -> float:
     """Number of the state at place k among those recorded."""
-    low = min(int(k), len(story.indices) - 2)
-    return story.indices[low] + (k - low) * (story.indices[low + 1] - story.indices[low])
+    return _along([float(i) for i in story.indices], k)
 
 
-def _alpha_bar(process: Process, i: float) -> float:
-    low = min(int(i), process.steps - 1)
-    return process.alpha_bar(low) + (i - low) * (process.alpha_bar(low + 1) - process.alpha_bar(low))
+def _alpha_bar(story: Story, k: float) -> float:
+    """alpha_bar at place k among the recorded states."""
+    return _along([story.process.alpha_bar(i) for i in story.indices], k)
 
 
 def _pictures(story: Story, frame: Frame) -> np.ndarray:

@@ -120,6 +120,20 @@ def test_frames_go_there_and_back(cosine: Schedule) -> None:
     assert animation.frames(small_story(cosine, reverse=False)) == there
 
 
+def test_between_two_states_the_points_keep_to_the_marginal(cosine: Schedule) -> None:
+    x_0 = points.draw("swiss-roll", 5000)
+    forward = forward_walk(x_0, cosine, range(T + 1))
+    told = Story("swiss-roll", Process.of(cosine), tuple(range(T + 1)), x_0, forward)
+    for k in (0.0, 3.0, 8.0):
+        torch.testing.assert_close(animation._between(told, forward, k), forward[int(k)], rtol=1e-5, atol=1e-5)
+    for k in (2.4, 7.5):
+        low = told.process.alpha_bar(int(k))
+        alpha_bar = low + (k - int(k)) * (told.process.alpha_bar(int(k) + 1) - low)
+        variance = animation._between(told, forward, k).double().square().sum(dim=1)
+        expected = float(marginal(x_0, alpha_bar)[1].trace())
+        assert float(variance.mean()) == pytest.approx(expected, abs=5 * float(variance.std()) / math.sqrt(5000))
+
+
 def test_gif_holds_the_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(animation, "GLIDE_FRAMES", 2)
     told = small_story(Schedule.cosine(2))
