@@ -7,7 +7,7 @@ class FastDDPMError(Exception):
     """Base of the library's own exceptions; the command line prints them as one line and exits with 1."""
 
 
-class BackendUnavailable(FastDDPMError, RuntimeError):
+class BackendUnavailable(FastDDPMError, RuntimeError):  # noqa: N818  (the name says it)
     """The backend asked for cannot run here; the message says why and what to do about it."""
 
 

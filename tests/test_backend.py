@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from step_cases import Case, inputs
 
 from fastddpm import backend, ops
 from fastddpm.errors import BackendUnavailable
+from step_cases import Case, inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

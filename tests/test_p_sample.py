@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import row_step
-from step_cases import FLAGS, Case, flag_cases, inputs, shape_cases, to_channels_last
 from torch import Tensor
 
 from fastddpm import noise as noise_v1
 from fastddpm import ops, step
 from fastddpm.noise import Counter
+from oracles import row_step
+from step_cases import FLAGS, Case, flag_cases, inputs, shape_cases, to_channels_last
 
 INF, NAN = float("inf"), float("nan")
 

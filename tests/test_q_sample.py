@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from step_cases import SHAPES, to_channels_last
 from torch import Tensor
 
 from fastddpm import Schedule, ops
@@ -16,6 +15,7 @@ from fastddpm import noise as noise_v1
 from fastddpm.noise import Counter
 from fastddpm.seeds import resolve_seeds
 from fastddpm.table import q_rows, q_step_rows
+from step_cases import SHAPES, to_channels_last
 
 SCHEDULE = Schedule.linear()
 K = 5

@@ -120,7 +120,9 @@ def test_randn_reaches_beyond_5_7_sigma_at_the_right_rate() -> None:
                 beyond[sigma] += int((radius > sigma).sum())
     for sigma, count in beyond.items():
         expected = (1 << 26) * math.exp(-(sigma**2) / 2)
-        assert abs(count - expected) <= K * math.sqrt(expected), f"{count} radii beyond {sigma}, expected {expected:.1f}"
+        assert abs(count - expected) <= K * math.sqrt(expected), (
+            f"{count} radii beyond {sigma}, expected {expected:.1f}"
+        )
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
