@@ -1,0 +1,36 @@
+"""README's Python runs as printed, and the commands and pictures that it names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastddpm.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_python_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    expected = re.search(r"print\(digits.shape, images.shape\)  # (.*)", README)
+    assert expected is not None
+    assert capsys.readouterr().out.splitlines()[0] == expected[1]
+
+
+def test_readme_names_commands_that_exist() -> None:
+    named = set(re.findall(r"^    fastddpm (\w+)", README, flags=re.MULTILINE))
+    assert named
+    assert named <= set(COMMANDS)
+
+
+def test_readme_shows_pictures_that_exist() -> None:
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert pictures
+    assert [p for p in pictures if not (ROOT / p).is_file()] == []
