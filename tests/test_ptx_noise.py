@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from fastddpm import noise, torch_backend, triton_backend
 from fastddpm.known_answers import NOISE_V1
 from fastddpm.noise import Counter
+from fastddpm.seeds import resolve_seeds
 from ptx.device import PtxDevice
 from ptx.steps import OUTPUTS, arrange, assert_same_bits, make_counter, spiced
 
@@ -40,7 +41,7 @@ def test_randn_has_the_twins_bits(batch: int, n: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("key", NOISE_V1, ids=str)
 def test_randn_gives_the_committed_known_answers(key: tuple[int, int, int, int, int]) -> None:
     seed, sample_id, step, stream, n = key
-    counter = Counter(torch.tensor([seed]), torch.tensor([sample_id]), torch.tensor([step]), stream)
+    counter = noise.counter(resolve_seeds(seed=seed, sample_ids=[sample_id]), step, stream)
     digest = hashlib.sha256(draw(counter, 1, n).numpy().astype("<f4").tobytes()).hexdigest()
     assert digest == NOISE_V1[key]
 
