@@ -247,6 +247,15 @@ def test_fma_rounds_once() -> None:
     assert same_bits(evaluate("fma.rn.f32 $0, $1, $2, $3", [a, b, c], "float32")[nonzero], expected[nonzero])
 
 
+@pytest.mark.parametrize("name", ["add.rn", "sub.rn", "mul.rn", "fma.rn"])
+def test_packed_pairs_compute_each_half_alone(name: str) -> None:
+    inputs = [RNG.permutation(floats(400))[:800] for _ in range(3 if name == "fma.rn" else 2)]
+    operands = ", ".join(["$0", *(f"${i + 1}" for i in range(len(inputs)))])
+    single = evaluate(f"{name}.f32 {operands}", inputs, "float32")
+    packed = evaluate(f"{name}.f32x2 {operands}", [a.view(np.uint64) for a in inputs], "uint64")
+    assert same_bits(packed.view(np.float32), single)
+
+
 def test_fma_is_not_a_product_and_a_sum() -> None:
     a, c = np.array([1 + 2.0**-12], np.float32), np.array([-1 - 2.0**-11], np.float32)
     assert evaluate("fma.rn.f32 $0, $1, $1, $2", [a, c], "float32")[0] == np.float32(2.0**-24)

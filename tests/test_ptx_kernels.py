@@ -61,6 +61,12 @@ def test_each_pair_of_flags_has_the_twins_bits(pair: tuple[str, str]) -> None:
     check(run_step(with_flags(pair)))
 
 
+@pytest.mark.parametrize("arch", [75, 80, 100, 120])
+def test_code_for_other_architectures_has_the_same_bits(arch: int) -> None:
+    flags = Flags(clip=True, learned=True, guided=True, use_m=True)
+    check(run_step(MAIN.but(flags=flags, x=BF16, m=FP16, low_out=FP32, m_layout="channels_last"), arch))
+
+
 # Elements per sample 1, 2, 3, 4, 5, 1023 and 1025; planes that are whole groups and planes that are not; one sample in
 # a tile, several, and several tiles in a sample.
 SHAPES = [

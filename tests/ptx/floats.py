@@ -140,14 +140,31 @@ def _fma(modifiers: tuple[str, ...]) -> Operation:
     return _explicitly_rounded(fused_multiply_add, 3)(modifiers)
 
 
+def _pairs_too(build: Callable[[tuple[str, ...]], Operation]) -> Callable[[tuple[str, ...]], Operation]:
+    """Add the form for two float32 in one register, which compute capability 10.0 brought."""
+
+    def build_either(modifiers: tuple[str, ...]) -> Operation:
+        if modifiers[-1] != "f32x2":
+            return build(modifiers)
+        single = build((*modifiers[:-1], "f32"))
+
+        def compute(*values: np.ndarray) -> np.ndarray:
+            halves = [np.ascontiguousarray(value).view(np.float32).reshape(-1, 2) for value in values]
+            return np.ascontiguousarray(single.compute(*halves)).view(np.uint64).reshape(-1)
+
+        return Operation("f32x2", ("f32x2",) * len(single.sources), compute)
+
+    return build_either
+
+
 BUILDERS: dict[str, Callable[[tuple[str, ...]], Operation]] = {
-    "add": _arithmetic(operator.add, 2),
-    "sub": _arithmetic(operator.sub, 2),
-    "mul": _arithmetic(operator.mul, 2),
+    "add": _pairs_too(_arithmetic(operator.add, 2)),
+    "sub": _pairs_too(_arithmetic(operator.sub, 2)),
+    "mul": _pairs_too(_arithmetic(operator.mul, 2)),
     "div": _explicitly_rounded(np.divide, 2),
     "sqrt": _explicitly_rounded(np.sqrt, 1),
     "rcp": _explicitly_rounded(np.reciprocal, 1),
-    "fma": _fma,
+    "fma": _pairs_too(_fma),
     "min": _extreme(operator.lt, operator.or_),
     "max": _extreme(operator.gt, operator.and_),
     "neg": _sign(operator.xor),

@@ -18,7 +18,7 @@ from ptx.registers import Lanes, RegisterFile
 from ptx.scalars import Operation, decode, literal, type_bits
 
 LANES_AT_ONCE = 1 << 13
-_FLOAT_TYPES = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
+_FLOAT_TYPES = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f32x2", "f64")
 _VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 _CACHE_HINTS = ("global", "nc", "volatile", "relaxed", "weak", "gpu", "sys", "ca", "cg", "cs", "wt", "wb")
 

@@ -29,6 +29,7 @@ TYPES: dict[str, type[np.generic]] = {
     "u64": np.uint64,
     "s64": np.int64,
     "f64": np.float64,
+    "f32x2": np.uint64,
 }
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
