@@ -40,6 +40,7 @@ class Report:
         avoided: rare paths left out of the count.
         widths: bits of each load or store instruction, by tensor and direction; "x_t" and "load" for instance.
         bytes_per_element: to and from the tensors that scale with the batch.
+        loads, stores: bits of each global access in the SASS, with how often a thread executes it; coefficients too.
         gpu: whose data sheet the roofline uses; None where none is on file.
         roof: what binds outside L2: "DRAM", "issue" or "integer".
         compute_share: time of the slower of issue and integer as a share of DRAM's.
@@ -59,6 +60,8 @@ class Report:
     avoided: tuple[str, ...]
     widths: Widths
     bytes_per_element: float
+    loads: Mapping[int, int] = field(default_factory=dict)
+    stores: Mapping[int, int] = field(default_factory=dict)
     gpu: str | None = None
     roof: str | None = None
     compute_share: float | None = None
@@ -128,9 +131,15 @@ def _nvidia_measures(compiled: offline.Compiled, variant: Variant) -> dict[str, 
         "executed": result.executed / elements if result else None,
         "classes": {name: count / elements for name, count in result.classes.items()} if result else {},
         "avoided": result.avoided if result else (),
+        "loads": _bits(result, "LDG"),
+        "stores": _bits(result, "STG"),
         "widths": _widths_by_tensor(compiled.assembly, arguments, variant),
         "notes": notes,
     }
+
+
+def _bits(result: Walk | None, stem: str) -> dict[int, int]:
+    return {8 * width: count for width, count in result.widths(stem).items()} if result else {}
 
 
 def _widths_by_tensor(

@@ -55,6 +55,13 @@ def test_a_group_of_four_moves_in_one_access(kernel: str, name: str) -> None:
         assert widths == ({expected} if expected else set()), tensor
 
 
+def test_ptxas_keeps_the_widths_of_the_ptx() -> None:
+    """Two groups a thread, each loaded from x_t and m and stored once; the rest are the row's columns and the key."""
+    cost = report("p_sample", "float32")
+    assert (cost.loads[128], cost.stores) == (4, {128: 2})
+    assert report("p_sample", "bfloat16 throughout").stores == {64: 2}
+
+
 def test_p_sample_keeps_its_widths_where_n_is_a_multiple_of_4_but_not_of_16() -> None:
     cost = inspect.inspect_variant(kernel_variants.p_sample_case("n = 4 (mod 16)", n=3 * 32 * 34 + 4), "sm_90")
     assert inspect.summarise_widths(cost.widths) == "x_t 128, m 128, x_prev 128"
