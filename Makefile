@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: sample test lint bench clean
+.PHONY: sample test lint clean
 
 sample: $(VENV)/.core
-	$(BIN)/fastddpm sample --model digits --seeds 0-15 --steps 1000 --grid --outdir samples --overwrite
+	$(BIN)/fastddpm sample --model digits --seeds 0-15 --steps 1000 --guidance 2 --grid --outdir samples --overwrite
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore tests/interpreter
@@ -17,9 +17,6 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-bench: $(VENV)/.bench
-	$(BIN)/fastddpm bench
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
