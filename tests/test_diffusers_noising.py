@@ -99,3 +99,16 @@ def test_noising_is_differentiable_as_in_diffusers(fast: Any, original: Any) -> 
         (scheduler.add_noise(x, eps, t).square().sum() + scheduler.get_velocity(x, eps, t).square().sum()).backward()
         gradients.append((x.grad, eps.grad))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-6)
+
+
+@BOTH
+def test_noising_is_differentiable_after_inference_mode(fast: Any, original: Any) -> None:
+    scheduler = fast()
+    x, t = normal(2, 3, seed=1), torch.tensor([3, 700])
+    with torch.inference_mode():
+        expected = scheduler.add_noise(x, x, t).clone()
+    eps = x.clone().requires_grad_()
+    actual = scheduler.add_noise(x, eps, t)
+    actual.sum().backward()
+    assert torch.equal(actual, expected)
+    assert eps.grad is not None

@@ -56,14 +56,14 @@ class FusedScheduler(Noising):
     ) -> tuple[Tensor, Tensor]:
         """Run one row of a table; return x_prev and x_0, both in the dtype that x_t and the output promote to."""
         dtype = torch.promote_types(output.dtype, x_t.dtype)
-        x_t = x_t.to(dtype).contiguous()
+        x_t = x_t.to(dtype)
         scale = None
         if self.config.thresholding:
             m = output[:, : x_t.shape[1]] if learned else output
             scale, rows = self._dynamic_rows(rows[row], x_t, m)
             row = torch.arange(len(rows), device=rows.device)
         # Divided by s before its only rounding, so float32 until then.
-        x_0 = torch.empty_like(x_t, dtype=dtype if scale is None else torch.float32)
+        x_0 = x_t.new_empty(x_t.shape, dtype=dtype if scale is None else torch.float32)
         x_prev = ops.p_sample(
             x_t,
             output,

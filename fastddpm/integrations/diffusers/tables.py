@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -123,10 +124,10 @@ class RowTables:
         if key not in tables:
             if len(tables) >= _MAX_TABLES:
                 tables.clear()
-            if device.type == "cpu":
-                tables[key] = self._make(kind, options)
-            else:
-                tables[key] = self.table(kind, _CPU, **options).to(device)
+            # Under inference_mode they would be useless to a later call that needs gradients.
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+                on_cpu = self._make(kind, options) if device.type == "cpu" else self.table(kind, _CPU, **options)
+                tables[key] = on_cpu.to(device)
         return tables[key]
 
     def _current(self) -> _State:
