@@ -134,23 +134,23 @@ def _step_tile(
     m_base = base * HALVES
     WIDTH: tl.constexpr = CHANNELS * HALVES
 
-    x = load(x_ptr, base, e, n, plane, CHANNELS, channel, FLAT)
-    m = load(m_ptr, m_base, m_index, n, plane, WIDTH, channel, M_ACCESS)
+    x = load(x_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
+    m = load(m_ptr, m_base, m_index, live, n, plane, WIDTH, channel, M_ACCESS)
     if GUIDED:
-        m_u = load(m_ptr, m_base + half * HALVES, m_index, n, plane, WIDTH, channel, M_ACCESS)
+        m_u = load(m_ptr, m_base + half * HALVES, m_index, live, n, plane, WIDTH, channel, M_ACCESS)
         m = m_u + coefficients[11] * (m - m_u)
     v = m
     if LEARNED:
-        v = load(m_ptr, m_base + (CHANNELS if M_NHWC else n), m_index, n, plane, WIDTH, channel, M_ACCESS)
+        v = load(m_ptr, m_base + (CHANNELS if M_NHWC else n), m_index, live, n, plane, WIDTH, channel, M_ACCESS)
     x0_prev = x
     if USE_PREV:
-        x0_prev = load(x0_prev_ptr, base, e, n, plane, CHANNELS, channel, FLAT)
+        x0_prev = load(x0_prev_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
     z = x
     if NOISE == NOISE_COUNTER:
         seed, sample_id, step, stream = key
         z = normals4(seed, sample_id, step, stream, g)
     if NOISE == NOISE_GIVEN:
-        z = load(z_ptr, base, e, n, plane, CHANNELS, channel, FLAT)
+        z = load(z_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
 
     x_prev, x0 = _update(x, m, v, z, x0_prev, coefficients, CLIP, LEARNED, USE_M, USE_PREV, NOISE)
     store(out_ptr, base, e, x_prev, live, n, plane, CHANNELS, channel, FLAT)

@@ -59,13 +59,13 @@ def _q_sample_kernel(
     row = rows_ptr + tl.load(row_ptr + s * row_stride) * 2
     c_x = per_row(tl.load(row), BLOCK_G, TILE)
     sigma = per_row(tl.load(row + 1), BLOCK_G, TILE)
-    x = load(x_ptr, base, index, n, n, 1, 0, ACCESS)
+    x = load(x_ptr, base, index, live, n, n, 1, 0, ACCESS)
     if COUNTER:
         seed = tl.load(seed_ptr + s * seed_stride)
         sample_id = tl.load(id_ptr + s * id_stride)
         eps = normals4(seed, sample_id, tl.load(step_ptr + s * step_stride), stream, g)
     else:
-        eps = load(noise_ptr, base, index, n, n, 1, 0, ACCESS)
+        eps = load(noise_ptr, base, index, live, n, n, 1, 0, ACCESS)
     store(out_ptr, base, index, c_x * x + sigma * eps, live, n, n, 1, 0, ACCESS)
     if EPS_OUT:
         store(eps_out_ptr, base, index, eps, live, n, n, 1, 0, ACCESS)

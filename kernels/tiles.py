@@ -77,7 +77,7 @@ def program():
 def tile_samples(batch, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
     """Sample of each row of a tile, a scalar where the tile holds one sample, and whether it exists.
 
-    Rows beyond the batch repeat the last sample: their loads need no mask, only their stores do.
+    Rows beyond the batch repeat the last sample, so that its row of the table and its seed can be read without a mask.
     """
     s = tl.program_id(0)
     exists = tl.full((TILE,), 1, tl.int1)
@@ -90,10 +90,9 @@ def tile_samples(batch, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def tile_groups(tile, groups, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
-    """Group (uint32) of each row of a sample's ``tile``-th tile, and whether it exists; the last one repeats."""
+    """Group (uint32) of each row of a sample's ``tile``-th tile, and whether it exists."""
     g = tile.to(tl.uint32) * BLOCK_G + (tl.arange(0, TILE) % BLOCK_G).to(tl.uint32)
-    last = (groups - 1).to(tl.uint32)
-    return tl.minimum(g, last), g <= last
+    return g, g < groups.to(tl.uint32)
 
 
 @triton.jit
@@ -136,46 +135,49 @@ def _offset(index, plane, width, channel, ACCESS: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, base, index, n, plane, width, channel, ACCESS: tl.constexpr):
-    """A group of four elements of the sample at ``base`` per row, float32 [T, 4].
+def _mask(live, index, n, ACCESS: tl.constexpr):
+    """Which of the elements at ``index`` exist; pixels come in whole groups."""
+    if ACCESS == PIXELS:
+        return live
+    return live & (index < n)
+
+
+@triton.jit
+def load(ptr, base, index, live, n, plane, width, channel, ACCESS: tl.constexpr):
+    """A group of four elements of the sample at ``base`` per row, float32 [T, 4]; 0 where there is none.
 
     Args:
         index: int64 [T], where the group starts: an element, or for PIXELS a pixel of ``channel``.
-        n: the sample's size, where a group may be cut short (SCALAR, STRIDED); zero beyond it.
+        live: int1 [T], rows that exist; the others are not read either, since another thread may write there.
+        n: the sample's size, where a group may be cut short (SCALAR, STRIDED).
         plane, width: pixels and channels of a channels-last sample.
     """
     if ACCESS == VECTOR:
-        return tl.load(_vector(ptr, base + index)).to(tl.float32)
+        return tl.load(_vector(ptr, base + index), mask=live[:, None], other=0.0).to(tl.float32)
     p = ptr + base
-    x0 = tl.load(p + _offset(index, plane, width, channel, ACCESS))
-    if ACCESS == PIXELS:
-        x1 = tl.load(p + _offset(index + 1, plane, width, channel, ACCESS))
-        x2 = tl.load(p + _offset(index + 2, plane, width, channel, ACCESS))
-        x3 = tl.load(p + _offset(index + 3, plane, width, channel, ACCESS))
-    else:
-        x1 = tl.load(p + _offset(index + 1, plane, width, channel, ACCESS), mask=index + 1 < n, other=0.0)
-        x2 = tl.load(p + _offset(index + 2, plane, width, channel, ACCESS), mask=index + 2 < n, other=0.0)
-        x3 = tl.load(p + _offset(index + 3, plane, width, channel, ACCESS), mask=index + 3 < n, other=0.0)
+    i1 = index + 1
+    i2 = index + 2
+    i3 = index + 3
+    x0 = tl.load(p + _offset(index, plane, width, channel, ACCESS), mask=live, other=0.0)
+    x1 = tl.load(p + _offset(i1, plane, width, channel, ACCESS), mask=_mask(live, i1, n, ACCESS), other=0.0)
+    x2 = tl.load(p + _offset(i2, plane, width, channel, ACCESS), mask=_mask(live, i2, n, ACCESS), other=0.0)
+    x3 = tl.load(p + _offset(i3, plane, width, channel, ACCESS), mask=_mask(live, i3, n, ACCESS), other=0.0)
     return join4(x0, x1, x2, x3).to(tl.float32)
 
 
 @triton.jit
 def store(ptr, base, index, value, live, n, plane, width, channel, ACCESS: tl.constexpr):
-    """Round float32 [T, 4] once, to nearest even, and store it where :func:`load` reads, in bounds only."""
+    """Round float32 [T, 4] once, to nearest even, and store it where :func:`load` reads."""
     value = value.to(ptr.dtype.element_ty)
     if ACCESS == VECTOR:
         tl.store(_vector(ptr, base + index), value, mask=live[:, None])
     else:
         p = ptr + base
-        CUT: tl.constexpr = ACCESS != PIXELS
+        i1 = index + 1
+        i2 = index + 2
+        i3 = index + 3
         x0, x1, x2, x3 = split4(value)
         tl.store(p + _offset(index, plane, width, channel, ACCESS), x0, mask=live)
-        tl.store(
-            p + _offset(index + 1, plane, width, channel, ACCESS), x1, mask=live & (index + 1 < n) if CUT else live
-        )
-        tl.store(
-            p + _offset(index + 2, plane, width, channel, ACCESS), x2, mask=live & (index + 2 < n) if CUT else live
-        )
-        tl.store(
-            p + _offset(index + 3, plane, width, channel, ACCESS), x3, mask=live & (index + 3 < n) if CUT else live
-        )
+        tl.store(p + _offset(i1, plane, width, channel, ACCESS), x1, mask=_mask(live, i1, n, ACCESS))
+        tl.store(p + _offset(i2, plane, width, channel, ACCESS), x2, mask=_mask(live, i2, n, ACCESS))
+        tl.store(p + _offset(i3, plane, width, channel, ACCESS), x3, mask=_mask(live, i3, n, ACCESS))
