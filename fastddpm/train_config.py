@@ -29,6 +29,7 @@ class TrainConfig:
         data: "mnist", "digits8x8", an image folder, or a .npy/.npz file.
         out: the folder that receives checkpoints, log and model.
         model: a UNet configuration (JSON file); default: one that suits the images' size.
+        init: a model to start from instead of fresh weights: a folder, or the name of a shipped one.
         steps: gradient steps in all.
         batch: images per gradient step.
         accumulate: forward/backward passes a step's batch is divided among.
@@ -63,6 +64,7 @@ class TrainConfig:
     data: str
     out: str
     model: str | None = None
+    init: str | None = None
     steps: int = 10_000
     batch: int = 64
     accumulate: int = 1
@@ -106,8 +108,9 @@ class TrainConfig:
         self._require("resolution", self.resolution is None or self.resolution >= 1, "at least 1")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self.diffusion()
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other")
+        for one, other in (("resume", "overwrite"), ("init", "model")):
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"{one} and {other} exclude each other")
 
     def _require(self, name: str, ok: bool, what: str) -> None:
         if not ok:

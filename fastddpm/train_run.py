@@ -13,13 +13,14 @@ from pathlib import Path
 from fastddpm.atomic import write_files
 from fastddpm.checkpoint import CHECKPOINT, read_state
 from fastddpm.data import Dataset, load_data
+from fastddpm.diffusion import DiffusionConfig
 from fastddpm.ema import EMA
 from fastddpm.manifest import differences
 from fastddpm.noise import NOISE_VERSION
 from fastddpm.safejson import read_object
 from fastddpm.train_config import TrainConfig
 from fastddpm.unet import UNet, UNetConfig
-from fastddpm.weights import save_pretrained
+from fastddpm.weights import load, save_pretrained
 
 SETTINGS, LOG, PLOT, SAMPLES, LOCK = "train.json", "log.jsonl", "loss.png", "samples-*.png", ".lock"
 RAW = "raw"
@@ -46,25 +47,57 @@ class Run:
         return f"the last good checkpoint is {self.out / CHECKPOINT} at step {read_state(self.out)['step']}"
 
     def build_model(self) -> UNet:
-        """Build the network that the settings or the images' size ask for, with fresh weights."""
-        config = self.config
-        classes = len(self.data.classes)
-        if config.model is not None:
+        """Build the network that the settings or the images' size ask for, with fresh weights or those of `init`.
+
+        Raises:
+            ValueError: it does not suit the images, or `init` was trained for another diffusion.
+        """
+        config, classes = self.config, len(self.data.classes)
+        trained = None if config.init is None else load(config.init)
+        if trained is not None:
+            unet = trained.config
+        elif config.model is not None:
             unet = UNetConfig.from_dict(read_object(config.model))
         else:
             unet = default_unet(self.data.shape, classes, with_null=config.class_dropout > 0)
-        unet = dataclasses.replace(unet, dropout=config.dropout)
-        C = self.data.shape[0]
-        embeds = unet.num_class_embeds or 0
-        needed = classes + (classes > 0 and config.class_dropout > 0)
-        if unet.in_channels != C or unet.out_channels != C or (classes == 0) != (embeds == 0) or embeds < needed:
-            raise ValueError(
-                f"{config.model}: the network takes {unet.in_channels} channels and {embeds} class embeddings; "
-                f"{self.data.name} needs {C} and {needed}"
-            )
-        model = UNet(unet)
+        _check_suits(unet, config, self.data)
+        model = UNet(dataclasses.replace(unet, dropout=config.dropout))
         model.diffusion = config.diffusion()
+        if trained is not None:
+            model.diffusion = _shared_diffusion(config, trained.diffusion)
+            model.load_state_dict(trained.state_dict())
         return model
+
+
+def _check_suits(unet: UNetConfig, config: TrainConfig, data: Dataset) -> None:
+    """Refuse a network of other channels, or without an embedding for each class and for "no class"."""
+    C, classes = data.shape[0], len(data.classes)
+    name = config.init or config.model
+    if (unet.in_channels, unet.out_channels) != (C, C):
+        raise ValueError(f"{name}: {unet.in_channels} channels in and {unet.out_channels} out; {data.name} has {C}")
+    rows, null = unet.num_class_embeds or 0, unet.null_class
+    free = rows if null is None else null
+    if (classes == 0) != (rows == 0) or free < classes:
+        raise ValueError(f"{name}: {free} classes; {data.name} has {classes}")
+    if classes and config.class_dropout and null is None:
+        raise ValueError(f"{name}: no null_class, which class dropout needs; give --class-dropout 0")
+
+
+def _shared_diffusion(config: TrainConfig, trained: DiffusionConfig | None) -> DiffusionConfig:
+    """Return the diffusion of the model to start from, after checking that the run's has the same schedule and target.
+
+    What only sampling knows, the variance and the clip range, may differ.
+    """
+    ours = config.diffusion()
+    if trained is None:
+        return ours
+    sampling = {"variance_type": trained.variance_type, "clip_range": trained.clip_range}
+    if changed := differences(trained.to_dict(), {**ours.to_dict(), **sampling}):
+        raise ValueError(
+            f"cannot start from {config.init}, its diffusion differs: {'; '.join(changed)}; "
+            "give its --schedule, --timesteps and --prediction"
+        )
+    return trained
 
 
 @contextlib.contextmanager
@@ -75,12 +108,14 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
         FileExistsError: the folder is not empty, and neither resume nor overwrite was asked for.
         NotADirectoryError: ``out`` is a file.
         BlockingIOError: another process trains there.
-        ValueError: resume was asked for and the folder holds a run of other settings, or no run at all.
+        ValueError: resume was asked for and the folder holds a run of other settings, or no run at all; or overwrite
+            would remove the model to start from.
     """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; give another --out")
     _check_free(out, config)
+    _check_kept(out, config)
     data = load_data(config.data, resolution=config.resolution)
     identity = {**config.identity(), "data_sha256": data.fingerprint(), "noise": NOISE_VERSION}
     out.mkdir(parents=True, exist_ok=True)
@@ -105,6 +140,12 @@ def _contents(out: Path) -> list[Path]:
 def _check_free(out: Path, config: TrainConfig) -> None:
     if _contents(out) and not (config.resume or config.overwrite):
         raise FileExistsError(f"{out} is not empty; use --resume to continue its run, --overwrite to replace it")
+
+
+def _check_kept(out: Path, config: TrainConfig) -> None:
+    for name, path in (("init", config.init), ("model", config.model)):
+        if config.overwrite and path is not None and Path(path).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"--overwrite would remove --{name} {path}; give another --out")
 
 
 @contextlib.contextmanager

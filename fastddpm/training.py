@@ -96,8 +96,10 @@ class Trainer:
         )
         labels = None
         if self.data.labels is not None:
-            null = len(self.data.classes)
-            labels = drop_classes(self.data.labels[k], null, config.class_dropout, config.seed, k, n).to(device)
+            labels = self.data.labels[k]
+            if (null := self.model.config.null_class) is not None:
+                labels = drop_classes(labels, null, config.class_dropout, config.seed, k, n)
+            labels = labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return loss_fn(self.net, x_0, t, counter, self.rows, config.prediction, class_labels=labels)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,62 +22,16 @@ from fastddpm.schedule import Schedule
 from fastddpm.table import q_rows
 from fastddpm.train_config import TrainConfig
 from fastddpm.train_log import read_log
-from fastddpm.train_run import LOG, SETTINGS, default_unet
-from fastddpm.training import DivergenceError, Trainer, batch_indices, drop_classes, learning_rate, loss_fn, train
+from fastddpm.train_run import LOG
+from fastddpm.training import DivergenceError, batch_indices, drop_classes, learning_rate, loss_fn, train
 from fastddpm.unet import UNet, UNetConfig
 from fastddpm.weights import load
-
-TINY = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "attention_head_dim": 8,
-    "norm_num_groups": 4,
-    "num_class_embeds": 11,
-    "null_class": 10,
-}
+from train_cases import TINY, at_step, same_run, tiny_run
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    """A run of twelve steps that takes a second."""
-    model = tmp_path / "tiny.json"
-    model.write_text(json.dumps(TINY))
-    return TrainConfig(
-        data="digits8x8",
-        out=str(tmp_path / "run"),
-        model=str(model),
-        steps=12,
-        batch=8,
-        warmup=3,
-        log_every=5,
-        save_every=4,
-        seed=7,
-    )
-
-
-def _at_step(n: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call ``action`` in the middle of the run, after gradient step n."""
-    step = Trainer.step
-
-    def stepping(self: Trainer, at: int) -> float:
-        loss = step(self, at)
-        if at == n:
-            action()
-        return loss
-
-    monkeypatch.setattr(Trainer, "step", stepping)
-
-
-def _same_run(one: Path, two: Path) -> bool:
-    a, b = load_file(one / CHECKPOINT), load_file(two / CHECKPOINT)
-    same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    models = ("model.safetensors", "raw/model.safetensors", LOG)
-    return same and all((one / name).read_bytes() == (two / name).read_bytes() for name in models)
+    return tiny_run(tmp_path)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x_0"])
@@ -175,13 +127,13 @@ def test_train_resumes_to_the_bits_of_an_uninterrupted_run(
     broken = dataclasses.replace(config, out=str(tmp_path / "broken"))
     train(config, quiet=True)
     with monkeypatch.context() as patch:
-        _at_step(6, lambda: signal.raise_signal(signal.SIGINT), patch)
+        at_step(6, lambda: signal.raise_signal(signal.SIGINT), patch)
         stopped = train(broken, quiet=True)
     assert (stopped.steps, stopped.signal) == (7, signal.SIGINT)
-    assert not _same_run(tmp_path / "run", tmp_path / "broken")
+    assert not same_run(tmp_path / "run", tmp_path / "broken")
     again = train(dataclasses.replace(broken, resume=True), quiet=True)
     assert (again.steps, again.signal) == (12, None)
-    assert _same_run(tmp_path / "run", tmp_path / "broken")
+    assert same_run(tmp_path / "run", tmp_path / "broken")
 
 
 def test_train_resumes_after_a_crash_between_checkpoints(
@@ -193,7 +145,7 @@ def test_train_resumes_after_a_crash_between_checkpoints(
     broken = dataclasses.replace(config, out=str(tmp_path / "broken"))
     train(config, quiet=True)
     with monkeypatch.context() as patch:
-        _at_step(9, crash, patch)
+        at_step(9, crash, patch)
         with pytest.raises(MemoryError):
             train(broken, quiet=True)
     # What kill -9 in the middle of a write leaves: half a checkpoint under another name, half a line in the log.
@@ -203,7 +155,7 @@ def test_train_resumes_after_a_crash_between_checkpoints(
         log.write('{"step": 15, "lo')
     train(dataclasses.replace(broken, resume=True), quiet=True)
     assert not leftover.exists()
-    assert _same_run(tmp_path / "run", tmp_path / "broken")
+    assert same_run(tmp_path / "run", tmp_path / "broken")
 
 
 def test_train_keeps_the_last_checkpoint_when_the_disk_is_full(
@@ -279,83 +231,6 @@ def test_train_leaves_the_callers_generator_alone(config: TrainConfig) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_train_refuses_a_folder_in_use(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def second_run() -> None:
-        with pytest.raises(BlockingIOError, match="another process"):
-            train(dataclasses.replace(config, resume=True), quiet=True)
-        tried.append(True)
-
-    tried: list[bool] = []
-    _at_step(5, second_run, monkeypatch)
-    train(config, quiet=True)
-    assert tried
-
-
-def test_train_refuses_existing_output_unless_told(config: TrainConfig) -> None:
-    train(config, quiet=True)
-    with pytest.raises(FileExistsError, match="--resume"):
-        train(config, quiet=True)
-    (Path(config.out) / "notes.txt").write_text("mine")
-    train(dataclasses.replace(config, overwrite=True, steps=3), quiet=True)
-    assert read_state(Path(config.out))["step"] == 3
-    assert (Path(config.out) / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        pytest.param({"lr": 1e-4}, "lr was 0.001 and is 0.0001", id="setting"),
-        pytest.param({"model": None}, "model was", id="network"),
-        pytest.param({"data": "CHANGED"}, "data_sha256 was", id="data"),
-    ],
-)
-def test_train_refuses_to_resume_another_run(
-    config: TrainConfig, tmp_path: Path, change: dict[str, Any], named: str
-) -> None:
-    import numpy as np
-
-    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
-    labels = np.arange(40) % 10
-    path = tmp_path / "d.npz"
-    np.savez(path, images=images, labels=labels)
-    config = dataclasses.replace(config, data=str(path), steps=4)
-    train(config, quiet=True)
-    if change == {"data": "CHANGED"}:
-        np.savez(path, images=images[::-1], labels=labels)
-        change = {}
-    with pytest.raises(ValueError, match=named):
-        train(dataclasses.replace(config, resume=True, **change), quiet=True)
-    assert read_state(Path(config.out))["step"] == 4
-
-
-def test_train_resumes_an_empty_folder_from_the_start_and_refuses_a_foreign_one(
-    config: TrainConfig, tmp_path: Path
-) -> None:
-    (tmp_path / "run").mkdir()
-    assert train(dataclasses.replace(config, resume=True, steps=2), quiet=True).steps == 2
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match=f"no {SETTINGS}"):
-        train(dataclasses.replace(config, out=str(foreign), resume=True), quiet=True)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "other format", "garbage"])
-def test_train_names_a_damaged_checkpoint(config: TrainConfig, damage: str) -> None:
-    from safetensors.torch import save_file
-
-    train(config, quiet=True)
-    path = Path(config.out) / CHECKPOINT
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif damage == "other format":
-        save_file({"x": torch.zeros(1)}, path)
-    else:
-        path.write_bytes(b"\xff" * 100)
-    with pytest.raises(ValueError, match="not a usable checkpoint"):
-        train(dataclasses.replace(config, resume=True, steps=20), quiet=True)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -381,28 +256,3 @@ def test_config_names_the_setting_out_of_range(config: TrainConfig, field: str, 
     names = {"schedule": "beta_schedule", "prediction": "prediction_type", "timesteps": "num_timesteps"}
     with pytest.raises(ValueError, match=names.get(field, field)):
         dataclasses.replace(config, **{field: value})
-
-
-@pytest.mark.parametrize(
-    ("shape", "classes", "widths", "embeds"),
-    [
-        ((1, 32, 32), 10, (16, 32, 64, 96), 11),
-        ((1, 8, 8), 0, (64, 96), None),
-        ((3, 64, 64), 2, (64, 64, 128, 256, 384), 3),
-    ],
-)
-def test_default_unet_fits_the_images(
-    shape: tuple[int, int, int], classes: int, widths: tuple[int, ...], embeds: int | None
-) -> None:
-    unet = default_unet(shape, classes, with_null=True)
-    assert (unet.block_out_channels, unet.num_class_embeds) == (widths, embeds)
-    with torch.device("meta"):
-        model = UNet(unet)
-        assert model(torch.zeros(2, *shape), torch.zeros(2)).shape == (2, *shape)
-    if shape == (1, 32, 32):
-        assert unet == UNetConfig.digits()
-
-
-def test_default_unet_refuses_a_size_it_cannot_halve() -> None:
-    with pytest.raises(ValueError, match="--resolution"):
-        default_unet((3, 50, 50), 0, with_null=False)

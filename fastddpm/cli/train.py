@@ -10,6 +10,7 @@ from typing import Any
 
 HELP: dict[str, tuple[Any, str]] = {
     "model": (str, "UNet configuration (JSON); default: one that suits the images' size"),
+    "init": (str, "model to start from: a folder or a shipped name; default: fresh weights"),
     "steps": (int, "gradient steps in all (10000)"),
     "batch": (int, "images per gradient step (64)"),
     "accumulate": (int, "passes a step's batch is divided among (1)"),
