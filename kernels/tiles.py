@@ -92,7 +92,8 @@ def tile_samples(batch, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
 def tile_groups(tile, groups, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
     """Group (uint32) of each row of a sample's ``tile``-th tile, and whether it exists."""
     g = tile.to(tl.uint32) * BLOCK_G + (tl.arange(0, TILE) % BLOCK_G).to(tl.uint32)
-    return g, g < groups.to(tl.uint32)
+    # Compared with the last one, since 2**32 groups are 0 as uint32.
+    return g, g <= (groups - 1).to(tl.uint32)
 
 
 @triton.jit
