@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: sample test lint clean
+.PHONY: sample test bench lint clean
 
 sample: $(VENV)/.core
 	$(BIN)/fastddpm sample --model digits --seeds 0-15 --steps 1000 --guidance 2 --grid --outdir samples --overwrite
@@ -12,6 +12,9 @@ sample: $(VENV)/.core
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore tests/interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/interpreter
+
+bench: $(VENV)/.bench $(VENV)/.peers
+	$(BIN)/fastddpm bench
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,13 @@
+"""randn, provider by provider: `fastddpm.bench.randn` under pytest-benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastddpm.bench.case import Case, Provider
+from fastddpm.bench.pytest_row import measure
+from fastddpm.bench.randn import SUBJECT
+
+
+def test_randn(benchmark: Any, case: Case, provider: Provider) -> None:
+    measure(benchmark, SUBJECT, case, provider)

@@ -1,0 +1,44 @@
+"""denoising-diffusion-pytorch around a network of ours."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.bench.case import Case
+from fastddpm.schedule import Schedule
+
+NEEDS = {"denoising_diffusion_pytorch": "denoising-diffusion-pytorch", "torchvision": "torchvision"}
+
+
+class _Adapter(nn.Module):
+    """The attributes that GaussianDiffusion asks of a network."""
+
+    def __init__(self, model: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.model, self.channels, self.out_dim, self.self_condition = model, channels, channels, False
+
+    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        return self.model(x, t)
+
+
+def diffusion(case: Case, model: nn.Module, timesteps: int, beta_schedule: str = "linear") -> Any:
+    """GaussianDiffusion that predicts eps, its progress bar off."""
+    original: Any = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+    original.tqdm = lambda iterable, **_: iterable
+    return original.GaussianDiffusion(
+        _Adapter(model, case.shape[0]),
+        image_size=case.shape[-1],
+        timesteps=timesteps,
+        objective="pred_noise",
+        beta_schedule=beta_schedule,
+        auto_normalize=False,
+    ).to(torch.device(case.device))
+
+
+def schedule_of(diffusion: Any) -> Schedule:
+    """Its betas, which are float32, as a schedule."""
+    return Schedule.from_betas(diffusion.betas.double().cpu())

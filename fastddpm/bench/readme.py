@@ -1,0 +1,48 @@
+"""The numbers in README: written by the report alone, between two markers."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastddpm import machine
+from fastddpm.atomic import write_files
+from fastddpm.bench import report
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_WARNING = "<!-- Written by `fastddpm bench --readme README.md`; changes made by hand are lost. -->"
+Results = Mapping[str, Any]
+
+
+def update(path: Path, results: Results) -> None:
+    """Replace what lies between the markers of a file.
+
+    Raises:
+        ValueError: the run was a smoke run, or the file does not hold each marker once, in order.
+    """
+    if results["smoke"]:
+        raise ValueError("a smoke run measures nothing; run fastddpm bench without --smoke to write a README's numbers")
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each: the numbers go between them")
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    write_files({path: f"{before}\n{_WARNING}\n\n{render(results)}\n\n{after}".encode()})
+
+
+def render(results: Results) -> str:
+    """Sampling loops provider by provider, losses and ties among them, and what it was measured on."""
+    kind = "on a CPU (not comparable with a GPU)" if results["device"] == "cpu" else "on CUDA"
+    facts = results["machine"]
+    origin = (
+        f"Measured {results['date'][:10]} {kind}: {machine.summary(facts)}. {results['rounds']} interleaved rounds; "
+        "milliseconds of a whole loop (median), and how many times faster than diffusers' pipeline as people run it "
+        "(median of the rounds' ratios, 20th-80th percentile). ~: the rounds spread over more than 10 %."
+    )
+    loops = [row for row in results["rows"] if row["op"] == "sampling" and not row["case"]["sweep"]]
+    parts = [textwrap.fill(origin, report.WIDTH), *report.warnings(results)]
+    parts += [
+        report.case_section(rows).replace("### ", "**", 1).replace("\n", "**\n", 1) for rows in report.by_case(loops)
+    ]
+    return "\n\n".join(parts)

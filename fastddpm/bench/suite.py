@@ -1,0 +1,174 @@
+"""Run subjects: build, gate, warm up, then interleaved rounds; one row for each provider and case."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastddpm import machine
+from fastddpm.bench import bandwidth, subjects
+from fastddpm.bench.case import Case, Provider, Subject
+from fastddpm.bench.compare import MIN_ROUNDS, Timing, compare, ratio
+from fastddpm.bench.process import ProcessRunner, WorkerError
+from fastddpm.bench.runner import GateError, LocalRunner
+
+Say = Callable[[str], None]
+AnyRunner = LocalRunner | ProcessRunner
+
+# Between two measurements: idle OpenMP threads spin for a few milliseconds before they sleep.
+_PAUSE = 0.05
+
+
+def run(
+    names: Sequence[str] = subjects.NAMES,
+    *,
+    device: str = "cpu",
+    rounds: int = MIN_ROUNDS,
+    smoke: bool = False,
+    providers: Sequence[str] = (),
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Run the suite.
+
+    Args:
+        names: subjects, see `subjects.NAMES`.
+        device: "cpu" or "cuda".
+        rounds: interleaved rounds per case.
+        smoke: tiny sizes, one call per measurement, nothing compiled, everybody in this process: that everything
+            works, not how fast.
+        providers: only providers whose name contains one of these, and the baselines; empty for all.
+        say: told what happens.
+
+    Returns:
+        "machine", "bandwidth", "rows" and how they were taken, as plain types.
+    """
+    started = datetime.datetime.now(datetime.UTC)
+    facts = machine.facts()
+    say(f"measuring this machine: {machine.summary(facts)}")
+    limits = bandwidth.measure(device, rounds, smoke=smoke)
+    rows: list[dict[str, Any]] = []
+    with torch.compiler.set_stance("force_eager" if smoke else "default"):
+        for name in names:
+            subject = subjects.find(name)
+            for case in subject.cases(device, smoke):
+                rows += run_case(subject, case, rounds, smoke=smoke, providers=providers, say=say)
+    for row in rows:
+        _add_bandwidth(row, limits["copy_gb_per_s"])
+    return {
+        "date": started.isoformat(timespec="seconds"),
+        "seconds": (datetime.datetime.now(datetime.UTC) - started).total_seconds(),
+        "device": device,
+        "smoke": smoke,
+        "rounds": rounds,
+        "machine": facts,
+        "load_average_after": machine.load_average(),
+        "bandwidth": limits,
+        "rows": rows,
+    }
+
+
+def run_case(
+    subject: Subject, case: Case, rounds: int, *, smoke: bool, providers: Sequence[str] = (), say: Say
+) -> list[dict[str, Any]]:
+    """Run one case through its providers."""
+    rows: dict[str, dict[str, Any]] = {}
+    ready: list[AnyRunner] = []
+    timings: dict[str, Timing] = {}
+    try:
+        for i, provider in enumerate(subject.providers):
+            if i and providers and not any(part in provider.name for part in providers):
+                continue
+            rows[provider.name] = row = _row(subject, case, provider)
+            say(f"{case.id}: {provider.name}")
+            runner = _prepare(subject, case, provider, row, smoke=smoke)
+            if runner is not None:
+                ready.append(runner)
+        timings = {t.name: t for t in compare(ready, rounds, pause=0.0 if smoke else _PAUSE)}
+        for runner in ready:
+            _add_timing(rows[runner.name], timings[runner.name], rounds, runner.peak_memory_mb())
+    finally:
+        for runner in ready:
+            runner.close()
+    _add_ratios(subject, rows, timings)
+    return [row for row in rows.values() if row["note"] != "not part of this series"]
+
+
+def _row(subject: Subject, case: Case, provider: Provider) -> dict[str, Any]:
+    size = (case.batch, *case.shape)
+    return {
+        "op": subject.name,
+        "case": case.to_dict(),
+        "id": case.id,
+        "provider": provider.name,
+        "shape": list(size),
+        "dtype": provider.dtype,
+        "bytes": subject.traffic(case, provider) if subject.traffic else None,
+        "checked": False,
+        "note": "",
+    }
+
+
+def _prepare(subject: Subject, case: Case, provider: Provider, row: dict[str, Any], *, smoke: bool) -> AnyRunner | None:
+    """Build and gate; a provider that cannot run, or computes something wrong, gets a remark instead of a time."""
+    reason = provider.why_not(case)
+    if reason is not None:
+        row["note"] = reason
+        return None
+    runner: AnyRunner | None = None
+    try:
+        if subject.isolated and not smoke:
+            runner = ProcessRunner(subject.name, provider, case)
+        else:
+            runner = LocalRunner(provider, case, smoke=smoke)
+        check = runner.gate(subject)
+        row["how"] = runner.warm()
+    except Exception as error:
+        if runner is not None:
+            runner.close()
+        known = isinstance(error, GateError | WorkerError)
+        row["note"] = "failed: " + ("" if known else f"{type(error).__name__}: ") + " ".join(str(error).split())[:300]
+        return None
+    row["checked"] = True
+    row["check"] = {"error": check.error, "tolerance": check.tolerance, "what": check.what}
+    row["setup_s"], row["first_call_s"] = runner.setup_s, runner.first_call_s
+    return runner
+
+
+def _add_timing(row: dict[str, Any], timing: Timing, rounds: int, peak_mem_mb: float | None) -> None:
+    row.update(
+        p20_ms=timing.p20 * 1e3,
+        p50_ms=timing.p50 * 1e3,
+        p80_ms=timing.p80 * 1e3,
+        min_ms=timing.minimum * 1e3,
+        n=rounds,
+        rounds_ms=[s * 1e3 for s in timing.seconds],
+        spread=timing.spread,
+        noisy=timing.noisy,
+        compile_s=max(0.0, row["first_call_s"] - timing.p50),
+        peak_mem_mb=peak_mem_mb,
+        gb_per_s=None if row["bytes"] is None else row["bytes"] / timing.p50 / 1e9,
+    )
+
+
+def _add_ratios(subject: Subject, rows: dict[str, dict[str, Any]], timings: dict[str, Timing]) -> None:
+    """Ratios to the subject's baseline, and to the second one of the row's dtype."""
+    for name, timing in timings.items():
+        row = rows[name]
+        for key, other in (("ratio", subject.providers[0].name), ("ratio_second", subject.second.get(row["dtype"]))):
+            if other in timings:
+                value = ratio(timings[other], timing)
+                row[key] = {
+                    "to": other,
+                    "median": value.median,
+                    "low": value.low,
+                    "high": value.high,
+                    "verdict": value.verdict,
+                }
+
+
+def _add_bandwidth(row: dict[str, Any], copy_gb_per_s: float) -> None:
+    if row.get("gb_per_s") is not None:
+        row["pct_peak"] = 100 * row["gb_per_s"] / copy_gb_per_s

@@ -1,0 +1,165 @@
+"""``fastddpm profile``: a timeline of a sampling loop, and where its time went."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastddpm.profiling import Breakdown, Part
+    from fastddpm.sampler import Sampler
+
+WIDTH = 80
+_COMPILE: Mapping[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+DESCRIPTION = """Run a sampling loop under torch.profiler, write a Chrome trace (open it in chrome://tracing or
+ui.perfetto.dev) with the ranges fastddpm::step, fastddpm::unet and fastddpm::p_sample, and print where its time
+went."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Attach the subcommand."""
+    parser = subparsers.add_parser("profile", help="show where a sampling loop's time goes", description=DESCRIPTION)
+    parser.add_argument("--model", default="digits", help="shipped model, directory, or cifar10 for a random network")
+    parser.add_argument("--batch", type=_positive, default=16, help="default: 16")
+    parser.add_argument("--steps", type=_positive, default=10, help="default: 10")
+    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, ... (default: ddpm)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the network")
+    parser.add_argument(
+        "--cuda-graph", action="store_true", help="replay the step as a graph: its timeline, without ranges inside"
+    )
+    parser.add_argument("--trace", type=Path, default=Path("trace.json"), help="default: trace.json")
+    parser.add_argument("--ranges-only", action="store_true", help="for nsys and ncu: NVTX ranges, no torch.profiler")
+    parser.add_argument("--json", action="store_true", help="print the breakdown as JSON")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Profile and print."""
+    from fastddpm import profiling
+
+    model = _model(args.model)
+    profiled = profiling.run_profile(lambda: _sampler(args, model), _call(args, model), traced=not args.ranges_only)
+    if profiled is None:
+        return 0
+    args.trace.parent.mkdir(parents=True, exist_ok=True)
+    profiled.export_chrome_trace(str(args.trace))
+    if args.cuda_graph:
+        print(f"wrote {args.trace}; the parts of a step are inside the graph, so there is no breakdown")
+        return 0
+    found = profiling.breakdown(profiled)
+    if args.json:
+        print(json.dumps(to_dict(found, args), indent=1))
+    else:
+        print(render(found, args, on_cuda=found.total.device_ms > 0))
+    return 0
+
+
+def _model(name: str) -> Any:
+    from fastddpm.bench import networks
+    from fastddpm.weights import load
+
+    return networks.build(name) if name in ("cifar10", "small", "tiny") else load(name)
+
+
+def _sampler(args: argparse.Namespace, model: Any) -> Sampler:
+    import torch
+
+    from fastddpm.sampler import Sampler
+    from fastddpm.samplers import make_table
+    from fastddpm.sampling import diffusion_of, shape_of
+
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return Sampler(
+        model,
+        make_table(args.sampler, diffusion_of(model), steps=args.steps),
+        shape_of(model),
+        device=device,
+        dtype=getattr(torch, args.dtype),
+        compile=_COMPILE[args.compile],
+        cuda_graph=bool(args.cuda_graph and str(device).startswith("cuda")),
+        samples_ahead=args.batch,
+    )
+
+
+def _call(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    from fastddpm.sampling import labels_for
+
+    seeds = list(range(args.batch))
+    return {"seeds": seeds, "class_labels": labels_for(model, seeds, None)}
+
+
+def to_dict(found: Breakdown, args: argparse.Namespace) -> dict[str, Any]:
+    """Plain types, for JSON."""
+    import dataclasses
+
+    from fastddpm import profiling
+
+    return {
+        **dataclasses.asdict(found),
+        "trace": str(args.trace),
+        "commands": profiling.nsight_commands(command(args)),
+    }
+
+
+def command(args: argparse.Namespace) -> str:
+    """Return the command line that repeats this run."""
+    from fastddpm import machine
+
+    parts = [machine.executable(), "-m", "fastddpm", "profile", "--model", args.model]
+    parts += ["--batch", str(args.batch), "--steps", str(args.steps), "--dtype", args.dtype, "--sampler", args.sampler]
+    return shlex.join(parts)
+
+
+def render(found: Breakdown, args: argparse.Namespace, *, on_cuda: bool) -> str:
+    """The breakdown, the longest operations, and what to run for more."""
+    from fastddpm import profiling
+
+    where = "device" if on_cuda else "host"
+    lines = [
+        f"{args.model}, batch {args.batch}, {found.steps} steps, {args.dtype}; with the profiler's own cost",
+        "",
+        _line("", "calls", "host ms", "device ms" if on_cuda else "", f"% of {where}"),
+    ]
+    parts = (found.unet, found.p_sample, found.rest, found.gaps, found.total)
+    lines += [_part(part, found.total, on_cuda) for part in parts]
+    lines += ["", "longest operations, their own time"]
+    lines += [_part(part, found.total, on_cuda) for part in found.operations]
+    lines += ["", f"timeline: {args.trace} (open in ui.perfetto.dev)"]
+    lines += ["On an NVIDIA GPU, for the timeline of the GPU and the counters of our kernels:"]
+    lines += _commands(profiling.nsight_commands(command(args)))
+    return "\n".join(lines)
+
+
+def _part(part: Part, total: Part, on_cuda: bool) -> str:
+    share = part.device_ms / total.device_ms if on_cuda else part.host_ms / total.host_ms
+    device = f"{part.device_ms:.2f}" if on_cuda else ""
+    return _line(part.name, str(part.calls), f"{part.host_ms:.2f}", device, f"{100 * share:.1f}")
+
+
+def _line(name: str, calls: str, host: str, device: str, share: str) -> str:
+    short = name if len(name) <= 38 else name[:35] + "..."
+    return f"{short:<38}{calls:>8}{host:>11}{device:>11}{share:>12}".rstrip()
+
+
+def _commands(commands: Mapping[str, str]) -> list[str]:
+    """Wrapped with backslashes, so that they can be pasted."""
+    lines: list[str] = []
+    for text in commands.values():
+        wrapped = textwrap.wrap(text, WIDTH - 6, break_long_words=False, break_on_hyphens=False)
+        lines += [f"  {line} \\" for line in wrapped[:-1]] + [f"  {wrapped[-1]}"]
+    return lines

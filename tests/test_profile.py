@@ -1,0 +1,105 @@
+"""``fastddpm profile``: ranges, breakdown, and the commands it prints."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastddpm import ops, profiling
+from fastddpm.bench import networks
+from fastddpm.cli import main
+from fastddpm.cli.profile import _commands
+from fastddpm.ddpm import ddpm_table
+from fastddpm.program import Program
+from fastddpm.sampler import Sampler
+from fastddpm.schedule import Schedule
+
+STEPS = 3
+ARGUMENTS = ["profile", "--model", "tiny", "--batch", "2", "--steps", str(STEPS), "--device", "cpu"]
+
+
+def make_sampler() -> Sampler:
+    table = ddpm_table(Schedule.linear(1000), steps=STEPS)
+    return Sampler(networks.build("tiny"), table, networks.shape("tiny"), compile=False)
+
+
+@pytest.fixture(scope="module")
+def profiled() -> profile:
+    found = profiling.run_profile(make_sampler, {"seeds": [0, 1]})
+    assert found is not None
+    return found
+
+
+def test_profile_names_every_step(profiled: profile) -> None:
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    for name in (profiling.STEP, profiling.UNET, profiling.P_SAMPLE):
+        assert counts[name] == STEPS
+    assert counts[profiling.SAMPLE] == 1
+
+
+def test_breakdown_adds_up_to_the_whole_loop(profiled: profile) -> None:
+    found = profiling.breakdown(profiled)
+    parts = (found.unet, found.p_sample, found.rest, found.gaps)
+    assert all(part.host_ms >= 0 for part in parts)
+    assert sum(part.host_ms for part in parts) == pytest.approx(found.total.host_ms, rel=1e-6)
+    assert found.steps == STEPS
+    assert found.unet.host_ms > 0
+
+
+def test_breakdown_without_a_loop_raises() -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as empty:
+        torch.ones(1).add(1)
+    with pytest.raises(ValueError, match="no sampling steps"):
+        profiling.breakdown(empty)
+
+
+def test_ranges_leave_no_trace() -> None:
+    before = (Program.step, ops.p_sample)
+    with profiling.ranges(torch.device("cpu")):
+        assert ops.p_sample is not before[1]
+    assert (Program.step, ops.p_sample) == before
+
+
+def test_profiled_loop_draws_the_same_samples() -> None:
+    plain = make_sampler().sample(seeds=[3])
+    with profiling.ranges(torch.device("cpu")):
+        ranged = make_sampler().sample(seeds=[3])
+    assert torch.equal(plain, ranged)
+
+
+def test_profile_writes_a_chrome_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "new" / "trace.json"
+    assert main([*ARGUMENTS, "--trace", str(trace)]) == 0
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {profiling.STEP, profiling.UNET, profiling.P_SAMPLE} <= names
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
+    assert any(line.startswith("UNet") for line in lines)
+
+
+def test_profile_json_has_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGUMENTS, "--json", "--trace", str(tmp_path / "trace.json")]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["steps"] == STEPS
+    assert all(kernel in found["commands"]["ncu"] for kernel in profiling.KERNELS)
+
+
+def test_ranges_only_writes_no_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    assert main([*ARGUMENTS, "--ranges-only", "--trace", str(trace)]) == 0
+    assert not trace.exists()
+
+
+def test_commands_can_be_pasted() -> None:
+    command = "python -m fastddpm profile --model digits --batch 16 --steps 10 --dtype float32 --sampler ddpm"
+    for tool, text in profiling.nsight_commands(command).items():
+        lines = _commands({tool: text})
+        assert max(map(len, lines)) <= 80
+        assert shlex.split(" ".join(line.rstrip("\\") for line in lines)) == shlex.split(text)
+        assert shlex.split(text)[0] == tool
