@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -122,12 +121,14 @@ class RowTables:
         tables = self._current().tables
         key = (kind, str(device), *options.values())
         if key not in tables:
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+                # Made under inference_mode, it would be useless to a later call that needs gradients.
+                with torch.inference_mode(False):
+                    return self.table(kind, device, **options)
             if len(tables) >= _MAX_TABLES:
                 tables.clear()
-            # Under inference_mode they would be useless to a later call that needs gradients.
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
-                on_cpu = self._make(kind, options) if device.type == "cpu" else self.table(kind, _CPU, **options)
-                tables[key] = on_cpu.to(device)
+            on_cpu = self._make(kind, options) if device.type == "cpu" else self.table(kind, _CPU, **options)
+            tables[key] = on_cpu.to(device)
         return tables[key]
 
     def _current(self) -> _State:
