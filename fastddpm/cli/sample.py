@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastddpm.cli import sampling_options
 from fastddpm.seed_ranges import format_seeds, parse_seeds
 
 if TYPE_CHECKING:
-    from fastddpm.outputs import Outputs
     from fastddpm.sampling import Run
     from fastddpm.unet import UNet
 
@@ -31,10 +28,7 @@ interrupted, with the bytes that it would have written, and refuses if anything 
 def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
     parser = subparsers.add_parser("sample", help="draw images", description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("--model", default="digits", help="name of a shipped model, or a directory (default: digits)")
-    parser.add_argument("--steps", type=_positive, help="network calls per sample (default: all the model's timesteps)")
     parser.add_argument("--seeds", type=_seeds, default="0-15", help="for example 0-15,20 (default: 0-15)")
-    parser.add_argument("--batch", type=_positive, help="the most samples per batch (default: by size and device)")
     parser.add_argument(
         "--class",
         dest="classes",
@@ -43,24 +37,15 @@ def add_parser(subparsers: Any) -> None:
         "model draws class seed %% number of classes",
     )
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (default: 1)")
-    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, ... (default: ddpm)")
-    parser.add_argument("--outdir", type=Path, default=Path("samples"), help="default: samples")
     parser.add_argument("--format", choices=("png", "npz"), default="png", help="one PNG per seed, or samples.npz")
     parser.add_argument("--grid", action="store_true", help="also write grid.png with all images")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the network (default: float32)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="for the fused step")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the network")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="complete an interrupted run of the same arguments")
-    existing.add_argument("--overwrite", action="store_true", help="replace what is in the directory")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary line")
+    sampling_options.add_options(parser, outdir="samples")
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw the samples and write them."""
     from fastddpm.outputs import Outputs, locked
+    from fastddpm.sample_run import describe, draw_missing
     from fastddpm.weights import load
 
     rank, world = rank_and_world(os.environ)
@@ -76,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
         shared=world > 1,
     )
     with locked(args.outdir, shared=outputs.shared):
-        outputs.begin(_config(args, model, planned), resume=args.resume, overwrite=args.overwrite)
+        classes = args.classes if args.classes != [None] else "none"
+        config = describe(model, planned, sampler=args.sampler, classes=classes, file_format=args.format)
+        outputs.begin(config, resume=args.resume, overwrite=args.overwrite)
         started = time.perf_counter()
-        drawn = _draw(planned, outputs, quiet=args.quiet)
+        drawn = sum(n for n, _ in draw_missing(planned, outputs, quiet=args.quiet))
         seconds = time.perf_counter() - started
         outputs.finish(grid=args.grid)
     _report(args, planned, drawn, seconds)
@@ -86,80 +73,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace, model: UNet) -> Run:
-    import torch
-
     from fastddpm.images import has_image_shape
     from fastddpm.network import null_class_of
-    from fastddpm.sampling import plan_run
 
-    planned = plan_run(
-        model,
-        seeds=list(dict.fromkeys(args.seeds)),
-        steps=args.steps,
-        sampler=args.sampler,
-        class_labels=_labels(args.classes, len(dict.fromkeys(args.seeds)), null_class_of(model)),
-        guidance=args.guidance,
-        batch_size=args.batch,
-        device=_device(args.device, os.environ),
-        dtype=None if args.dtype is None else getattr(torch, args.dtype),
-        backend=args.backend,
-        compile={"auto": "auto", "on": True, "off": False}[args.compile],
-    )
+    seeds = list(dict.fromkeys(args.seeds))
+    labels = _labels(args.classes, len(seeds), null_class_of(model))
+    planned = sampling_options.plan(args, model, seeds, class_labels=labels, guidance=args.guidance)
     if args.format == "png" and not has_image_shape(planned.sampler.shape):
         raise ValueError(f"samples of shape {planned.sampler.shape} are no images; use --format npz")
     return planned
-
-
-def _draw(planned: Run, outputs: Outputs, *, quiet: bool) -> int:
-    """Draw the batches that are not complete, and return how many samples that made."""
-    from tqdm import tqdm
-
-    todo = [batch for batch in outputs.mine if not outputs.complete(batch)]
-    drawn = 0
-    total = len(todo) * len(planned.sampler.table)
-    with tqdm(total=total, unit="step", file=sys.stderr, disable=quiet or not sys.stderr.isatty()) as bar:
-        for batch in todo:
-            x = planned.draw(batch, lambda _: bar.update() and None)
-            _refuse_non_finite(x, [planned.seeds[i] for i in batch])
-            outputs.save(batch, x)
-            drawn += len(batch)
-    return drawn
-
-
-def _refuse_non_finite(x: Any, seeds: list[int]) -> None:
-    finite = x.isfinite().flatten(1).all(dim=1).tolist()
-    bad = [seed for seed, good in zip(seeds, finite, strict=True) if not good]
-    if bad:
-        raise ValueError(
-            f"the sample of seed {bad[0]} is not finite ({len(bad)} of {len(seeds)} in its batch); "
-            "check the model, or use --dtype float32"
-        )
-
-
-def _config(args: argparse.Namespace, model: UNet, planned: Run) -> dict[str, Any]:
-    """Return everything that decides the bytes of the output."""
-    from fastddpm.manifest import config_hash, model_digest, table_digest
-    from fastddpm.noise import NOISE_VERSION
-
-    sampler = planned.sampler
-    return {
-        "noise": NOISE_VERSION,
-        "model": config_hash(dataclasses.asdict(model.config)),
-        "weights": model_digest(model),
-        "sampler": args.sampler,
-        "steps": len(sampler.table),
-        "table": table_digest(sampler.table),
-        "shape": list(sampler.shape),
-        "seeds": format_seeds(planned.seeds),
-        "batch": len(planned.batches[0]),
-        "classes": args.classes if args.classes != [None] else "none",
-        "guidance": planned.guidance,
-        "dtype": str(sampler.dtype).removeprefix("torch."),
-        "device": sampler.device.type,
-        "backend": "triton" if sampler.uses_triton else "torch",
-        "compile": sampler.compiles,
-        "format": args.format,
-    }
 
 
 def _report(args: argparse.Namespace, planned: Run, drawn: int, seconds: float) -> None:
@@ -200,14 +122,6 @@ def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
     return rank, world
 
 
-def _device(name: str, environment: Mapping[str, str]) -> Any:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{environment['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in environment else name
-
-
 def _labels(classes: list[int | None] | None, n: int, null_class: int | None) -> list[int] | None:
     if classes is None:
         return None
@@ -230,9 +144,3 @@ def _classes(text: str) -> list[int | None]:
     if not all(part.strip().isdigit() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is no class; write 3, or 0,1,2, or none")
     return [int(part) for part in text.split(",")]
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
-    return int(text)
