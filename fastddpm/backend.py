@@ -9,6 +9,7 @@ import logging
 
 import torch
 
+from fastddpm.caches import triton
 from fastddpm.errors import BackendUnavailable
 
 logger = logging.getLogger("fastddpm")
@@ -80,7 +81,7 @@ def why_not_triton(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST:
             return f"Triton needs compute capability 7.5, this GPU has {capability[0]}.{capability[1]}"
-    return None
+    return triton().why_unusable()
 
 
 @functools.cache

@@ -11,6 +11,8 @@ import shutil
 import torch
 from torch import nn
 
+from fastddpm.caches import inductor
+from fastddpm.errors import BackendUnavailable
 from fastddpm.network import Model
 
 logger = logging.getLogger("fastddpm")
@@ -26,8 +28,8 @@ def decide_compile(
 ) -> bool:
     """Resolve compile="auto", and say so at INFO.
 
-    The decision depends on the model and the amount of work only, not on measured time, so that the same run decides
-    the same again.
+    The decision depends on the model, the amount of work and what is installed, not on measured time, so that the same
+    run decides the same again.
 
     Args:
         choice: "auto", True or False.
@@ -37,8 +39,11 @@ def decide_compile(
         calls_ahead: samples to be drawn, times steps.
 
     Raises:
+        BackendUnavailable: compile=True, and compiled code could not be kept anywhere.
         ValueError: choice is none of "auto", True, False.
     """
+    if choice is True and (reason := inductor().why_unusable()) is not None:
+        raise BackendUnavailable(f"compile=True: {reason}")
     if isinstance(choice, bool):
         return choice
     if choice != "auto":
@@ -49,6 +54,8 @@ def decide_compile(
 
 
 def _weigh(device: torch.device, model: Model, shape: tuple[int, ...], calls_ahead: int) -> tuple[bool, str]:
+    if (reason := inductor().why_unusable()) is not None:
+        return False, reason
     if device.type == "cuda":
         return (True, "Triton is installed") if has_triton() else (False, "Triton is not installed")
     if device.type != "cpu" or not has_cpp_compiler():

@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -194,30 +193,22 @@ def clocks(index: int) -> dict[str, Any]:
 
 def compiles() -> dict[str, Any]:
     """What torch.compile and Triton need: a C++ compiler, caches that can be written."""
+    from fastddpm import caches
     from fastddpm.compile_policy import has_cpp_compiler, has_triton
 
+    found = (caches.triton(), caches.inductor())
     return {
         "cpp_compiler": has_cpp_compiler(),
         "triton": has_triton(),
-        "caches": {name: _cache(path) for name, path in _cache_paths(os.environ).items()},
+        "caches": {
+            cache.variable: {
+                "path": str(cache.path),
+                "writable": cache.writable,
+                "others_can_write": cache.others_can_write,
+            }
+            for cache in found
+        },
     }
-
-
-def _cache_paths(variables: Mapping[str, str]) -> dict[str, Path]:
-    home = variables.get("HOME")
-    fallback = Path(home) / ".triton" / "cache" if home else Path("/nonexistent")
-    user = f"torchinductor_{variables.get('USER') or variables.get('LOGNAME') or 'root'}"
-    return {
-        "TRITON_CACHE_DIR": Path(variables.get("TRITON_CACHE_DIR") or fallback),
-        "TORCHINDUCTOR_CACHE_DIR": Path(variables.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / user),
-    }
-
-
-def _cache(path: Path) -> dict[str, Any]:
-    """Where a cache lies, whether it can be written, and whether others can: what is in it gets executed."""
-    existing = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
-    others = path.is_dir() and bool(path.stat().st_mode & 0o022)
-    return {"path": str(path), "writable": os.access(existing, os.W_OK), "others_can_write": others}
 
 
 def backends() -> list[dict[str, str]]:

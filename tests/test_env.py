@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastddpm import machine
+from fastddpm import caches, machine
 from fastddpm.cli import env, main
+from fastddpm.compile_policy import decide_compile
+from fastddpm.errors import BackendUnavailable
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +61,62 @@ def device() -> dict[str, Any]:
     }
 
 
-def test_env_warns_of_a_cache_that_others_can_write(tmp_path: Path, facts: dict[str, Any]) -> None:
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    shared.chmod(0o777)
-    facts = copy.deepcopy(facts)
-    facts["compiles"]["caches"] = {"TRITON_CACHE_DIR": machine._cache(shared)}
-    assert "OTHERS CAN WRITE" in env.render(facts)
-    shared.chmod(0o700)
-    facts["compiles"]["caches"] = {"TRITON_CACHE_DIR": machine._cache(shared)}
-    assert "OTHERS CAN WRITE" not in env.render(facts)
+def caches_of(text: str) -> str:
+    """The lines on caches, unwrapped."""
+    return " ".join(text[text.index("TRITON_CACHE_DIR") :].split())
 
 
-def test_cache_paths_without_home_say_what_to_set(facts: dict[str, Any]) -> None:
-    paths = machine._cache_paths({})
-    cache = {"path": str(paths["TRITON_CACHE_DIR"]), "writable": False, "others_can_write": False}
-    facts = copy.deepcopy(facts)
-    facts["compiles"]["caches"] = {"TRITON_CACHE_DIR": cache}
-    assert "set TRITON_CACHE_DIR" in " ".join(env.render(facts).split())
+def test_env_warns_of_a_cache_that_others_can_write(
+    tmp_path: Path, facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for mode, warned in ((0o777, True), (0o700, False)):
+        tmp_path.chmod(mode)
+        assert caches.triton().others_can_write == warned
+        changed = facts | {"compiles": machine.compiles()}
+        assert ("OTHERS CAN WRITE to it, and its code is executed" in caches_of(env.render(changed))) == warned
+
+
+@pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
+def test_cache_that_cannot_be_made_names_its_variable(
+    variable: str, tmp_path: Path, facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv(variable, str(file / "cache"))
+    assert f"set {variable} to a folder of yours" in caches_of(env.render(facts | {"compiles": machine.compiles()}))
+    look = caches.triton if variable == "TRITON_CACHE_DIR" else caches.inductor
+    assert f"set {variable} to a folder that can be written" in (look().why_unusable() or "")
+
+
+def test_compile_refuses_a_cache_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(file / "cache"))
+    caplog.set_level("INFO")
+    cpu, model = torch.device("cpu"), torch.nn.Linear(100, 100)
+    assert not decide_compile("auto", cpu, model, (1, 64, 64), 10**9)
+    assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
+    with pytest.raises(BackendUnavailable, match="set TORCHINDUCTOR_CACHE_DIR"):
+        decide_compile(True, cpu, model, (1, 64, 64), 1)
+
+
+def test_cache_of_another_user_is_one_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shared temporary folder anybody can take the name first."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o755)
+    assert not caches.triton().others_can_write
+    monkeypatch.setattr("os.geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert caches.triton().others_can_write
+
+
+def test_caches_do_not_need_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USER", "LOGNAME", "TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert caches.inductor().path.is_absolute()
+    assert caches.triton().path.is_absolute()
 
 
 def test_versions_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
