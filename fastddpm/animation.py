@@ -41,15 +41,13 @@ class Frame(NamedTuple):
 
 
 def frames(story: Story) -> list[Frame]:
-    """List the frames: forward to the last state, then back where there is a reverse process."""
+    """List the frames: forward to the last state, and back."""
     last = len(story.indices) - 1
     # Points glide from state to state; images are shown as they are.
     between = max(1, round(GLIDE_FRAMES / last)) if drawing.is_points(story) else 1
     rest = REST if last < 20 else FRAME
     there = [Frame(True, _eased(i, between), FRAME if i % between else rest) for i in range(last * between + 1)]
     there = _pausing(there)
-    if story.reverse is None:
-        return there
     back = [f._replace(forward=False) for f in there[::-1]]
     return [*there, *back]
 
@@ -143,8 +141,7 @@ class _Scene:
         style = {"transform": self.axes.transAxes, "ha": "left", "va": "top", "size": 13, "color": drawing.INK}
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2.5}
         self.axes.text(0.012, 0.985, "$x_t$", bbox=box, **style)
-        if self.story.x0_estimates is not None:
-            self.estimate = self.axes.text(0.012, 0.475, "$x_0$", bbox=box, **style)
+        self.estimate = self.axes.text(0.012, 0.475, "$x_0$", bbox=box, **style)
 
     def show(self, frame: Frame) -> None:
         """Move everything to where it is in a frame."""
@@ -169,8 +166,7 @@ class _Scene:
             self._move_points(frame, alpha_bar)
         else:
             self.image.set_data(_pictures(story, frame))
-            if story.x0_estimates is not None:
-                self.estimate.set_text("$x_0$" if frame.forward else r"$\hat{x}_0(x_t)$")
+            self.estimate.set_text("$x_0$" if frame.forward else r"$\hat{x}_0(x_t)$")
 
     def _move_points(self, frame: Frame, alpha_bar: float) -> None:
         states = _states(self.story, frame)
@@ -184,7 +180,7 @@ class _Scene:
 
 
 def _states(story: Story, frame: Frame) -> Tensor:
-    states = story.forward if frame.forward or story.reverse is None else story.reverse
+    states = story.forward if frame.forward else story.reverse
     return states[:, :MAX_POINTS] if drawing.is_points(story) else states
 
 
@@ -217,14 +213,10 @@ def _alpha_bar(story: Story, k: float) -> float:
 
 
 def _pictures(story: Story, frame: Frame) -> np.ndarray:
-    """The images of a frame side by side, x_t above the estimate of x_0."""
+    """The images of a frame side by side, x_t above x_0 or the estimate of it."""
     k = round(frame.k)
-    rows = [_states(story, frame)[k]]
-    if story.x0_estimates is not None:
-        rows.append(rows[0] if frame.forward else story.x0_estimates[k])
-    if frame.forward and len(rows) == 2:
-        rows[1] = story.forward[0]
-    columns = [drawing.mosaic(torch.stack(pair)) for pair in zip(*rows, strict=True)]
+    x_0 = story.forward[0] if frame.forward else story.x0_estimates[k]
+    columns = [drawing.mosaic(torch.stack(pair)) for pair in zip(_states(story, frame)[k], x_0, strict=True)]
     return np.concatenate(columns, axis=1)
 
 

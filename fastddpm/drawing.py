@@ -105,12 +105,12 @@ def _fitting(size: float, text: str, width: float) -> float:
 
 
 def _rows(story: Story) -> list[tuple[str, Tensor]]:
-    rows = [("forward $\\rightarrow$\n$q(x_t\\,|\\,x_{t-1})$", story.forward)]
-    if story.reverse is not None and story.x0_estimates is not None:
-        rows.append((f"$\\leftarrow$ reverse\n{story.model}", story.reverse))
-        if not is_points(story):
-            rows.append((f"$\\hat{{x}}_0$ from $x_t$\n{story.model}", story.x0_estimates))
-    return rows
+    rows = [
+        ("forward $\\rightarrow$\n$q(x_t\\,|\\,x_{t-1})$", story.forward),
+        (f"$\\leftarrow$ reverse\n{story.model}", story.reverse),
+        (f"$\\hat{{x}}_0$ from $x_t$\n{story.model}", story.x0_estimates),
+    ]
+    return rows[:2] if is_points(story) else rows
 
 
 def is_points(story: Story) -> bool:
@@ -131,15 +131,14 @@ def headline(story: Story) -> str:
     process, n = story.process, story.forward.shape[1]
     steps = f"{process.steps:,}" if process.t[-1] == process.steps else f"{process.steps:,} of {process.t[-1]:,}"
     steps += " step" if process.steps == 1 else " steps"
+    one = n == 1 and not is_points(story)
     if is_points(story):
         what, back = f"{n:,} points", "come back"
     else:
-        what, back = "an image" if n == 1 else f"{n} images", "samples come back"
-    one = what == "an image"
+        what, back = ("an image", "a sample comes back") if one else (f"{n} images", "samples come back")
     if not process.ends_gaussian():
         return f"{story.name}: {what} after {steps} of noise {'is' if one else 'are'} not Gaussian"
-    ending = "" if story.reverse is None else f", and {back}"
-    return f"{story.name}: {what} {'dissolves' if one else 'dissolve'} into a Gaussian in {steps}{ending}"
+    return f"{story.name}: {what} {'dissolves' if one else 'dissolve'} into a Gaussian in {steps}, and {back}"
 
 
 def _titles(figure: Any, process: Process, i: int, x: float, y: float) -> None:

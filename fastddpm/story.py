@@ -40,7 +40,7 @@ class Story:
         indices: K states that were recorded, ascending, the first 0 and the last `process.steps`.
         x_0: [N, ...] the data set, whose exact moments are drawn.
         forward: [K, n, ...] the same n of its points or images at each of these states.
-        reverse: [K, m, ...] m samples at each of these states; None without a reverse process.
+        reverse: [K, m, ...] m samples at each of these states.
         x0_estimates: [K, m, ...] what the network took for x_0 at each of them.
         model: what the reverse process was predicted by.
     """
@@ -50,9 +50,9 @@ class Story:
     indices: tuple[int, ...]
     x_0: Tensor
     forward: Tensor
-    reverse: Tensor | None = None
-    x0_estimates: Tensor | None = None
-    model: str = ""
+    reverse: Tensor
+    x0_estimates: Tensor
+    model: str
 
 
 def spread(steps: int, most: int) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ class Request:
         data: a name of `points.DATA_SETS` or `data.BUILT_IN`, a file of points, an image, or a file of images.
         steps: T.
         schedule: a name of `Schedule.named`.
-        exact: let the exact denoiser of the data predict the reverse process.
+        exact: let the exact denoiser of the data predict the reverse process; so it does for images without a model.
         model: a model for images, by name or directory; it brings schedule and T, and `steps` are the network calls.
         shown: points, or images, that are drawn.
         train_steps: gradient steps of the points' network.
@@ -98,7 +98,7 @@ class Request:
     backend: str = "auto"
 
 
-def tell(request: Request, progress: Callable[[int, float], None] | None = None) -> tuple[Story, Sampler | None]:
+def tell(request: Request, progress: Callable[[int, float], None] | None = None) -> tuple[Story, Sampler]:
     """Compute the story of a request, training the points' network on the way.
 
     Args:
@@ -106,7 +106,7 @@ def tell(request: Request, progress: Callable[[int, float], None] | None = None)
         progress: called with step and loss while training.
 
     Returns:
-        The story, and the sampler of its reverse process, if it has one.
+        The story, and the sampler of its reverse process.
 
     Raises:
         ValueError: the data, the schedule or T are unusable, or do not suit the model.
@@ -188,18 +188,15 @@ def point_sampler(model: Model, diffusion: DiffusionConfig, *, device: str = "cp
     return Sampler(model, table, (2,), device=device, backend=backend, compile=False)
 
 
-def _tell_images(request: Request, x_0: Tensor) -> tuple[Story, Sampler | None]:
+def _tell_images(request: Request, x_0: Tensor) -> tuple[Story, Sampler]:
     shown = x_0[_picked(len(x_0), 2 if request.shown is None else request.shown, request.seed)]
     if request.model is not None:
         return _tell_model(request, x_0, shown)
     schedule = Schedule.named(request.schedule, request.steps)
-    process = Process.of(schedule)
-    if not request.exact:
-        return _walk(request, x_0, shown, process, None, ""), None
     exact = ExactDenoiser(x_0, schedule, request.device)
     table = ddpm_table(schedule)
     sampler = Sampler(exact, table, tuple(x_0.shape[1:]), device=request.device, backend=request.backend, compile=False)
-    return _walk(request, x_0, shown, process, sampler, r"exact $\epsilon^*$"), sampler
+    return _walk(request, x_0, shown, Process.of(schedule), sampler, r"exact $\epsilon^*$"), sampler
 
 
 def _tell_model(request: Request, x_0: Tensor, shown: Tensor) -> tuple[Story, Sampler]:
@@ -228,13 +225,11 @@ def _picked(n: int, count: int, seed: int) -> Tensor:
     return torch.from_numpy(generator.permutation(n)[:count])
 
 
-def _walk(request: Request, x_0: Tensor, shown: Tensor, process: Process, sampler: Sampler | None, model: str) -> Story:
+def _walk(request: Request, x_0: Tensor, shown: Tensor, process: Process, sampler: Sampler, model: str) -> Story:
     indices = spread(process.steps, request.states)
     forward = forward_walk(
         shown.to(request.device), process.schedule, indices, seed=request.seed, backend=request.backend
     )
-    reverse = x0_estimates = None
-    if sampler is not None:
-        labels = labels_for(sampler.model, range(len(shown)), None)
-        reverse, x0_estimates = reverse_walk(sampler, len(shown), indices, seed=request.seed, class_labels=labels)
+    labels = labels_for(sampler.model, range(len(shown)), None)
+    reverse, x0_estimates = reverse_walk(sampler, len(shown), indices, seed=request.seed, class_labels=labels)
     return Story(_label(request.data), process, indices, x_0, forward, reverse, x0_estimates, model)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Draw the forward process of data in T steps, panel by panel, with alpha_bar_t and the signal-to-noise
 ratio, and beneath it a reverse process: for points that of a small network trained on the spot, or of the exact
-denoiser of the data (--exact); for images that of --exact or of a --model."""
+denoiser of the data (--exact); for images that of the exact denoiser, or of a --model."""
 
 DATA_HELP = """swiss-roll (default), two-moons, checkerboard; mnist, digits8x8; a .npy, .npz or .csv of points [N, 2];
 an image, an image folder, or a .npy/.npz file of images"""
@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
         "--schedule", help="cosine (default), linear_rescaled, sigmoid_jabri, ... (with --model: its own)"
     )
     reverse = parser.add_mutually_exclusive_group()
-    reverse.add_argument("--exact", action="store_true", help="reverse by the exact denoiser of the data; no training")
+    reverse.add_argument("--exact", action="store_true", help="reverse points by the exact denoiser too; no training")
     reverse.add_argument("--model", help="reverse images by a model: the name of a shipped one, or a directory")
     parser.add_argument("--show", type=int, help="points (default: 2000) or images (default: 2) drawn")
     parser.add_argument("--train-steps", type=int, default=4000, help="gradient steps of the points' network")
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.gif:
         pictures.append(animation.gif(story))
     write_files(dict(zip(paths, pictures, strict=True)))
-    _report(args, story, paths, _measured(args, request, story, sampler))
+    _report(args, story, paths, _measured(args, request, sampler))
     return 0
 
 
@@ -140,8 +140,8 @@ class _progress:  # noqa: N801 - used like a function
         self._bar.close()
 
 
-def _measured(args: argparse.Namespace, request: Request, story: Story, sampler: Sampler | None) -> dict[str, float]:
-    if not args.measure or sampler is None:
+def _measured(args: argparse.Namespace, request: Request, sampler: Sampler) -> dict[str, float]:
+    if not args.measure:
         return {}
     from fastddpm.points import compare
 
