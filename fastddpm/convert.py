@@ -27,6 +27,7 @@ from fastddpm.diffusion import DiffusionConfig
 from fastddpm.integrations.lucidrains_tables import BUFFERS, OBJECTIVES, SCHEDULES
 from fastddpm.pickles import read_checkpoint
 from fastddpm.safejson import read_object
+from fastddpm.tensorfile import refuse_escape
 from fastddpm.unet import UNet
 
 _SAFETENSORS = (model_files.FLAT_WEIGHTS, model_files.DIFFUSERS_WEIGHTS)
@@ -179,10 +180,14 @@ def _read_folder(folder: Path) -> UNet:
     pickled = unet_folder / _DIFFUSERS_PICKLE
     if not pickled.exists() or any((unet_folder / name).exists() for name in _SAFETENSORS):
         return model_files.load(folder)
-    tensors = _network_weights(read_checkpoint(pickled), pickled, average=False)
+    config = unet_folder / model_files.CONFIG
     schedulers = (folder / model_files.SCHEDULER, folder / "scheduler" / model_files.SCHEDULER)
-    scheduler = next((read_object(path) for path in schedulers if path.exists()), None)
-    return _assemble(tensors, unet_folder / model_files.CONFIG, scheduler, pickled)
+    scheduler = next((path for path in schedulers if path.exists()), None)
+    for path in (pickled, config, scheduler):
+        if path is not None:
+            refuse_escape(path, folder)
+    tensors = _network_weights(read_checkpoint(pickled), pickled, average=False)
+    return _assemble(tensors, config, None if scheduler is None else read_object(scheduler), pickled)
 
 
 def _read_unet2d(

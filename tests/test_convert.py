@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -492,7 +493,7 @@ def test_bin_of_another_architecture_is_refused_by_file_and_key(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-# Hostile and damaged files.
+# Hostile and damaged files: faults.md rows 35 to 37.
 
 
 class Bomb:
@@ -575,6 +576,53 @@ def test_damaged_and_hostile_archives_are_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "absent.pt")
     with pytest.raises(ValueError, match="not a regular file"):
         read_checkpoint(Path("/dev/zero"))
+
+
+@pytest.fixture
+def bin_folder(tmp_path: Path) -> Path:
+    """A diffusers folder whose weights are in a .bin, which load refuses and convert reads."""
+    unet = small_unet()
+    unet.save_pretrained(tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    config = tmp_path / "bin" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if "sha256" not in k}))
+    torch.save(unet.state_dict(), tmp_path / "bin" / "diffusion_pytorch_model.bin")
+    return tmp_path / "bin"
+
+
+@pytest.mark.parametrize("file", ["config.json", "scheduler_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"in_channels": NaN}', "NaN"),
+        ('{"beta_end": 1e999}', "too large"),
+        ('{"layers_per_block": 2, "layers_per_block": 3}', "given twice"),
+        ("[" * 100_000, "nested deeper"),
+        ('{"layers_per_block": 1000000000, "num_train_timesteps": 1000000000}', "layers_per_block|num_train_timesteps"),
+        ('{"block_out_channels": "wide", "beta_schedule": 7}', "block_out_channels|beta_schedule"),
+        (" " * (1 << 20) + "{}", "at most"),
+    ],
+    ids=["nan", "inf", "twice", "deep", "huge", "type", "long"],
+)
+def test_hostile_configurations_beside_a_bin_are_refused_at_once(
+    bin_folder: Path, tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    (bin_folder / file).write_text(content)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(bin_folder, tmp_path / "out")
+    assert time.process_time() - start < 1
+    assert file in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["diffusion_pytorch_model.bin", "config.json", "scheduler_config.json"])
+def test_links_out_of_a_folder_with_a_bin_are_refused(bin_folder: Path, tmp_path: Path, file: str) -> None:
+    (bin_folder / file).rename(tmp_path / "elsewhere")
+    (bin_folder / file).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{file}: links to .*elsewhere"):
+        convert(bin_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_without_a_known_network_are_refused(tmp_path: Path) -> None:
