@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fastddpm.diffusion import DiffusionConfig as DiffusionConfig
     from fastddpm.dpm_solver import dpm_solver_table as dpm_solver_table
     from fastddpm.errors import BackendUnavailable as BackendUnavailable
+    from fastddpm.likelihood import bits_per_dim as bits_per_dim
+    from fastddpm.loss import ddpm_loss as ddpm_loss
     from fastddpm.noise import randn as randn
     from fastddpm.sampler import Sampler as Sampler
     from fastddpm.sampling import sample as sample
@@ -38,8 +40,10 @@ _HOME = {
     "UNet": "unet",
     "UNetConfig": "unet",
     "accelerate": "acceleration",
+    "bits_per_dim": "likelihood",
     "ddim_inversion_table": "ddim",
     "ddim_table": "ddim",
+    "ddpm_loss": "loss",
     "ddpm_table": "ddpm",
     "dpm_solver_table": "dpm_solver",
     "load": "weights",

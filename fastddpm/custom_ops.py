@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastddpm import gradients
 from fastddpm.backend import use_triton
+from fastddpm.layout import empty_as
 from fastddpm.noise import Counter
 from fastddpm.overlap import check_overlap
 from fastddpm.step import Flags
@@ -226,3 +227,81 @@ def _p_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 p_sample.register_autograd(_p_backward, setup_context=_p_setup)
+
+_LOSS_ARGUMENTS = f"Tensor m, Tensor? x_0, Tensor rows, Tensor row, {_KEYS}, bool learned"
+
+
+@_define("ddpm_loss", f"{_LOSS_ARGUMENTS}, {_HOW}", "Tensor")
+def ddpm_loss(
+    m: Tensor,
+    x_0: Tensor | None,
+    rows: Tensor,
+    row: Tensor,
+    seed: Tensor | None,
+    sample_id: Tensor | None,
+    step: Tensor | None,
+    stream: int,
+    learned: bool,
+    backend: str,
+    compiled: bool,
+) -> Tensor:
+    noise = _noise(None, seed, sample_id, step, stream)
+    sums = _implementation(backend, m.device).ddpm_loss(m, x_0, rows, row, noise, learned, compiled)
+    return (sums * _loss_weights(m, rows, row, learned)).to(torch.promote_types(m.dtype, torch.float32))
+
+
+@ddpm_loss.register_fake
+def _(m: Tensor, *_: Any) -> Tensor:
+    return m.new_empty(m.shape[0], dtype=torch.promote_types(m.dtype, torch.float32))
+
+
+def _loss_weights(m: Tensor, rows: Tensor, row: Tensor, learned: bool) -> Tensor:
+    """What a sample's sum of squares is multiplied by: the weight of its row over its number of elements."""
+    n = m.shape[1:].numel() // (2 if learned else 1)
+    return rows[:, 2].index_select(0, row) / max(n, 1)
+
+
+@_define("ddpm_loss_gradient", f"{_LOSS_ARGUMENTS}, Tensor scale, {_HOW}", "Tensor")
+def ddpm_loss_gradient(
+    m: Tensor,
+    x_0: Tensor | None,
+    rows: Tensor,
+    row: Tensor,
+    seed: Tensor | None,
+    sample_id: Tensor | None,
+    step: Tensor | None,
+    stream: int,
+    learned: bool,
+    scale: Tensor,
+    backend: str,
+    compiled: bool,
+) -> Tensor:
+    out = empty_as(m)
+    if learned:
+        out.chunk(2, dim=1)[1].zero_()
+    noise = _noise(None, seed, sample_id, step, stream)
+    run = _implementation(backend, m.device).ddpm_loss_gradient
+    run(m, x_0, rows, row, noise, learned, scale, out, compiled)
+    return out
+
+
+@ddpm_loss_gradient.register_fake
+def _(m: Tensor, *_: Any) -> Tensor:
+    return empty_as(m)
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.stream, ctx.learned, backend, compiled = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.how = backend, compiled
+
+
+def _loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    m, x_0, rows, row, *keys = ctx.saved_tensors
+    scale = (-2.0 * grad * _loss_weights(m, rows, row, ctx.learned)).to(grad.dtype)
+    grad_m = torch.ops.fastddpm.ddpm_loss_gradient(m, x_0, rows, row, *keys, ctx.stream, ctx.learned, scale, *ctx.how)
+    grad_x = gradients.x_0_backward(grad_m, x_0, rows, row) if ctx.needs_input_grad[1] else None
+    return grad_m, grad_x, *(None,) * 9
+
+
+ddpm_loss.register_autograd(_loss_backward, setup_context=_loss_setup)

@@ -12,7 +12,8 @@ from fastddpm.spacing import resolve_timesteps
 from fastddpm.table import Table, make_rows
 
 PREDICTION_TYPES = ("epsilon", "x_0", "v")
-VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+LEARNED = ("learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED)
 
 
 def ddpm_table(
@@ -69,7 +70,7 @@ def ddpm_table(
         visited,
         name="ddpm",
         clip=clip_range is not None,
-        learned=variance_type in ("learned", "learned_range"),
+        learned=variance_type in LEARNED,
     )
 
 
@@ -96,6 +97,28 @@ def x0_coefficients(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Te
     raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
 
 
+def log_variance_coefficients(schedule: Schedule, variance_type: str) -> tuple[Tensor, Tensor]:
+    """Return h0 and h1 of log sigma_t^2 = h0 + h1 v, float64 [T]; v is the second half of the network's output.
+
+    Fixed variances have the value of beta_tilde at t = 1 at t = 0 too, for the likelihood of x_0: beta_tilde is 0.
+
+    Raises:
+        ValueError: the type is unknown.
+    """
+    log_beta, log_beta_tilde = schedule.betas.log(), schedule.posterior_log_variance_clipped
+    zero = torch.zeros_like(log_beta)
+    if variance_type == "fixed_small":
+        return log_beta_tilde, zero
+    if variance_type == "fixed_large":
+        return torch.cat([log_beta_tilde[:1], log_beta[1:]]), zero
+    if variance_type == "learned":
+        return zero, zero + 1.0
+    if variance_type == "learned_range":
+        # log sigma^2 = f log beta + (1 - f) log beta_tilde with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+        return 0.5 * (log_beta + log_beta_tilde), 0.5 * (log_beta - log_beta_tilde)
+    raise ValueError(f"unknown variance_type {variance_type!r}; choose one of {', '.join(VARIANCE_TYPES)}")
+
+
 def _std_coefficients(schedule: Schedule, variance_type: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return sigma, h0 and h1 of std = sigma * exp(h0 + h1 * v), float64 [T] each; 0 at t = 0, which adds no noise."""
     noisy = torch.ones_like(schedule.betas)
@@ -104,10 +127,5 @@ def _std_coefficients(schedule: Schedule, variance_type: str) -> tuple[Tensor, T
         return schedule.posterior_variance.sqrt() * noisy, 0 * noisy, 0 * noisy
     if variance_type == "fixed_large":
         return schedule.betas.sqrt() * noisy, 0 * noisy, 0 * noisy
-    if variance_type == "learned":
-        return noisy, 0 * noisy, 0.5 * noisy
-    if variance_type == "learned_range":
-        # log sigma^2 = f log beta + (1 - f) log beta_tilde with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
-        log_beta, log_beta_tilde = schedule.betas.log(), schedule.posterior_log_variance_clipped
-        return noisy, 0.25 * (log_beta + log_beta_tilde), 0.25 * (log_beta - log_beta_tilde)
-    raise ValueError(f"unknown variance_type {variance_type!r}; choose one of {', '.join(VARIANCE_TYPES)}")
+    h0, h1 = log_variance_coefficients(schedule, variance_type)
+    return noisy, 0.5 * h0 * noisy, 0.5 * h1 * noisy

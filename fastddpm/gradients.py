@@ -1,4 +1,4 @@
-"""Backward formulas of q_sample and p_sample, in PyTorch operations that autograd can differentiate again."""
+"""Backward formulas of the fused operations, in PyTorch operations that autograd can differentiate again."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def q_sample_backward(
     if grad_eps is not None and grad_eps.shape == grad.shape:
         grad_noise = grad_noise + grad_eps.float()
     return grad_x, grad_noise.to(noise.dtype)
+
+
+def x_0_backward(grad_m: Tensor, x_0: Tensor, rows: Tensor, row: Tensor) -> Tensor:
+    """Gradient of a training loss for x_0, from that for the network's output m: both enter c_x0 * x_0 - m."""
+    _, c_x0, _ = columns(rows, row, x_0)
+    half = grad_m if grad_m.shape == x_0.shape else grad_m.chunk(2, dim=1)[0]
+    return (-c_x0 * half.to(torch.promote_types(half.dtype, torch.float32))).to(x_0.dtype)
 
 
 def p_sample_backward(

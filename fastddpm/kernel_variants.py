@@ -54,6 +54,7 @@ _P_TENSORS = {
     "low_ptr": "low",
 }
 _Q_TENSORS = {"x_ptr": "x_0", "noise_ptr": "eps", "out_ptr": "x_t", "eps_out_ptr": "eps_out"}
+_LOSS_TENSORS = {"m_ptr": "m", "x_ptr": "x_0"}
 _BYTES = {"*fp32": 4, "*fp16": 2, "*bf16": 2}
 
 
@@ -100,6 +101,34 @@ def noise_case(name: str, n: int = _N, batch: int = _BATCH, **how: Any) -> Varia
     from fastddpm.kernels import noise as kernel
 
     return _flat_case("noise", name, kernel.randn_variant(n, **how), n, batch, {"out_ptr": "z"})
+
+
+def ddpm_loss_case(name: str, n: int = _N, channels: int = _CHANNELS, batch: int = _BATCH, **how: Any) -> Variant:
+    """A variant of ddpm_loss; ``how`` are the keywords of ``kernels.ddpm_loss.ddpm_loss_variant``.
+
+    The partial sums, one for 32 groups of four, are left out of the bytes.
+    """
+    offline.load_triton()
+    from fastddpm.kernels import ddpm_loss as kernel
+    from fastddpm.kernels.tiles import launch_grid
+
+    compiled = kernel.ddpm_loss_variant(n, channels, **how)
+    tensors = _LOSS_TENSORS | ({"out_ptr": "grad_m"} if how.get("gradient") else {})
+    constants = compiled.constexprs
+    loops = constants["M_NHWC"] and constants["ALIGNED"]
+    groups = -(-n // (4 * constants["CHANNELS"] if loops else 4))
+    return Variant(
+        kernel="ddpm_loss",
+        name=name,
+        function=compiled.fn,
+        signature=compiled.signature,
+        constants=constants,
+        options=compiled.options,
+        elements_per_program=batch * n / math.prod(launch_grid(batch, groups)),
+        trips=(constants["CHANNELS"],) if loops else (),
+        bytes_per_element=_traffic(compiled.signature, tensors, {}),
+        tensors=tensors,
+    )
 
 
 def _flat_case(kernel: str, name: str, compiled: Any, n: int, batch: int, tensors: Mapping[str, str]) -> Variant:
@@ -170,6 +199,27 @@ def q_sample_variants() -> list[Variant]:
     ]
 
 
+def ddpm_loss_variants() -> list[Variant]:
+    """The training loss and its gradient."""
+    import torch
+
+    case, x = ddpm_loss_case, torch.float32
+    return [
+        case("epsilon"),
+        case("epsilon, gradient", gradient=True),
+        case("v", x=x),
+        case("v, gradient", x=x, gradient=True),
+        case("x_0", x=x, counter=False),
+        case("epsilon, bfloat16 m", m=torch.bfloat16),
+        case("epsilon, learned variance", learned=True),
+        case("epsilon, channels-last m", m_nhwc=True),
+        case("epsilon, channels-last m, gradient", m_nhwc=True, gradient=True),
+        case("2-D points", n=2, channels=1, batch=100_000),
+        case("n not a multiple of 4", n=3 * 31 * 33),
+        case("unaligned storage", aligned=False),
+    ]
+
+
 def noise_variants() -> list[Variant]:
     """The noise alone."""
     import torch
@@ -189,4 +239,4 @@ def variants() -> list[Variant]:
     Raises:
         BackendUnavailable: if Triton is missing or set to interpret.
     """
-    return p_sample_variants() + q_sample_variants() + noise_variants()
+    return p_sample_variants() + q_sample_variants() + ddpm_loss_variants() + noise_variants()

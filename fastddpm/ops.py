@@ -21,10 +21,10 @@ from fastddpm import custom_ops
 from fastddpm.backend import check_backend
 from fastddpm.noise import Counter
 
-__all__ = ["Counter", "p_sample", "q_sample", "randn"]
+__all__ = ["Counter", "ddpm_loss", "p_sample", "q_sample", "randn"]
 
 _STORAGE = (torch.float32, torch.float16, torch.bfloat16)
-_P_COLUMNS, _Q_COLUMNS = 12, 2
+_P_COLUMNS, _Q_COLUMNS, _LOSS_COLUMNS = 12, 2, 3
 
 
 def randn(
@@ -183,6 +183,51 @@ def p_sample(
     out = torch.empty_like(x_t, memory_format=torch.contiguous_format) if out is None else out
     custom_ops.call(custom_ops.p_sample_out, *arguments, *flags, out, x0_out, low_out, backend, compiled)
     return out
+
+
+def ddpm_loss(
+    m: Tensor,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | None,
+    x_0: Tensor | None,
+    *,
+    learned: bool = False,
+    backend: str = "auto",
+    compiled: bool = False,
+) -> Tensor:
+    """Return each sample's weighted mean of ||target - m||^2, target = c_eps * eps + c_x0 * x_0   (eq. 14).
+
+    Args:
+        m: the network's output [B, ...], contiguous or channels-last (else it is copied).
+        rows: float32 [R, 3], columns (c_eps, c_x0, weight): ``table.loss_rows``.
+        row: int64 [B] or [1].
+        noise: a Counter that names eps; None where the target has no such term.
+        x_0: [B, ...]; None where the target has no such term.
+        learned: m has twice the channels, and its second half has no part in the loss.
+
+    Returns:
+        float32 [B]. Differentiable once, in m and x_0.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit together, or a target without any term.
+        TypeError: for a dtype that is not float32, float16 or bfloat16.
+        BackendUnavailable: "triton" was asked for and cannot run.
+    """
+    check_backend(backend)
+    _check_dtype("m, the network's output,", m.dtype)
+    _check_rows(rows, row, m, _LOSS_COLUMNS)
+    if learned and (m.dim() < 2 or m.shape[1] % 2):
+        raise ValueError(f"a learned variance needs m [B, 2C, ...], got {tuple(m.shape)}")
+    if noise is None and x_0 is None:
+        raise ValueError("give noise, x_0 or both: the target has no term")
+    if x_0 is not None:
+        _check_dtype("x_0", x_0.dtype)
+        _check_output(m, x_0, learned, False)
+    if noise is not None:
+        _check_counter(noise, m.shape[0], m.device)
+    _, *keys = _unpack(noise)
+    return custom_ops.call(custom_ops.ddpm_loss, m, x_0, rows, row, *keys, learned, backend, compiled)
 
 
 def _unpack(noise: Counter | Tensor | None) -> tuple[Any, ...]:

@@ -7,12 +7,14 @@ or drawn with torch.randn from `generator`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastddpm.gaussians import discretized_log_likelihood, mean_flat, normal_kl
 from fastddpm.schedule import Schedule
 
 Model = Callable[[Tensor, Tensor], Any]
@@ -165,6 +167,66 @@ def simple_loss(
     """
     eps = _noise(eps, x_0, generator)
     return (eps - model(q_sample(x_0, t, schedule, eps), t)).square().mean()
+
+
+def hybrid_loss(
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    eps: Tensor | None = None,
+    generator: Any = None,
+    *,
+    variance_type: str = "learned_range",
+    vlb_weight: float = 0.001,
+) -> Tensor:
+    """Return L_simple + lambda L_vlb, the bound for the variance alone   (Nichol & Dhariwal 2021, eq. 16).
+
+    T times the term at t, in bits per dimension, estimates L_vlb.
+    """
+    eps = _noise(eps, x_0, generator)
+    x_t = q_sample(x_0, t, schedule, eps)
+    m, v = model(x_t, t).chunk(2, dim=1)
+    frozen = torch.cat([m.detach(), v], dim=1)
+    term = vlb_term(frozen, x_0, x_t, t, schedule, variance_type=variance_type, clip_range=None)
+    return (eps - m).square().mean() + vlb_weight * schedule.num_timesteps * term.mean() / math.log(2.0)
+
+
+def vlb_term(
+    model_output: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    *,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip_range: float | None = 1.0,
+) -> Tensor:
+    """Return each sample's term of the variational bound in nats per element, [B]   (eq. 5).
+
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), in closed form for Gaussians
+    L_0     = -log p_theta(x_0 | x_1), a Gaussian's mass in the bins of 8-bit images   (eq. 13)
+
+    At t = 0 fixed variances are beta_tilde of the next timestep, since beta_tilde itself is 0 (Ho et al.'s code).
+    """
+    mean, variance, _ = p_mean_variance(
+        x_t,
+        model_output,
+        t,
+        schedule,
+        prediction_type=prediction_type,
+        variance_type=variance_type,
+        clip_range=clip_range,
+    )
+    log_beta_tilde = _at(schedule.posterior_log_variance_clipped, t, x_t)
+    log_variance = variance.log()
+    if variance_type in ("fixed_small", "fixed_large"):
+        first = _at(torch.arange(schedule.num_timesteps), t, x_t) == 0
+        log_variance = torch.where(first, log_beta_tilde, log_variance)
+    kl = normal_kl(q_posterior(x_0, x_t, t, schedule)[0], log_beta_tilde, mean, log_variance)
+    likelihood = discretized_log_likelihood(x_0, mean, 0.5 * log_variance)
+    return torch.where(torch.as_tensor(t, device=x_t.device) == 0, -mean_flat(likelihood), mean_flat(kl))
 
 
 def ddim_step(

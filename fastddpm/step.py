@@ -1,4 +1,4 @@
-"""Row twins: q_sample and p_sample as plain PyTorch, bit-equal to the kernels of the same name.
+"""Row twins: q_sample, p_sample and the loss's residual as plain PyTorch, bit-equal to the kernels.
 
 One table row a step (``table.COLUMNS``), float32 inside whatever the storage, every operation rounded on its own:
 
@@ -93,6 +93,33 @@ def q_sample(x_0: Tensor, rows: Tensor, row: Tensor, noise: Counter | Tensor) ->
     c_x, sigma = columns(rows, row, x_0)
     eps = draw(noise, x_0.shape)
     return c_x * x_0.to(torch.float32) + sigma * eps, eps
+
+
+def residual(
+    m: Tensor, x_0: Tensor | None, rows: Tensor, row: Tensor, noise: Counter | None, learned: bool = False
+) -> Tensor:
+    """target - m, with target = c_eps * eps + c_x0 * x_0; a term whose tensor is not given is not computed.
+
+    Args:
+        m: the network's output; x_0's shape, or twice the channels if ``learned``, of which the first half counts.
+        x_0: [B, ...], or None for a target without it.
+        rows: [R, 3], see ``table.loss_rows``.
+        row: int64 [B] or [1].
+        noise: Counter, or None for a target without noise.
+
+    Returns:
+        [B, ...] float32, or float64 where m is.
+    """
+    m = m.to(torch.promote_types(m.dtype, torch.float32))
+    if learned:
+        m = m.chunk(2, dim=1)[0]
+    c_eps, c_x0, _ = columns(rows, row, m)
+    terms = []
+    if noise is not None:
+        terms.append(c_eps * draw(noise, m.shape))
+    if x_0 is not None:
+        terms.append(c_x0 * x_0.to(m.dtype))
+    return sum(terms[1:], terms[0]) - m
 
 
 def network_output(m: Tensor, w: Tensor, flags: Flags) -> tuple[Tensor, Tensor | None]:

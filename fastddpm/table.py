@@ -22,6 +22,8 @@ from fastddpm.schedule import Schedule
 COLUMNS = ("a", "b", "lo", "hi", "c_x0", "c_xt", "c_m", "c_prev", "sigma", "h0", "h1", "w")
 K = len(COLUMNS)
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
+# The weightings of the training loss, with the gamma that the paper settles on where there is one.
+LOSS_WEIGHTINGS: dict[str, float | None] = {"uniform": None, "min-snr": 5.0, "p2": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +113,54 @@ def q_rows(schedule: Schedule) -> Tensor:
     """Tabulate q(x_t | x_0): (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)) (Ho et al. 2020, eq. 4); float32 [T, 2]."""
     rows64 = torch.stack([schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod], dim=1)
     return rows64.to(torch.float32).contiguous()
+
+
+def loss_rows(
+    schedule: Schedule, prediction_type: str = "epsilon", weighting: str = "uniform", gamma: float | None = None
+) -> Tensor:
+    """Tabulate the target c_eps * eps + c_x0 * x_0 of a network and the weight of its squared error; float32 [T, 3].
+
+    epsilon: eps;  x_0: x_0;  v: sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0   (Salimans & Ho 2022, section 4)
+
+    A weighting, with SNR_t = alpha_bar_t / (1 - alpha_bar_t), is given for the error of eps and means the same
+    whatever the network predicts: an error of x_0 counts SNR_t times as much there, one of v alpha_bar_t times.
+        uniform: 1, for the target itself          (Ho et al. 2020, eq. 14)
+        min-snr: min(SNR_t, gamma) / SNR_t         (Hang et al. 2023, arXiv:2303.09556; gamma = 5)
+        p2:      1 / (1 + SNR_t)^gamma             (Choi et al. 2022, arXiv:2204.00227, with k = 1; gamma = 1)
+
+    Raises:
+        ValueError: a name is unknown, or gamma is not a positive number.
+    """
+    signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    one, zero = torch.ones_like(signal), torch.zeros_like(signal)
+    targets = {"epsilon": (one, zero), "x_0": (zero, one), "v": (signal, -noise)}
+    if prediction_type not in targets:
+        raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(targets)}")
+    snr = signal**2 / noise**2
+    gamma = check_weighting(weighting, gamma)
+    weight = one
+    if gamma is not None:
+        of_eps = (gamma / snr).clamp(max=1.0) if weighting == "min-snr" else (1.0 + snr) ** -gamma
+        weight = of_eps * {"epsilon": one, "x_0": snr, "v": signal**2}[prediction_type]
+    return torch.stack([*targets[prediction_type], weight], dim=1).to(torch.float32).contiguous()
+
+
+def check_weighting(weighting: str, gamma: float | None) -> float | None:
+    """Return the gamma of a weighting: the one given, the paper's, or None where there is none.
+
+    Raises:
+        ValueError: the weighting is unknown, takes no gamma, or gamma is not a positive number.
+    """
+    if weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"unknown loss weighting {weighting!r}; choose one of {', '.join(LOSS_WEIGHTINGS)}")
+    usual = LOSS_WEIGHTINGS[weighting]
+    if gamma is None:
+        return usual
+    if usual is None:
+        raise ValueError(f"the {weighting} weighting has no gamma, got {gamma!r}; use min-snr or p2")
+    if not 0.0 < gamma < float("inf"):
+        raise ValueError(f"gamma must be positive and finite, got {gamma!r}")
+    return gamma
 
 
 def q_step_rows(schedule: Schedule) -> Tensor:

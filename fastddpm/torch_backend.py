@@ -64,6 +64,37 @@ def p_sample(
             target.copy_(result)
 
 
+def ddpm_loss(
+    m: Tensor,
+    x_0: Tensor | None,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | None,
+    learned: bool,
+    compiled: bool = False,
+) -> Tensor:
+    """Sum the squared residuals of each sample: [B], float64."""
+    run = _choose(_squares, compiled, *_loss_key(m, x_0, noise, learned))
+    return run(m, x_0, rows, row, noise, learned)
+
+
+def ddpm_loss_gradient(
+    m: Tensor,
+    x_0: Tensor | None,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | None,
+    learned: bool,
+    scale: Tensor,
+    out: Tensor,
+    compiled: bool = False,
+) -> None:
+    """Fill ``out``, of m's shape, with scale [B] times the residuals; a half that the loss does not read stays."""
+    run = _choose(_scaled_residual, compiled, *_loss_key(m, x_0, noise, learned))
+    half = out.chunk(2, dim=1)[0] if learned else out
+    half.copy_(run(m, x_0, rows, row, noise, learned, scale))
+
+
 def _randn(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
     return normals(seed, sample_id, step, stream, n).to(dtype)
 
@@ -87,6 +118,22 @@ def _p_sample(
 ) -> list[Tensor | None]:
     x_prev, x0 = twin.p_sample(x_t, m, rows, row, noise, flags, x0_prev)
     return [None if d is None else t.to(d) for d, t in zip(dtypes, (x_prev, x0, x_prev), strict=True)]
+
+
+def _loss_key(m: Tensor, x_0: Tensor | None, noise: Counter | None, learned: bool) -> tuple[Any, ...]:
+    return m.dtype, None if x_0 is None else x_0.dtype, noise is None, learned
+
+
+def _squares(m: Tensor, x_0: Tensor | None, rows: Tensor, row: Tensor, noise: Counter | None, learned: bool) -> Tensor:
+    r = twin.residual(m, x_0, rows, row, noise, learned)
+    return (r * r).flatten(1).sum(dim=1, dtype=torch.float64)
+
+
+def _scaled_residual(
+    m: Tensor, x_0: Tensor | None, rows: Tensor, row: Tensor, noise: Counter | None, learned: bool, scale: Tensor
+) -> Tensor:
+    r = twin.residual(m, x_0, rows, row, noise, learned)
+    return scale.reshape(-1, *(1,) * (r.dim() - 1)) * r
 
 
 def _choose(function: Callable[..., Any], compiled: bool, *key: Any) -> Callable[..., Any]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastddpm.kernels import ddpm_loss as ddpm_loss_kernel
 from fastddpm.kernels import noise as noise_kernel
 from fastddpm.kernels import p_sample as p_sample_kernel
 from fastddpm.kernels import q_sample as q_sample_kernel
 from fastddpm.kernels.launch import Keys
+from fastddpm.layout import is_channels_last
 from fastddpm.noise import Counter
 from fastddpm.step import Flags
 
@@ -26,11 +28,6 @@ def _noise(noise: Counter | Tensor) -> Keys | Tensor:
     if isinstance(noise, Counter):
         return Keys(noise.seed, noise.sample_id, noise.step, noise.stream)
     return _flat(noise)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether x [B, C, ...] is dense with its channels innermost, and not contiguous as well."""
-    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _scratch(target: Tensor | None, dense: bool) -> Tensor | None:
@@ -82,7 +79,7 @@ def p_sample(
     if x_t.numel() == 0:
         return
     x = _flat(x_t)
-    m_nhwc, low_nhwc = _is_channels_last(m), low_out is not None and _is_channels_last(low_out)
+    m_nhwc, low_nhwc = is_channels_last(m), low_out is not None and is_channels_last(low_out)
     x_prev, x0 = (_scratch(t, t is not None and t.is_contiguous()) for t in (out, x0_out))
     low = _scratch(low_out, low_nhwc or (low_out is not None and low_out.is_contiguous()))
     assert x_prev is not None
@@ -101,3 +98,63 @@ def p_sample(
     )
     for target, written in ((out, x_prev), (x0_out, x0), (low_out, low)):
         _finish(target, written)
+
+
+def ddpm_loss(
+    m: Tensor,
+    x_0: Tensor | None,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | None,
+    learned: bool,
+    compiled: bool = False,
+) -> Tensor:
+    """Sum the squared residuals of each sample: [B], float64."""
+    if m.numel() == 0:
+        return torch.zeros(m.shape[0], dtype=torch.float64, device=m.device)
+    sums = _launch_ddpm_loss(m, x_0, rows, row, noise, learned)
+    return sums.sum(dim=1, dtype=torch.float64)
+
+
+def ddpm_loss_gradient(
+    m: Tensor,
+    x_0: Tensor | None,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | None,
+    learned: bool,
+    scale: Tensor,
+    out: Tensor,
+    compiled: bool = False,
+) -> None:
+    """Fill ``out`` = ``empty_as(m)`` with scale [B] times the residuals; a half that the loss does not read stays."""
+    if m.numel() == 0:
+        return
+    _launch_ddpm_loss(m, x_0, rows, row, noise, learned, scale.contiguous(), out)
+
+
+def _launch_ddpm_loss(
+    m: Tensor,
+    x_0: Tensor | None,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | None,
+    learned: bool,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    m_nhwc = is_channels_last(m)
+    channels = m.shape[1] // (2 if learned else 1) if m_nhwc else 1
+    return ddpm_loss_kernel.launch_ddpm_loss(
+        m if m_nhwc else m.contiguous(),
+        None if x_0 is None else _flat(x_0),
+        rows.contiguous(),
+        row.contiguous(),
+        None if noise is None else Keys(noise.seed, noise.sample_id, noise.step, noise.stream),
+        batch=m.shape[0],
+        channels=channels,
+        learned=learned,
+        m_nhwc=m_nhwc,
+        scale=scale,
+        out=out,
+    )

@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddpm.gaussians import discretized_log_likelihood, mean_flat, normal_kl
 from fastddpm.integrations.openai_process import DiffusionProcess, Kwargs, Model
 from fastddpm.integrations.openai_tables import LEARNED, LossType, ModelMeanType
-
-# Half the width of a bin of 8-bit images scaled to [-1, 1] (Ho et al. 2020, section 3.3).
-_HALF_BIN = 1.0 / 255.0
-# Beyond these, the outermost bins reach to infinity.
-_EDGE = 0.999
-_TINY = 1e-12
 
 
 class TrainingLosses(DiffusionProcess):
@@ -111,24 +106,9 @@ class TrainingLosses(DiffusionProcess):
         return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2.0)
 
 
-def mean_flat(x: Tensor) -> Tensor:
-    """Average over all but the batch dimension: [B, ...] -> [B]."""
-    return x.mean(dim=tuple(range(1, x.dim())))
-
-
-def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """Return KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) in nats, elementwise."""
-    ratio = (log_variance1 - log_variance2).exp()
-    return 0.5 * (log_variance2 - log_variance1 + ratio + (mean1 - mean2) ** 2 * (-log_variance2).exp() - 1.0)
-
-
 def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Return the log of a Gaussian's mass in the 8-bit bin around x in [-1, 1]   (Ho et al. 2020, eq. 13)."""
-    inverse_scale = (-log_scales).exp()
-    below_upper = _normal_cdf((x - means + _HALF_BIN) * inverse_scale)
-    below_lower = _normal_cdf((x - means - _HALF_BIN) * inverse_scale)
-    mass = torch.where(x > _EDGE, 1.0 - below_lower, below_upper - below_lower)
-    return torch.where(x < -_EDGE, below_upper, mass).clamp(min=_TINY).log()
+    """Return the log of a Gaussian's mass in the 8-bit bin around x, by the originals' distribution function."""
+    return discretized_log_likelihood(x, means, log_scales, cdf=_normal_cdf)
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
