@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: sample test bench lint clean
+.PHONY: sample test bench bench-smoke lint clean
 
 sample: $(VENV)/.core
 	$(BIN)/fastddpm sample --model digits --seeds 0-15 --steps 1000 --guidance 2 --grid --outdir samples --overwrite
@@ -15,6 +15,9 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench $(VENV)/.peers
 	$(BIN)/fastddpm bench
+
+bench-smoke: $(VENV)/.test
+	$(BIN)/python -m pytest --smoke --benchmark-disable benchmarks
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

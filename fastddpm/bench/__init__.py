@@ -3,9 +3,9 @@
     case        what is measured, and by whom: Case, Provider, Work, Subject
     compare     interleaved rounds, statistics, ratios pair by pair
     runner      a provider in this process; process and worker: one in a process of its own
-    randn, q_sample, p_sample, unet, sampling, training_step     the subjects
+    randn, q_sample, p_sample, unet, sampling, training_step, drop_in     the subjects
     gate        what a provider must have computed before it is timed
-    suite       runs subjects into rows; report, plots and readme write them down
+    suite       runs subjects into rows; merge joins runs; report, plots and readme write them down
     offline     the part that needs no GPU: instructions and bytes of the kernels
 
 `fastddpm bench` runs it; `pytest benchmarks` runs the same subjects under pytest-benchmark, which keeps a history.

@@ -10,6 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fastddpm import machine
+
+# Why a provider has no row at all, not even one that says why.
+NOT_ASKED = "not part of this case"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -24,6 +29,7 @@ class Case:
         sampler: "ddpm" or "ddim".
         device: "cpu" or "cuda".
         sweep: part of a series over `steps`, which only the providers marked `sweep` run.
+        original: what is replaced, where the subject is a drop-in.
     """
 
     subject: str
@@ -34,12 +40,13 @@ class Case:
     sampler: str = "ddpm"
     device: str = "cpu"
     sweep: bool = False
+    original: str = ""
 
     @property
     def id(self) -> str:
         """Short name, such as "sampling-cifar10-B16-S20"."""
         size = "x".join(map(str, self.shape)) if not self.network else self.network
-        parts = [self.subject, size, f"B{self.batch}"]
+        parts = [self.subject, *([self.original] if self.original else []), size, f"B{self.batch}"]
         parts += [f"S{self.steps}"] if self.steps else []
         parts += [self.sampler] if self.sampler != "ddpm" else []
         return "-".join(parts)
@@ -80,6 +87,12 @@ class Work:
     evaluate: Callable[[], dict[str, Tensor]]
 
 
+def not_installed(needs: Mapping[str, str]) -> str | None:
+    """Say what to install, import name to what pip calls it; None where nothing is missing."""
+    missing = [pip for module, pip in needs.items() if importlib.util.find_spec(module) is None]
+    return f"not installed: pip install {' '.join(missing)}" if missing else None
+
+
 def _everywhere(case: Case) -> str | None:
     return None
 
@@ -110,12 +123,16 @@ class Provider:
 
     def why_not(self, case: Case) -> str | None:
         """Return why this provider has no number for a case; None if it can run."""
-        missing = [pip for module, pip in self.needs.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            return f"not installed: pip install {' '.join(missing)}"
         if case.sweep and not self.sweep:
-            return "not part of this series"
-        return self.skips(case)
+            return NOT_ASKED
+        return not_installed(self.needs) or self.skips(case) or self._emulated(case)
+
+    def _emulated(self, case: Case) -> str | None:
+        """A network in a type that the processor lacks takes twenty times as long, and says nothing."""
+        runs = case.device != "cpu" or case.network in ("", "tiny")
+        if runs or self.dtype != "bfloat16" or machine.cpu()["native_bfloat16"]:
+            return None
+        return "this processor has no bfloat16 instructions"
 
 
 @dataclass(frozen=True)

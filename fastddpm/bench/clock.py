@@ -28,8 +28,10 @@ class CpuClock:
         self._run = run
         self.calls = 1
         if min_seconds > 0:
-            once = min(self._measure() for _ in range(2))
-            self.calls = max(1, min(_MAX_CALLS, round(min_seconds / max(once, 1e-9))))
+            once = self._measure()
+            if once < min_seconds:
+                once = min(once, self._measure())
+                self.calls = max(1, min(_MAX_CALLS, round(min_seconds / max(once, 1e-9))))
 
     def time(self) -> float:
         """Seconds per call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -25,15 +26,18 @@ class _Adapter(nn.Module):
         return self.model(x, t)
 
 
-def diffusion(case: Case, model: nn.Module, timesteps: int, beta_schedule: str = "linear") -> Any:
-    """GaussianDiffusion that predicts eps, its progress bar off."""
+def diffusion(
+    case: Case, model: nn.Module, timesteps: int, beta_schedule: str = "linear", objective: str = "pred_noise"
+) -> Any:
+    """GaussianDiffusion, its progress bar off (ours as well)."""
     original: Any = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
-    original.tqdm = lambda iterable, **_: iterable
+    ours: Any = importlib.import_module("fastddpm.integrations.lucidrains")
+    original.tqdm = ours.tqdm = functools.partial(original.tqdm, disable=True)
     return original.GaussianDiffusion(
         _Adapter(model, case.shape[0]),
         image_size=case.shape[-1],
         timesteps=timesteps,
-        objective="pred_noise",
+        objective=objective,
         beta_schedule=beta_schedule,
         auto_normalize=False,
     ).to(torch.device(case.device))

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastddpm.bench.case import not_installed
 from fastddpm.unet import UNet
 from fastddpm.unet_config import UNetConfig
 
 TITLES = {
     "cifar10": "google/ddpm-cifar10-32's UNet, 35.7 M parameters, random weights",
-    "digits": "the shipped digits model",
+    "digits": "the shipped digits model, 1.7 M parameters",
     "small": "the digits model's UNet without classes, 1.7 M parameters, random weights",
     "tiny": "a tiny UNet, for trying out",
 }
@@ -84,11 +85,22 @@ def labels(name: str, batch: int, device: str = "cpu") -> Tensor | None:
 def unavailable(name: str) -> str | None:
     """Return why a network cannot be had; None if it can."""
     if name == "digits":
+        missing = not_installed({"safetensors": "safetensors"})
+        if missing is not None:
+            return missing
         from fastddpm.weights import SHIPPED
 
         if not (SHIPPED / "digits").is_dir():
             return "this installation has no models/digits"
     return None
+
+
+def fix_labels(unet: Any, class_labels: Tensor | None) -> None:
+    """Have diffusers' network take fixed labels, which DDPMPipeline cannot pass."""
+    if class_labels is None:
+        return
+    forward = unet.forward
+    unet.forward = lambda x, t, **kwargs: forward(x, t, class_labels=class_labels, **kwargs)
 
 
 class WithLabels(nn.Module):

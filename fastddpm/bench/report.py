@@ -46,9 +46,12 @@ def heading(results: Results) -> str:
         f"{' '.join(map(str, results['load_average_after'] or ['unknown']))} after. "
         f"Allocator: {_environment(facts['environment']['allocator'])}. "
         f"Thread settings: {_environment(facts['environment']['threads'])}.",
-        f"{results['rounds']} interleaved rounds; a ratio is the median of the rounds' own ratios (20th-80th "
-        "percentile in brackets), above 1 faster than the first row; or, in the column 'tuned', than diffusers' best "
-        "settings in the same type. Every row passed its gate before it was timed; 'err' is what the gate found.",
+        "Interleaved rounds; a time is their median, a ratio the median of the rounds' own ratios (20th-80th "
+        "percentile in brackets), above 1 faster than the first row; or, in the column '2nd', than diffusers' best "
+        "settings in the same type (loops, network) or torch.compile of plain PyTorch (the others). Every row passed "
+        "its gate before it was timed; 'err' is what the gate found. '1st s' is the first call, with what it "
+        "compiles; torch keeps compiled code on disk, so that a second run's is shorter. MB: the most that the "
+        "process held, Python and its libraries not counted.",
     ]
     title = "# fastddpm bench" + (" (SMOKE RUN: no measurement)" if results["smoke"] else "")
     return "\n\n".join([title, *(textwrap.fill(line, WIDTH) for line in lines)])
@@ -90,25 +93,27 @@ def case_section(rows: Sequence[Row]) -> str:
     case = rows[0]["case"]
     timed = [row for row in rows if row["checked"]]
     columns = _loop_columns(timed) if case["network"] else _op_columns(timed)
-    parts = [f"### {_case_title(case)}"]
-    if timed:
-        parts.append(table(columns))
-    parts += [
+    notes = [
         textwrap.fill(f"- {row['provider']}: {row['note']}", WIDTH, subsequent_indent="  ")
         for row in rows
         if row["note"]
     ]
-    return "\n\n".join(parts[:2]) + ("\n\n" + "\n".join(parts[2:]) if len(parts) > 2 else "")
+    parts = [f"### {_case_title(case)}", _case_remark(case, timed), table(columns) if timed else "", "\n".join(notes)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _case_title(case: Row) -> str:
-    size = "x".join(map(str, case["shape"]))
-    parts = [f"batch {case['batch']}", size]
-    if case["network"]:
-        parts.insert(0, networks.TITLES[case["network"]])
-    if case["steps"] and case["subject"] == "sampling":
+    parts = [case["original"], case["network"], f"batch {case['batch']}", "x".join(map(str, case["shape"]))]
+    if case["steps"] and case["subject"] != "unet":
         parts.append(f"{case['steps']} {case['sampler'].upper()} steps")
-    return ", ".join(parts)
+    return ", ".join(part for part in parts if part)
+
+
+def _case_remark(case: Row, timed: Sequence[Row]) -> str:
+    parts = [networks.TITLES[case["network"]]] if case["network"] else []
+    if timed:
+        parts.append(f"rounds: {max(row['n'] for row in timed)}")
+    return textwrap.fill("; ".join(parts), WIDTH)
 
 
 Columns = Sequence[tuple[str, Sequence[str]]]
@@ -119,7 +124,7 @@ def _loop_columns(rows: Sequence[Row]) -> Columns:
         ("provider", [row["provider"] for row in rows]),
         ("ms", [_number(row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
         ("ratio", [ratio(row.get("ratio")) for row in rows]),
-        ("tuned", [_median(row.get("ratio_second")) for row in rows]),
+        ("2nd", [_median(row.get("ratio_second")) for row in rows]),
         ("1st s", [f"{row['first_call_s']:.1f}" for row in rows]),
         ("MB", [_optional(row["peak_mem_mb"], "{:.0f}") for row in rows]),
         ("err", [f"{row['check']['error']:.0e}" for row in rows]),
@@ -131,6 +136,7 @@ def _op_columns(rows: Sequence[Row]) -> Columns:
         ("provider", [row["provider"] for row in rows]),
         ("us", [_number(1e3 * row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
         ("ratio", [ratio(row.get("ratio")) for row in rows]),
+        ("2nd", [_median(row.get("ratio_second")) for row in rows]),
         ("1st s", [f"{row['first_call_s']:.1f}" for row in rows]),
         ("GB/s", [_optional(row["gb_per_s"], "{:.1f}") for row in rows]),
         ("% copy", [_optional(row.get("pct_peak"), "{:.0f}") for row in rows]),

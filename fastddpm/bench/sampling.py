@@ -66,7 +66,7 @@ def _diffusers(case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = 
     """DDPMPipeline or DDIMPipeline; tuned: its documented fast settings (dtype, channels_last, torch.compile)."""
     diffusers: Any = importlib.import_module("diffusers")
     unet: Any = networks.build_diffusers(case.network).to(case.device, dtype)
-    _fix_labels(unet, networks.labels(case.network, case.batch, case.device))
+    networks.fix_labels(unet, networks.labels(case.network, case.batch, case.device))
     if tuned:
         unet.to(memory_format=torch.channels_last)
         unet.forward = compile_frozen(unet.forward)
@@ -81,14 +81,6 @@ def _diffusers(case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = 
         return pipe(batch_size=case.batch, generator=generator, num_inference_steps=case.steps, output_type="pt").images
 
     return Work(run, lambda: _record_pipeline(case, pipe, run, dtype))
-
-
-def _fix_labels(unet: Any, labels: Tensor | None) -> None:
-    """DDPMPipeline cannot pass labels."""
-    if labels is None:
-        return
-    forward = unet.forward
-    unet.forward = lambda x, t: forward(x, t, class_labels=labels)
 
 
 def _record_pipeline(case: Case, pipe: Any, run: Callable[[int], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

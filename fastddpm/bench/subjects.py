@@ -6,7 +6,7 @@ import importlib
 
 from fastddpm.bench.case import Subject
 
-NAMES = ("sampling", "unet", "p_sample", "q_sample", "randn", "training_step")
+NAMES = ("sampling", "unet", "p_sample", "q_sample", "randn", "training_step", "drop_in")
 
 
 def find(name: str) -> Subject:

@@ -10,7 +10,7 @@ import torch
 
 from fastddpm import machine
 from fastddpm.bench import bandwidth, subjects
-from fastddpm.bench.case import Case, Provider, Subject
+from fastddpm.bench.case import NOT_ASKED, Case, Provider, Subject
 from fastddpm.bench.compare import MIN_ROUNDS, Timing, compare, ratio
 from fastddpm.bench.process import ProcessRunner, WorkerError
 from fastddpm.bench.runner import GateError, LocalRunner
@@ -28,6 +28,7 @@ def run(
     device: str = "cpu",
     rounds: int = MIN_ROUNDS,
     smoke: bool = False,
+    chosen: Sequence[str] = (),
     providers: Sequence[str] = (),
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def run(
         rounds: interleaved rounds per case.
         smoke: tiny sizes, one call per measurement, nothing compiled, everybody in this process: that everything
             works, not how fast.
+        chosen: only cases whose id has all the parts of one of these, such as "cifar10-B16"; empty for all.
         providers: only providers whose name contains one of these, and the baselines; empty for all.
         say: told what happens.
 
@@ -53,7 +55,7 @@ def run(
     with torch.compiler.set_stance("force_eager" if smoke else "default"):
         for name in names:
             subject = subjects.find(name)
-            for case in subject.cases(device, smoke):
+            for case in choose(subject.cases(device, smoke), chosen):
                 rows += run_case(subject, case, rounds, smoke=smoke, providers=providers, say=say)
     for row in rows:
         _add_bandwidth(row, limits["copy_gb_per_s"])
@@ -68,6 +70,12 @@ def run(
         "bandwidth": limits,
         "rows": rows,
     }
+
+
+def choose(cases: Sequence[Case], chosen: Sequence[str]) -> list[Case]:
+    """Return the cases whose id has all the parts of one of the given texts; all of them where there is none."""
+    wanted = [set(text.split("-")) for text in chosen]
+    return [case for case in cases if not wanted or any(parts <= set(case.id.split("-")) for parts in wanted)]
 
 
 def run_case(
@@ -93,7 +101,7 @@ def run_case(
         for runner in ready:
             runner.close()
     _add_ratios(subject, rows, timings)
-    return [row for row in rows.values() if row["note"] != "not part of this series"]
+    return [row for row in rows.values() if row["note"] != NOT_ASKED]
 
 
 def _row(subject: Subject, case: Case, provider: Provider) -> dict[str, Any]:

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Not a subject: what is counted rather than timed.
+COUNTS = "counts"
 DESCRIPTION = """Run the benchmark suite and write bench.json, bench.md and plots. Providers take turns in interleaved
 rounds; each passes a correctness gate before it is timed. Peers (diffusers, denoising-diffusion-pytorch, openvino) take
 part where they are installed. Without a GPU the CPU is measured, and the compiled GPU code is counted."""
 
-EPILOG = """The full suite takes an hour or two on two cores: most of it is diffusers in float32, and compilation.
-Choose benchmarks by name to run less. Run it on a machine that does nothing else."""
+EPILOG = """The full suite takes hours on two cores: most of it is diffusers in float32, and compilation. Choose less by
+name, --case and --provider, and join the runs' bench.json with --from-json. Run it on a machine that does nothing
+else."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,16 +26,22 @@ def add_parser(subparsers: Any) -> None:
         "bench", help="measure against the alternatives", description=DESCRIPTION, epilog=EPILOG
     )
     parser.add_argument(
-        "only", nargs="*", help="sampling, unet, p_sample, q_sample, randn, training_step (default: all)"
+        "only",
+        nargs="*",
+        help="sampling, unet, p_sample, q_sample, randn, training_step, drop_in; counts: operations, launches and "
+        "instructions (default: all)",
     )
     parser.add_argument("--smoke", action="store_true", help="run everything once, tiny: does it work?")
     parser.add_argument("--rounds", type=_positive, help="interleaved rounds (default: 7)")
-    parser.add_argument("--provider", action="append", default=[], help="only providers whose name contains this")
+    parser.add_argument("--case", action="append", default=[], help="only cases with these parts, such as cifar10-B16")
+    parser.add_argument(
+        "--provider", action="append", default=[], help="only names that contain this, and the baseline"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where it is")
     parser.add_argument("--outdir", type=Path, default=Path("bench-results"), help="default: bench-results")
     parser.add_argument("--readme", type=Path, help="also write the numbers between the markers of this file")
     parser.add_argument(
-        "--from-json", type=Path, help="write the report of an earlier run's bench.json; measure nothing"
+        "--from-json", type=Path, nargs="+", help="write one report of earlier runs' bench.json; measure nothing"
     )
     parser.add_argument("--arch", default="sm_90", help="GPU that the offline part compiles for (default: sm_90)")
     parser.add_argument("--no-offline", action="store_true", help="leave the offline part out")
@@ -48,9 +57,12 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print."""
-    from fastddpm.bench import readme, report
+    from fastddpm.bench import merge, readme, report
 
-    results = json.loads(args.from_json.read_text()) if args.from_json else measure(args)
+    if args.from_json:
+        results = merge.merge([json.loads(path.read_text()) for path in args.from_json])
+    else:
+        results = measure(args)
     text = report.render(results)
     write(args, results, text)
     if args.readme is not None:
@@ -70,22 +82,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from fastddpm.bench import cuda, offline, step_counts, subjects, suite
     from fastddpm.bench.compare import MIN_ROUNDS
 
-    for name in args.only:
+    only = args.only or (*subjects.NAMES, COUNTS)
+    names = [name for name in only if name != COUNTS]
+    for name in names:
         subjects.find(name)
     no_gpu = cuda.why_skipped()
     if args.device == "cuda" and no_gpu is not None:
         raise ValueError(f"--device cuda: {no_gpu}; use --device cpu")
     device = "cpu" if args.device == "cpu" or no_gpu is not None else "cuda"
     results = suite.run(
-        args.only or subjects.NAMES,
+        names,
         device=device,
         rounds=args.rounds or (1 if args.smoke else MIN_ROUNDS),
         smoke=args.smoke,
+        chosen=args.case,
         providers=args.provider,
         say=_say(args),
     )
-    everything = not args.only
-    if everything or "p_sample" in args.only:
+    if COUNTS in only:
         results["step_counts"] = step_counts.measure(smoke=args.smoke)
         results["cuda"] = cuda.measure(smoke=args.smoke) if device == "cuda" else {"skipped": no_gpu or "--device cpu"}
         if not args.no_offline:
