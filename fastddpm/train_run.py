@@ -26,6 +26,14 @@ SETTINGS, LOG, PLOT, SAMPLES, LOCK = "train.json", "log.jsonl", "loss.png", "sam
 RAW = "raw"
 FORMAT = "fastddpm-training-1"
 
+_MODEL = ("config.json", "scheduler_config.json", "model.safetensors")
+# All that a run writes: whatever else the user keeps in its folder stays.
+WRITTEN = (
+    *(SETTINGS, LOG, PLOT, SAMPLES, "events.out.tfevents.*", CHECKPOINT),
+    *_MODEL,
+    *(f"{RAW}/{name}" for name in _MODEL),
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -125,8 +133,7 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
             _check_same(out, identity)
         if config.overwrite:
             _remove_run(out)
-        for leftover in out.rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        _remove_leftovers(out)
         settings = {"format": FORMAT, "settings": dataclasses.asdict(config), "identity": identity}
         write_files({out / SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()})
         yield Run(config, out, data)
@@ -185,20 +192,16 @@ def _check_same(out: Path, identity: dict[str, object]) -> None:
 
 
 def _remove_run(out: Path) -> None:
-    # Only files that a run writes: whatever else the user keeps there stays.
-    model = ("config.json", "scheduler_config.json", "model.safetensors")
-    for pattern in (
-        SETTINGS,
-        LOG,
-        PLOT,
-        SAMPLES,
-        "events.out.tfevents.*",
-        CHECKPOINT,
-        *model,
-        *(f"{RAW}/{name}" for name in model),
-    ):
+    for pattern in WRITTEN:
         for path in out.glob(pattern):
             path.unlink()
+
+
+def _remove_leftovers(out: Path) -> None:
+    for pattern in WRITTEN:
+        folder, name = (out / pattern).parent, Path(pattern).name
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def default_unet(shape: tuple[int, int, int], n_classes: int, *, with_null: bool) -> UNetConfig:

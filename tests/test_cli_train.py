@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastddpm import training
 from fastddpm.checkpoint import CHECKPOINT, read_state
 from fastddpm.cli import main
 from fastddpm.train_run import LOG, SETTINGS
@@ -117,6 +119,30 @@ def test_train_refuses_a_file_as_folder(command: list[str], tmp_path: Path, caps
     assert main(command) == 1
     assert "is a file" in capsys.readouterr().err
     assert (tmp_path / "run").read_text() == "occupied"
+
+
+def test_train_reports_a_full_disk_in_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, *rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / CHECKPOINT))
+
+    assert main([*command, "--steps", "2", "--quiet"]) == 0
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    monkeypatch.setattr(training, "save_checkpoint", full)
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--steps", "4"]) == 1
+    err = capsys.readouterr().err
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that not even root can write to")
+def test_train_reports_a_read_only_folder_in_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--out", "/proc/run"]) == 1
+    err = capsys.readouterr().err
+    assert "/proc/run" in err
+    assert err.count("\n") == 1
 
 
 def test_train_needs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
