@@ -1,9 +1,8 @@
-"""``fastddpm diffuse``: files, reports and refusals; the tutorial; and how good the samples are."""
+"""``fastddpm diffuse``: files, reports and refusals; and how good the samples are."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,28 +102,6 @@ def test_diffuse_names_what_is_missing(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run("--steps", "1") == 1
     assert "pip install 'fastddpm[train]'" in capsys.readouterr().err
-
-
-TUTORIAL = Path(__file__).resolve().parent.parent / "docs" / "tutorial-2d.md"
-
-
-def test_tutorial_runs(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run its commands and its Python in order, with less training and fewer samples than its reader."""
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
-    assert {kind for kind, _ in blocks} == {"bash", "python"}
-    names: dict[str, Any] = {}
-    for kind, code in blocks:
-        if kind == "python":
-            for long, short in (("steps=4000", "steps=5"), ("10_000", "200")):
-                code = code.replace(long, short)
-            exec(compile(code, str(TUTORIAL), "exec"), names)
-            continue
-        for command in code.replace("\\\n", " ").splitlines():
-            program, *arguments = command.split()
-            if program == "fastddpm":
-                extra = ["--train-steps", "5", "--show", "20", "--quiet"]
-                assert main([*(a for a in arguments if a != "--measure"), *extra]) == 0
-    assert "ratio" in capsys.readouterr().out
 
 
 @pytest.mark.slow
