@@ -9,6 +9,8 @@ WORKERS ?= 2
 sample: $(VENV)/.core
 	$(BIN)/fastddpm sample --model digits --seeds 0-15 --steps 1000 --guidance 2 --grid --outdir samples --overwrite
 
+# The workers share the cores, and threads beyond these wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore tests/interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/interpreter
