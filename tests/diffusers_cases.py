@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
 # Of the largest value: one float32 step through the rows of a table, against diffusers' operations one by one.
@@ -76,6 +76,24 @@ def tiny_unet(**options: Any) -> UNet2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return UNet2DModel(**{**config, **options}).eval()
+
+
+def tiny_dit_pipeline() -> DiTPipeline:
+    """Build a class-conditional pipeline with guidance, a VAE and diffusers' DDIMScheduler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            sample_size=4,
+            norm_num_groups=4,
+            num_embeds_ada_norm=1000,
+        ).eval()
+        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
+    return DiTPipeline(transformer, vae, DDIMScheduler())
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
