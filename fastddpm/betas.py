@@ -42,7 +42,7 @@ def _linear_rescaled_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0
     if max(beta_start, beta_end) * scale >= 1.0:
         raise ValueError(
             f"linear_rescaled reaches beta = {max(beta_start, beta_end) * scale:.4g} at num_timesteps = {T}, and beta "
-            "must stay below 1; use Schedule.cosine(T) for so few steps"
+            "must stay below 1; use the cosine schedule for so few steps"
         )
     return torch.linspace(beta_start * scale, beta_end * scale, T, dtype=torch.float64)
 

@@ -108,7 +108,7 @@ def resolve_call(
     B = len(key)
     if x_T is not None and len(x_T) != B:
         raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
-    w = _guidance(guidance)
+    w = check_guidance(guidance)
     guided = w != 1.0
     labels = _labels(class_labels, B, limits)
     if guided:
@@ -181,7 +181,12 @@ def _drawer(
     return checked
 
 
-def _guidance(guidance: float) -> float:
+def check_guidance(guidance: float) -> float:
+    """Return the weight of classifier-free guidance as a float.
+
+    Raises:
+        ValueError: it is not finite, or no number.
+    """
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number (1.0 means none), got {guidance!r}")
     return float(guidance)

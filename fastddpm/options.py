@@ -37,10 +37,14 @@ def resolve_device(device: torch.device | str) -> torch.device:
     """Return the device with its index.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: torch knows no such device, or it is not there.
         RuntimeError: CUDA was initialised before this process was forked.
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        # torch's own message lists twenty kinds, most of them never seen.
+        raise ValueError(f"unknown device {device!r}; choose cpu, cuda, or one of several: cuda:1") from error
     if device.type != "cuda":
         return device
     if torch.cuda._is_in_bad_fork():

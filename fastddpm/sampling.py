@@ -14,8 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastddpm import network as net
+from fastddpm.call import check_guidance
 from fastddpm.diffusion import DiffusionConfig
 from fastddpm.noise import resolve_seeds
+from fastddpm.options import resolve_device
 from fastddpm.sampler import Sampler, StepResult
 from fastddpm.samplers import make_table
 from fastddpm.weights import load
@@ -149,7 +151,7 @@ def plan_run(
     resolve_seeds(seeds=seeds)
     shape = shape_of(model) if shape is None else tuple(shape)
     table = make_table(sampler, diffusion or diffusion_of(model), steps=steps, **(sampler_options or {}))
-    device = net.device_of(model) if device is None else torch.device(device)
+    device = net.device_of(model) if device is None else resolve_device(device)
     if batch_size is None:
         batch_size = max(1, _ELEMENTS_PER_BATCH.get(device.type, 2**14) // math.prod(shape))
     batches = split_evenly(len(seeds), batch_size)
@@ -158,7 +160,7 @@ def plan_run(
         Sampler(model, table, shape, device=device, **options),
         seeds,
         labels_for(model, seeds, class_labels),
-        guidance,
+        check_guidance(guidance),
         batches,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastddpm.diffusion import DiffusionConfig
+from fastddpm.options import resolve_device
 
 DTYPES = ("float32", "bfloat16")
 
@@ -126,14 +127,12 @@ class TrainConfig:
         """The device that ``device`` names.
 
         Raises:
-            ValueError: it is not there.
+            ValueError: there is no such device.
         """
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device={name!r}: torch sees no CUDA device; use device='cpu'")
-        return torch.device(name)
+        return resolve_device(name)
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, which a resumed run must share."""

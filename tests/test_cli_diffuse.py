@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastddpm import Schedule, points
+from fastddpm import Schedule, animation, points
 from fastddpm.cli import main
 
 
@@ -51,7 +51,10 @@ def test_diffuse_measures_the_network_s_samples(
     assert report["sw_ratio"] == pytest.approx(report["sw_samples"] / 0.5)
 
 
-def test_diffuse_refuses_to_overwrite(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diffuse_refuses_to_overwrite(
+    workdir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(animation, "GLIDE_FRAMES", 1)
     (workdir / "a.gif").write_bytes(b"mine")
     arguments = ["--exact", "--steps", "1", "--show", "5", "--out", "a.png", "--gif"]
     assert run(*arguments) == 1
@@ -69,10 +72,11 @@ def test_diffuse_refuses_to_overwrite(workdir: Path, capsys: pytest.CaptureFixtu
         (["--steps", "0"], "num_timesteps must lie in 1..1000000, got 0"),
         (["--steps", "-3"], "num_timesteps must lie in 1..1000000, got -3"),
         (["--schedule", "cosin"], "unknown beta_schedule 'cosin'; choose one of linear"),
-        (["--schedule", "linear_rescaled"], "use Schedule.cosine(T) for so few steps"),
+        (["--schedule", "linear_rescaled"], "use the cosine schedule for so few steps"),
         (["--data", "nothing.npy"], "no data at 'nothing.npy'; give swiss-roll"),
         (["--data", "wide.npy"], "wide.npy: points must be numbers [N, 2]"),
         (["--data", "empty.png"], "empty.png: not a usable image"),
+        (["--device", "gpu"], "unknown device 'gpu'; choose cpu, cuda, or one of several: cuda:1"),
         (["--out", "a.jpg"], "--out a.jpg must end in .png"),
         (["--out", "empty.png/a.png"], "empty.png is no folder that can be written to; choose another --out"),
         (["--show", "0"], "must be at least 1, got 0"),

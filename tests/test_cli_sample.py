@@ -283,6 +283,8 @@ def test_usage_errors_exit_with_2(run: Any, tmp_path: Path, arguments: list[str]
         (["--model", "no-such-model"], "no-such-model"),
         (["--backend", "triton"], "triton"),
         (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "gpu"], "unknown device 'gpu'; choose cpu"),
+        (["--guidance", "nan"], "guidance must be a finite number"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_output(

@@ -219,7 +219,7 @@ def test_schedule_refuses_alpha_bar_that_underflows():
 
 
 def test_linear_rescaled_refuses_few_steps():
-    with pytest.raises(ValueError, match=r"reaches beta = 2.5 at num_timesteps = 8.*use Schedule.cosine\(T\)"):
+    with pytest.raises(ValueError, match=r"reaches beta = 2.5 at num_timesteps = 8.*use the cosine schedule"):
         Schedule.linear_rescaled(8)
 
 

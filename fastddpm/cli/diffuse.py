@@ -26,7 +26,12 @@ GIF_STATES = 51
 
 def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
-    parser = subparsers.add_parser("diffuse", help="draw the forward and reverse process", description=DESCRIPTION)
+    parser = subparsers.add_parser(
+        "diffuse",
+        usage="%(prog)s [--data DATA] [options]",
+        help="draw the forward and reverse process",
+        description=DESCRIPTION,
+    )
     parser.add_argument("--data", default="swiss-roll", help=DATA_HELP)
     parser.add_argument("--steps", type=int, help="T (default: 8); with --model its network calls (default: 50)")
     parser.add_argument(
@@ -75,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace) -> Request:
     from fastddpm.drawing import MAX_PANELS
+    from fastddpm.options import resolve_device
     from fastddpm.points import DATA_SETS
     from fastddpm.story import Request
 
@@ -94,7 +100,7 @@ def _request(args: argparse.Namespace) -> Request:
         train_steps=args.train_steps,
         states=GIF_STATES if args.gif else MAX_PANELS,
         seed=args.seed,
-        device=args.device,
+        device=str(resolve_device(args.device)),
         backend=args.backend,
     )
 

@@ -27,7 +27,13 @@ interrupted, with the bytes that it would have written, and refuses if anything 
 
 def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
-    parser = subparsers.add_parser("sample", help="draw images", description=DESCRIPTION, epilog=EPILOG)
+    parser = subparsers.add_parser(
+        "sample",
+        usage="%(prog)s [--model MODEL] [--seeds SEEDS] [options]",
+        help="draw images",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
     parser.add_argument("--seeds", type=_seeds, default="0-15", help="for example 0-15,20 (default: 0-15)")
     parser.add_argument(
         "--class",

@@ -48,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
     """Attach the parser of ``fastddpm train``; options that are not given keep their stored or default value."""
     parser = subparsers.add_parser(
         "train",
+        usage="%(prog)s --data DATA --out OUT [options]",
         help="train a model",
         description="Train a network by Algorithm 1 of Ho et al. 2020. An interrupted run continues with --resume, to "
         "the same result.",
