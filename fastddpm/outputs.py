@@ -107,7 +107,7 @@ class Outputs:
             return
         if self.format == "npz" and not self.samples_path.exists():
             parts = [self.paths(batch)[0] for batch in self.batches]
-            x = np.concatenate([_read_x(part) for part in parts])
+            x = np.concatenate([read_x(part) for part in parts])
             images.save_npz(self.samples_path, **self._arrays(range(len(self.seeds)), x))
             for part in parts:
                 part.unlink()
@@ -122,12 +122,13 @@ class Outputs:
 
     def _drawn_images(self) -> Tensor:
         if self.format == "npz":
-            return images.to_uint8(torch.from_numpy(_read_x(self.samples_path)[:MAX_GRID]))
+            return images.to_uint8(torch.from_numpy(read_x(self.samples_path)[:MAX_GRID]))
         paths = [path for batch in self.batches for path in self.paths(batch)]
         return torch.stack([_read_png(path) for path in paths[:MAX_GRID]])
 
 
-def _read_x(path: Path) -> Any:
+def read_x(path: Path) -> Any:
+    """Return the samples in one of a run's .npz files, float32 [N, ...]."""
     with np.load(path, allow_pickle=False) as arrays:
         return arrays["x"]
 

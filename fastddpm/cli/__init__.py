@@ -12,7 +12,7 @@ from types import FrameType
 
 from fastddpm import __version__
 
-COMMANDS = ("sample", "train", "diffuse", "convert", "inspect", "verify", "bench", "profile", "env")
+COMMANDS = ("sample", "train", "eval", "diffuse", "convert", "inspect", "verify", "bench", "profile", "env")
 
 
 class _Terminated(BaseException):

@@ -1,0 +1,208 @@
+"""``fastddpm eval``: how good a model's samples are, in numbers that anyone can print again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastddpm.cli import sampling_options
+
+if TYPE_CHECKING:
+    from fastddpm.data import Dataset
+    from fastddpm.evaluation.classifier import Classifier
+    from fastddpm.evaluation.measures import Measures
+    from fastddpm.evaluation.reference import Reference
+    from fastddpm.sampling import Run
+    from fastddpm.unet import UNet
+
+DESCRIPTION = """Draw samples and measure them beside real images: how often a small classifier sees the digit that was
+asked for, the Frechet distance of its features, how near samples come to training images, and how much they differ.
+For images of your own (--data) also FID, where torch-fidelity and its weights are at hand."""
+
+EPILOG = """Samples are written batch by batch; --resume completes a run that was interrupted, to the same numbers (but
+images a second, which are those of the batches drawn last). OUTDIR holds eval.json and pictures. Exit status: 0, 1
+(error), 2 (usage), 130 or 143 (interrupted; finished batches are kept)."""
+
+# Ten of each digit.
+PICTURED, COLUMNS = 100, 10
+
+
+def add_parser(subparsers: Any) -> None:
+    """Attach the subcommand."""
+    parser = subparsers.add_parser("eval", help="measure samples", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--samples", type=sampling_options.positive, default=1000, help="how many (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="the first of as many seeds (default: 0)")
+    parser.add_argument(
+        "--guidance",
+        type=_weights,
+        default=[1.0],
+        metavar="W[,W...]",
+        help="weight of classifier-free guidance, or several to compare and plot (default: 1)",
+    )
+    parser.add_argument(
+        "--data", default="mnist", help="mnist (default), digits8x8, or your images: a folder, or a .npy/.npz file"
+    )
+    parser.add_argument("--classifier", type=Path, help="one trained on --data (default: the shipped one, of mnist)")
+    parser.add_argument(
+        "--train-classifier", type=Path, metavar="FILE", help="only train a classifier on --data, and write it"
+    )
+    parser.add_argument("--bits-per-dim", action="store_true", help="also bound the likelihood of real images")
+    parser.add_argument("--download", action="store_true", help="fetch FID's network if it is missing (96 MB)")
+    sampling_options.add_options(parser, outdir="eval")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate a model, or train the classifier that it takes."""
+    if args.train_classifier is not None:
+        return _train_classifier(args)
+    from fastddpm.atomic import write_files
+    from fastddpm.evaluation.bits import real_bits
+    from fastddpm.evaluation.guidance_plot import guidance_plot
+    from fastddpm.evaluation.reference import load_reference
+    from fastddpm.evaluation.report import PLOT, REPORT, text_report
+    from fastddpm.outputs import locked
+    from fastddpm.sampling import shape_of
+    from fastddpm.weights import load
+
+    model = load(args.model)
+    reference = load_reference(args.data, shape_of(model))
+    classifier = _classifier(args, reference)
+    planned = sampling_options.plan(args, model, range(args.seed, args.seed + args.samples))
+    with locked(args.outdir, shared=False):
+        results = [
+            _result(args, model, dataclasses.replace(planned, guidance=weight), reference, classifier)
+            for weight in args.guidance
+        ]
+        report = {"model": args.model, "data": args.data, "samples": args.samples, "results": results}
+        if args.bits_per_dim:
+            bits = real_bits(model, reference, args.samples, planned.sampler.device)
+            report["bits_per_dim"] = {name: estimate._asdict() for name, estimate in bits.items()}
+        files = {args.outdir / REPORT: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()}
+        if len(results) > 1:
+            files[args.outdir / PLOT] = guidance_plot(results)
+        write_files(files)
+    if args.json:
+        print(json.dumps(report))
+    elif not args.quiet:
+        print(text_report(report))
+    return 0
+
+
+def _result(
+    args: argparse.Namespace, model: UNet, planned: Run, reference: Reference, classifier: Classifier | None
+) -> dict[str, Any]:
+    """Draw the samples of one guidance weight, and measure them."""
+    from fastddpm.evaluation.measures import measure
+    from fastddpm.evaluation.report import PICTURE, SPEED
+    from fastddpm.images import make_grid, save_png
+    from fastddpm.outputs import Outputs
+    from fastddpm.sample_run import describe, draw_missing
+
+    directory = args.outdir / f"guidance-{planned.guidance:g}"
+    outputs = Outputs(directory, "npz", planned.seeds, planned.labels, planned.batches, planned.batches)
+    config = describe(model, planned, sampler=args.sampler, classes=None, file_format="npz")
+    outputs.begin(config, resume=args.resume, overwrite=args.overwrite)
+    drawn = draw_missing(planned, outputs, quiet=args.quiet)
+    speed = _speed(directory / SPEED, drawn)
+    outputs.finish(grid=False)
+    samples = _samples(outputs.samples_path, planned.labels, model, reference)
+    save_png(directory / PICTURE, make_grid(samples.images[:PICTURED], COLUMNS))
+    measures = measure(samples, reference, classifier)
+    _add_fid(measures, args, samples, reference)
+    return {"run": config, "images_per_second": speed, **measures.to_json()}
+
+
+def _samples(path: Path, labels: list[int] | None, model: UNet, reference: Reference) -> Dataset:
+    """Return the samples as the 8-bit images that a viewer shows, with the reference's classes where it has as many."""
+    import torch
+
+    from fastddpm.data import Dataset
+    from fastddpm.images import to_uint8
+    from fastddpm.network import num_classes_of
+    from fastddpm.outputs import read_x
+
+    images = to_uint8(torch.from_numpy(read_x(path)))
+    if labels is None:
+        return Dataset("samples", images)
+    n = num_classes_of(model) or 0
+    same = len(reference.train.classes) == n
+    return Dataset(
+        "samples",
+        images,
+        torch.tensor(labels),
+        reference.train.classes if same else tuple(f"class {i}" for i in range(n)),
+    )
+
+
+def _speed(path: Path, drawn: list[tuple[int, float]]) -> float | None:
+    """Return images a second of the median batch, which no compilation slows; if none was drawn, of the last run."""
+    from fastddpm.atomic import write_files
+    from fastddpm.safejson import read_object
+
+    if drawn:
+        rate = statistics.median(n / seconds for n, seconds in drawn)
+        write_files({path: json.dumps({"images_per_second": rate}).encode()})
+    return read_object(path).get("images_per_second") if path.exists() else None
+
+
+def _classifier(args: argparse.Namespace, reference: Reference) -> Classifier | None:
+    from fastddpm.evaluation.classifier import SHIPPED_CLASSIFIER, load_classifier
+
+    if args.classifier is None and args.data != "mnist":
+        return None
+    if reference.held_out is None:
+        raise ValueError(f"--classifier: of {args.data} nothing is held out, so nothing says how good it is")
+    return load_classifier(args.classifier or SHIPPED_CLASSIFIER, len(reference.train.classes))
+
+
+def _add_fid(measures: Measures, args: argparse.Namespace, samples: Dataset, reference: Reference) -> None:
+    from fastddpm.evaluation.fid import compute_fid, fid_obstacle
+
+    if reference.held_out is not None:
+        return
+    if obstacle := fid_obstacle(download=args.download):
+        measures.notes.append(obstacle)
+    else:
+        measures.fid = compute_fid(samples, reference.train)
+
+
+def _train_classifier(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastddpm.evaluation.classifier import judge, load_classifier, save_classifier
+    from fastddpm.evaluation.classifier_training import count_steps, train_classifier
+    from fastddpm.evaluation.measures import accuracy
+    from fastddpm.evaluation.reference import built_in
+    from fastddpm.evaluation.report import show
+
+    path: Path = args.train_classifier
+    if path.exists() and not args.overwrite:
+        raise FileExistsError(f"{path} exists already; use --overwrite to replace it")
+    train, held_out = built_in(args.data)
+    hidden = args.quiet or not sys.stderr.isatty()
+    with tqdm(total=count_steps(train), unit="step", desc="training", file=sys.stderr, disable=hidden) as bar:
+        classifier = train_classifier(train, seed=args.seed, progress=lambda loss: bar.update() and None)
+    save_classifier(path, classifier)
+    # Of what was saved: the weights were rounded.
+    estimate = accuracy(judge(load_classifier(path, len(train.classes)), held_out), held_out)._asdict()
+    if args.json:
+        print(json.dumps({"classifier": str(path), "held_out": len(held_out), "accuracy": estimate}))
+    elif not args.quiet:
+        print(f"{show(estimate, percent=True)} of {len(held_out)} held-out images recognised; wrote {path}")
+    return 0
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = [math.nan]
+    if not all(map(math.isfinite, weights)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no weight; write 2, or 1,1.5,2")
+    return list(dict.fromkeys(weights))

@@ -1,0 +1,105 @@
+"""Write the numbers of evaluations into a model card, between its markers, and the pictures beside it.
+
+python -m fastddpm.evaluation.card CARD --images FOLDER --training RUN EVAL [EVAL ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastddpm.atomic import write_files
+from fastddpm.evaluation.measures import ACCURACY, DIVERSITY, FRECHET, NEAREST
+from fastddpm.evaluation.report import PICTURE, PLOT, REPORT, bits_line, show, weakest
+from fastddpm.safejson import read_object
+from fastddpm.train_log import loss_plot, read_log
+
+BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
+
+_HEAD = """| sampler | N | accuracy | Frechet distance | nearest image | diversity |
+| --- | --- | --- | --- | --- | --- |"""
+
+_LEGEND = """In brackets 95 % intervals. Accuracy: how often the classifier sees the digit that was asked for; of the
+held-out images it recognises {held_out}. The rest are ratios. Frechet distance to held-out images: of the samples over
+that of as many training images. Nearest image: median distance to the nearest training image, of samples over that of
+held-out images. Diversity: mean distance between two images of a digit, of samples over that of training images.
+Weights {weights}."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Update a card.
+
+    Raises:
+        ValueError: the card has no markers, or the evaluations are of different weights.
+        FileNotFoundError: an evaluation, the card or the training's log is missing.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fastddpm.evaluation.card", description=__doc__)
+    parser.add_argument("card", type=Path)
+    parser.add_argument("evals", type=Path, nargs="+", help="folders of fastddpm eval; pictures are the first one's")
+    parser.add_argument("--images", type=Path, required=True, help="folder for pictures")
+    parser.add_argument("--training", type=Path, required=True, help="folder of the training run, for its loss")
+    args = parser.parse_args(argv)
+    reports = [read_object(folder / REPORT) for folder in args.evals]
+    results = [result for report in reports for result in report["results"]]
+    name = args.card.parent.name
+    plot = loss_plot(list(read_log(args.training)))
+    if plot is None:
+        raise FileNotFoundError(f"{args.training}: no log to plot, or no matplotlib to plot it with")
+    first = args.evals[0] / f"guidance-{results[0]['run']['guidance']:g}" / PICTURE
+    pictures = {f"{name}-samples.png": first.read_bytes(), f"{name}-loss.png": plot}
+    for folder in args.evals:
+        if (folder / PLOT).exists():
+            pictures[f"{name}-guidance.png"] = (folder / PLOT).read_bytes()
+    text = numbers(results)
+    for report in reports:
+        if "bits_per_dim" in report:
+            text += f"\n\nBits per dimension, at most: {bits_line(report['bits_per_dim'])}."
+    card = insert(args.card.read_text(encoding="utf-8"), text)
+    write_files({**{args.images / file: data for file, data in pictures.items()}, args.card: card.encode()})
+
+
+def insert(card: str, text: str) -> str:
+    """Replace what stands between the markers of a card.
+
+    Raises:
+        ValueError: there are no markers.
+    """
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the card needs the lines {BEGIN} and {END}, between which the numbers go")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def numbers(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the numbers of evaluations as Markdown.
+
+    Raises:
+        ValueError: they are of different weights.
+    """
+    weights = {result["run"]["weights"] for result in results}
+    if len(weights) != 1:
+        raise ValueError(f"the evaluations are of {len(weights)} models with different weights")
+    rows = "\n".join(_row(result) for result in results)
+    held_out = show(results[0][ACCURACY]["real"], percent=True)
+    legend = _LEGEND.format(held_out=held_out, weights=weights.pop()[:16])
+    weak = weakest(results[0]["accuracy_by_class"])
+    return f"{_HEAD}\n{rows}\n\n{legend}" + (f" Least often recognised, in the first line: {weak}." if weak else "")
+
+
+def _row(result: Mapping[str, Any]) -> str:
+    run = result["run"]
+    guidance = "" if run["guidance"] == 1 else f", guidance {run['guidance']:g}"
+    cells = [
+        f"{run['sampler']}, {run['steps']} steps{guidance}",
+        str(result["compared"]),
+        show(result[ACCURACY]["samples"], percent=True),
+        *(show(result[name]["ratio"]) for name in (FRECHET, NEAREST, DIVERSITY)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

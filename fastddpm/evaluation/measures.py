@@ -1,0 +1,142 @@
+"""All the numbers about a set of samples, each beside the same number of real images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from fastddpm.data import Dataset
+from fastddpm.evaluation import frechet
+from fastddpm.evaluation.classifier import Classifier, Opinion, judge
+from fastddpm.evaluation.distances import diversity, nearest_distances
+from fastddpm.evaluation.estimate import Estimate, bootstrapped, proportion, ratio
+from fastddpm.evaluation.reference import Reference, comparable, matched, subset
+
+ACCURACY, FRECHET, NEAREST, DIVERSITY = "accuracy", "frechet", "nearest", "diversity"
+
+# Held-out images come this near to a training image in one case of a hundred.
+NEAR = 0.01
+
+
+class Row(NamedTuple):
+    """One number, of samples and of real images.
+
+    Attributes:
+        samples: of the samples.
+        real: of real images.
+        ratio: samples / real; None where that says nothing.
+        against: which real images: "held-out" or "training".
+    """
+
+    samples: Estimate
+    real: Estimate
+    ratio: Estimate | None
+    against: str
+
+
+@dataclass
+class Measures:
+    """The numbers about a set of samples.
+
+    Attributes:
+        compared: N, of the samples, the training images and the held-out ones that were compared.
+        rows: accuracy: how often the classifier sees the class that was asked for (held-out images: their own class).
+            frechet: distance of the classifier's features to those of held-out images.
+            nearest: median distance to the nearest training image.
+            diversity: mean distance between two images of a class.
+        near: share of samples nearer to a training image than all but `NEAR` of the held-out images are.
+        by_class: accuracy for each class, by its name.
+        fid: by the standard network.
+        notes: what was not measured, and why.
+    """
+
+    compared: int
+    rows: dict[str, Row] = field(default_factory=dict)
+    near: float = 0.0
+    by_class: dict[str, float] = field(default_factory=dict)
+    fid: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON types."""
+        rows = {
+            name: {
+                "samples": row.samples._asdict(),
+                "real": row.real._asdict(),
+                "ratio": None if row.ratio is None else row.ratio._asdict(),
+                "against": row.against,
+            }
+            for name, row in self.rows.items()
+        }
+        return {
+            "compared": self.compared,
+            **rows,
+            "near": self.near,
+            "accuracy_by_class": self.by_class,
+            "fid": self.fid,
+            "notes": self.notes,
+        }
+
+
+def measure(samples: Dataset, reference: Reference, classifier: Classifier | None) -> Measures:
+    """Measure samples against real images; with a classifier, if there are held-out images, by its features too.
+
+    Raises:
+        ValueError: samples and real images have no class in common.
+    """
+    sets = comparable([samples, reference.train, *([] if reference.held_out is None else [reference.held_out])])
+    chosen = matched(sets)
+    equal = [subset(data, k) for data, k in zip(sets, chosen, strict=True)]
+    measures = Measures(compared=len(equal[0]))
+    if classifier is not None and reference.held_out is not None:
+        opinions = [judge(classifier, data) for data in sets]
+        _add_accuracy(measures, sets, opinions)
+        comparison = frechet.compare(*(o.features[k].numpy() for o, k in zip(opinions, chosen, strict=True)))
+        measures.rows[FRECHET] = Row(comparison.samples, comparison.train, comparison.ratio, "training")
+    else:
+        measures.notes.append("accuracy and Frechet distance; there is no classifier of these images")
+    _add_nearest(measures, equal, reference.train, chosen[1])
+    of_samples, of_train = diversity(equal[0]), diversity(equal[1])
+    if of_samples is None or of_train is None:
+        measures.notes.append("diversity; no class has two samples")
+    else:
+        measures.rows[DIVERSITY] = Row(of_samples, of_train, ratio(of_samples, of_train), "training")
+    return measures
+
+
+def accuracy(opinion: Opinion, data: Dataset) -> Estimate:
+    """Return how often a classifier sees the class that an image is labelled with.
+
+    Raises:
+        ValueError: the images have no labels.
+    """
+    if data.labels is None:
+        raise ValueError(f"{data.name}: no labels, so nothing says what should be seen in the images")
+    return proportion(int(opinion.predictions.eq(data.labels).sum()), len(data))
+
+
+def _add_accuracy(measures: Measures, sets: list[Dataset], opinions: list[Opinion]) -> None:
+    samples, _, held_out = sets
+    if samples.labels is None:
+        measures.notes.append(f"accuracy; the model does not draw the classes of {held_out.name}")
+        return
+    measures.rows[ACCURACY] = Row(accuracy(opinions[0], samples), accuracy(opinions[2], held_out), None, "held-out")
+    right = opinions[0].predictions.eq(samples.labels)
+    for label, name in enumerate(samples.classes):
+        if (members := samples.labels.eq(label)).any():
+            measures.by_class[name] = float(right[members].double().mean())
+
+
+def _add_nearest(measures: Measures, equal: list[Dataset], train: Dataset, chosen_train: Tensor) -> None:
+    of_samples = nearest_distances(equal[0], train)
+    if len(equal) == 3:
+        of_real = nearest_distances(equal[2], train)
+    else:
+        # As far from the others as a held-out image would be: which of the images is left out is immaterial.
+        of_real = nearest_distances(equal[1], train, skip=chosen_train)
+    a, b = (bootstrapped(values, lambda v: float(np.median(v))) for values in (of_samples, of_real))
+    measures.rows[NEAREST] = Row(a, b, ratio(a, b), "held-out")
+    measures.near = float((of_samples < np.quantile(of_real, NEAR)).mean())
