@@ -283,3 +283,27 @@ def test_unknown_instructions_are_refused_before_anything_runs(text: str) -> Non
 def test_branch_to_an_unknown_label_is_refused() -> None:
     with pytest.raises(PtxError, match="unknown label"):
         parse(build_kernel("bra $L_nowhere;", 1, 32))
+
+
+@pytest.mark.parametrize("distance", [1, 2, 4, 8, 16])
+def test_butterfly_shuffles_read_the_lane_across(distance: int) -> None:
+    values, output = RNG.integers(0, 2**32, 64, dtype=np.uint32), np.zeros(64, np.uint32)
+    body = f"ld.global.b32 %r0, [%a0];\nshfl.sync.bfly.b32 %r1, %r0, {distance}, 31, -1;\nst.global.b32 [%a1], %r1;"
+    run_kernel(address(0, 4) + address(1, 4) + body, [values, output], writable=1, threads=64)
+    assert output.tolist() == [int(values[i ^ distance]) for i in range(64)]
+
+
+def test_a_shuffle_with_a_thread_that_returned_is_refused() -> None:
+    body = "setp.ge.u32 %p0, %t2, 16;\n@%p0 ret;\nshfl.sync.bfly.b32 %r1, %t2, 16, 31, -1;\nst.global.b32 [%a0], %r1;"
+    with pytest.raises(PtxError, match="elsewhere"):
+        run_kernel(address(0, 4) + body, [np.zeros(32, np.uint32)], writable=1)
+
+
+def test_a_pair_with_one_half_undefined_gives_the_other() -> None:
+    """Packed and unpacked again, the half that was defined may be stored and the other may not."""
+    pack = "cvt.u16.u32 %h0, %t2;\nmov.b32 %r0, {%h0, %h1};\nmov.b32 {%h2, %h3}, %r0;\n"
+    output = np.zeros(32, np.uint16)
+    run_kernel(address(0, 2) + pack + "st.global.b16 [%a0], %h2;", [output], writable=1)
+    assert output.tolist() == list(range(32))
+    with pytest.raises(UndefinedValueError):
+        run_kernel(address(0, 2) + pack + "st.global.b16 [%a0], %h3;", [output], writable=1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ptx import conversions, floats, integers
 from ptx.memory import Memory
-from ptx.parser import Address, Instruction, Operand, Program, PtxError, Register, Symbol, Vector
+from ptx.parser import Address, Immediate, Instruction, Operand, Program, PtxError, Register, Symbol, Vector
 from ptx.registers import Lanes, RegisterFile
 from ptx.scalars import Operation, decode, literal, type_bits
 
@@ -176,6 +176,8 @@ class Machine:
             return self._decode_argument(instruction)
         if opcode in ("ld", "st"):
             return self._decode_access(instruction)
+        if opcode == "shfl":
+            return self._decode_shuffle(instruction)
         return self._decode_arithmetic(instruction)
 
     def _decode_arithmetic(self, instruction: Instruction) -> Callable[[Lanes], None]:
@@ -184,7 +186,7 @@ class Machine:
         if len(sources) != len(operation.sources):
             raise PtxError(f"{len(operation.sources)} sources expected: {instruction.text}")
         readers = [registers.reader(s, kind) for s, kind in zip(sources, operation.sources, strict=True)]
-        selects = instruction.opcode == "selp"
+        selects, paired = instruction.opcode == "selp", operation.result == "f32x2"
 
         def execute(lanes: Lanes) -> None:
             values = [read(lanes) for read in readers]
@@ -192,7 +194,31 @@ class Machine:
                 undefined = registers.undefined_selected(sources, values[2], lanes)
             else:
                 undefined = registers.undefined_among(sources, lanes)
+            halves = registers.undefined_halves(sources) if paired else None
             registers.write(destination, operation.compute(*values), operation.result, lanes, undefined)
+            if halves is not None:
+                registers.note_pieces(destination, halves, lanes)
+
+        return execute
+
+    def _decode_shuffle(self, instruction: Instruction) -> Callable[[Lanes], None]:
+        """``shfl.sync.bfly.b32``: each thread reads the register of the one whose lane differs by these bits."""
+        destination, source, bits, *rest = instruction.operands
+        everyone = [Immediate(31), Immediate(-1)]
+        if instruction.modifiers != ("sync", "bfly", "b32") or not isinstance(bits, Immediate) or rest != everyone:
+            raise PtxError(f"only a butterfly over whole warps is defined here: {instruction.text}")
+        distance, registers = bits.value, self.registers
+        read = registers.reader(source, "b32")
+
+        def execute(lanes: Lanes) -> None:
+            partner = np.arange(registers.count) ^ distance
+            if lanes is not None and not np.isin(partner[lanes], lanes).all():
+                raise PtxError(f"a thread of the warp is elsewhere: {instruction.text}")
+            chosen = partner if lanes is None else partner[lanes]
+            values = np.broadcast_to(read(None), partner.shape)[chosen]
+            marks = registers.undefined(source, None)
+            undefined = None if marks is None else np.broadcast_to(marks, partner.shape)[chosen]
+            registers.write(destination, values, "b32", lanes, undefined)
 
         return execute
 

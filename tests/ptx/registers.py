@@ -34,6 +34,8 @@ class RegisterFile:
         self.count, self._special = count, special
         self._values: dict[str, np.ndarray] = {}
         self._undefined: dict[str, np.ndarray] = {}
+        # Of a register packed by all threads, which pieces are undefined: Triton fills up pairs it needs half of.
+        self._undefined_pieces: dict[str, list[np.ndarray | None]] = {}
 
     def reader(self, operand: Operand, kind: str) -> Callable[[Lanes], np.ndarray]:
         """A function that reads the operand as a typed array: one value per active thread, or one for all."""
@@ -73,6 +75,7 @@ class RegisterFile:
         if not isinstance(operand, Register):
             raise PtxError(f"cannot write {operand}")
         bits = encode(values, kind, self.width(operand))
+        self._undefined_pieces.pop(operand.name, None)
         if lanes is not None:
             bits, undefined = self._merge(operand, bits, lanes, undefined)
         self._values[operand.name] = bits
@@ -100,12 +103,11 @@ class RegisterFile:
         if operand.name not in self._values:
             return np.ones(1, np.bool_)
         marks = self._undefined.get(operand.name)
-        return marks[lanes] if marks is not None and lanes is not None and marks.size > 1 else marks
+        return _of(marks, lanes)
 
     def undefined_among(self, operands: Sequence[Operand], lanes: Lanes) -> np.ndarray | None:
         """Which results depend on an undefined value, where every operand counts."""
-        present = [mark for operand in operands if (mark := self.undefined(operand, lanes)) is not None]
-        return np.logical_or.reduce(np.broadcast_arrays(*present)) if present else None
+        return _any([self.undefined(operand, lanes) for operand in operands])
 
     def undefined_selected(self, operands: Sequence[Operand], choice: np.ndarray, lanes: Lanes) -> np.ndarray | None:
         """The same for ``selp``, whose result depends on the predicate and on the side it picks."""
@@ -119,16 +121,30 @@ class RegisterFile:
         if marks is not None and marks.any():
             raise UndefinedValueError(f"an undefined value reached {where}: {operand}")
 
+    def undefined_halves(self, operands: Sequence[Operand]) -> list[np.ndarray | None]:
+        """The same for arithmetic on pairs, whose halves depend on the operands' same halves."""
+        return [_any(marks) for marks in zip(*(self._pieces(operand, 2) for operand in operands), strict=True)]
+
+    def note_pieces(self, destination: Operand, pieces: list[np.ndarray | None], lanes: Lanes) -> None:
+        """Remember which pieces of a register that was just written are undefined."""
+        if lanes is None and isinstance(destination, Register):
+            self._undefined_pieces[destination.name] = pieces
+
+    def _pieces(self, operand: Operand, count: int) -> list[np.ndarray | None]:
+        known = self._undefined_pieces.get(operand.name) if isinstance(operand, Register) else None
+        return known if known is not None and len(known) == count else [self.undefined(operand, None)] * count
+
     def unpack(self, items: Sequence[Operand], source: Operand, kind: str) -> Callable[[Lanes], None]:
         """``mov.b32 {low, high}, source``."""
         part = type_bits(kind) // len(items)
         read = self.reader(source, f"u{type_bits(kind)}")
 
         def execute(lanes: Lanes) -> None:
-            bits, undefined = read(lanes), self.undefined(source, lanes)
+            bits = read(lanes)
+            undefined = [_of(marks, lanes) for marks in self._pieces(source, len(items))]
             for i, item in enumerate(items):
                 piece = (bits >> bits.dtype.type(part * i)).astype(UNSIGNED[part])
-                self.write(item, piece, f"u{part}", lanes, undefined)
+                self.write(item, piece, f"u{part}", lanes, undefined[i])
 
         return execute
 
@@ -139,11 +155,22 @@ class RegisterFile:
         readers = [self.reader(item, f"u{part}") for item in items]
 
         def execute(lanes: Lanes) -> None:
-            pieces = [read(lanes).astype(whole) << whole(part * i) for i, read in enumerate(readers)]
-            packed = np.bitwise_or.reduce(np.broadcast_arrays(*pieces))
+            shifted = [read(lanes).astype(whole) << whole(part * i) for i, read in enumerate(readers)]
+            packed = np.bitwise_or.reduce(np.broadcast_arrays(*shifted))
+            pieces = [self.undefined(item, None) for item in items]
             self.write(destination, packed, f"u{width}", lanes, self.undefined_among(items, lanes))
+            self.note_pieces(destination, pieces, lanes)
 
         return execute
+
+
+def _any(marks: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    present = [mark for mark in marks if mark is not None]
+    return np.logical_or.reduce(np.broadcast_arrays(*present)) if present else None
+
+
+def _of(marks: np.ndarray | None, lanes: Lanes) -> np.ndarray | None:
+    return marks[lanes] if marks is not None and lanes is not None and marks.size > 1 else marks
 
 
 def _or_false(marks: np.ndarray | None) -> np.ndarray:
