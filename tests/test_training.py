@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from fastddpm.table import q_rows
 from fastddpm.train_config import TrainConfig
 from fastddpm.train_log import read_log
 from fastddpm.train_run import LOG
-from fastddpm.training import DivergenceError, batch_indices, drop_classes, learning_rate, loss_fn, train
+from fastddpm.training import DivergenceError, batch_indices, drop_classes, learning_rate, train
 from fastddpm.unet import UNet, UNetConfig
 from fastddpm.weights import load
 from train_cases import TINY, at_step, same_run, tiny_run
@@ -35,26 +36,6 @@ from train_cases import TINY, at_step, same_run, tiny_run
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     return tiny_run(tmp_path)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "x_0"])
-def test_loss_fn_is_l_simple_of_the_reference(prediction: str) -> None:
-    torch.manual_seed(0)
-    schedule = Schedule.cosine(50)
-    x_0, t = torch.rand(6, 1, 4, 4) * 2 - 1, torch.tensor([0, 1, 7, 25, 48, 49])
-    counter = Counter(torch.tensor([3]), torch.arange(6), torch.tensor([11]), noise.STREAM_TRAIN)
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        return 0.5 * x + 0.01 * t[:, None, None, None]
-
-    eps = noise.normals(*counter, 16).view(6, 1, 4, 4).double()
-    x_t = reference.q_sample(x_0.double(), t, schedule, eps)
-    signal_t = schedule.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
-    sigma_t = schedule.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1)
-    target = {"epsilon": eps, "x_0": x_0.double(), "v": signal_t * eps - sigma_t * x_0}[prediction]
-    expected = (target - model(x_t, t)).square().mean()
-    loss = loss_fn(model, x_0, t, counter, q_rows(schedule), prediction)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_batch_indices_visits_every_image_once_an_epoch_in_another_order() -> None:
@@ -203,11 +184,11 @@ def test_train_keeps_the_last_checkpoint_when_the_disk_is_full(
 
 def test_train_stops_at_a_loss_that_is_not_finite(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverging(*args: Any, **kwargs: Any) -> Tensor:
-        losses.append(loss_fn(*args, **kwargs))
+        losses.append(ddpm_loss(*args, **kwargs))
         return losses[-1] * (float("nan") if len(losses) == 7 else 1.0)
 
     losses: list[Tensor] = []
-    monkeypatch.setattr(training, "loss_fn", diverging)
+    monkeypatch.setattr(training, "ddpm_loss", diverging)
     with pytest.raises(DivergenceError, match=r"loss nan.* at step 6; the last good checkpoint is .* at step 4"):
         train(config, quiet=True)
     assert all(v.isfinite().all() for v in load_file(Path(config.out) / CHECKPOINT).values())
@@ -241,6 +222,17 @@ def test_train_draws_grids_and_plots(config: TrainConfig) -> None:
         assert grid.size == (10 * (8 + 2) + 2, 4 * (8 + 2) + 2)
     with Image.open(Path(config.out) / "loss.png") as plot:
         assert plot.size[0] > 400
+
+
+def test_train_compiled_takes_the_same_steps(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One graph of forward and backward is what is checked; Inductor's code rounds differently, and takes a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    config = dataclasses.replace(config, steps=2, save_every=0)
+    train(config, quiet=True)
+    train(dataclasses.replace(config, compile=True, out=str(tmp_path / "compiled")), quiet=True)
+    assert same_run(tmp_path / "run", tmp_path / "compiled")
 
 
 def test_train_leaves_the_callers_generator_alone(config: TrainConfig) -> None:
