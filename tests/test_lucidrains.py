@@ -96,7 +96,11 @@ def test_state_dict_is_the_originals_bit_for_bit(
         with pytest.raises(ValueError, match="beta"):
             GaussianDiffusion(Net(), **options(timesteps=timesteps, beta_schedule=schedule))
         return
-    for objective, gamma in itertools.product(OBJECTIVES, (None, 5, 2.5)):
+    # The cap matters to loss_weight alone, which both make in one expression.
+    for objective, gamma in [
+        *((objective, None) for objective in OBJECTIVES),
+        *zip(OBJECTIVES, (5, 2.5, 5), strict=True),
+    ]:
         theirs, ours = pair(
             original,
             timesteps=timesteps,
@@ -168,6 +172,17 @@ def test_p_sample_is_the_originals_bits_and_draws(original: Any, objective: str,
             results.append((diffusion.p_sample(x, t), torch.get_rng_state()))
         assert_same(results[1][0], results[0][0], t)
         assert torch.equal(results[1][1], results[0][1])
+
+
+def test_p_sample_of_channels_last_draws_in_memory_order(original: Any) -> None:
+    x = images(4) * 4 - 2
+    results = []
+    for diffusion in pair(original):
+        torch.manual_seed(11)
+        results.append(diffusion.p_sample(x.to(memory_format=torch.channels_last), 20)[0])
+    assert torch.equal(*results)
+    torch.manual_seed(11)
+    assert not torch.equal(results[0], diffusion.p_sample(x, 20)[0])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

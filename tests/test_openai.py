@@ -354,6 +354,21 @@ def test_other_dtypes_promote_as_in_the_original(dtype: torch.dtype, expected: t
     assert_close(out["sample"], each(hand.p, net, x, t, z), 1e-6 if dtype == torch.float64 else 3e-3)
 
 
+def test_p_sample_of_channels_last_draws_like_x() -> None:
+    diffusion, net, hand = build()
+    x, t = state(1).to(memory_format=torch.channels_last), torch.tensor([9, 4, 2, 1])
+    torch.manual_seed(2)
+    with torch.no_grad():
+        sample = diffusion.p_sample(net, x, t)["sample"]
+    torch.manual_seed(2)
+    # What randn_like gives depends on the memory format of its argument.
+    assert_close(sample, each(hand.p, net, x, t, torch.randn_like(x)))
+    torch.manual_seed(2)
+    contiguous = torch.randn_like(x.contiguous())
+    torch.manual_seed(2)
+    assert not torch.equal(torch.randn_like(x), contiguous)
+
+
 def test_p_sample_stays_differentiable_outside_no_grad() -> None:
     diffusion, net, _ = build(ModelMeanType.START_X)
     x = (0.1 * state(1)).requires_grad_()
