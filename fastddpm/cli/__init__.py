@@ -7,8 +7,10 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from fastddpm import __version__
 
@@ -21,6 +23,17 @@ class _Terminated(BaseException):
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> None:
     raise _Terminated
+
+
+def _one_line_warning(message: Warning | str, *rest: Any, **named: Any) -> str:
+    """Format a warning without the line of code that gave it, which a user of the command never wrote."""
+    return f"fastddpm: warning: {' '.join(str(message).split())}\n"
+
+
+def _one_line_error(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 (one line on stderr), 2 (usage), 130 or 143 (signals)."""
     args = build_parser().parse_args(argv)
     module = importlib.import_module(f"fastddpm.cli.{args.command}")
-    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    handler = signal.signal(signal.SIGTERM, _raise_terminated)
+    formatting = warnings.formatwarning
+    warnings.formatwarning = _one_line_warning
     try:
         return int(module.run(args))
     except KeyboardInterrupt:
@@ -54,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("FASTDDPM_TRACEBACK") == "1":
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"fastddpm: error: {message}", file=sys.stderr)
+        print(f"fastddpm: error: {_one_line_error(error)}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, handler)
+        warnings.formatwarning = formatting
