@@ -7,6 +7,7 @@ import statistics
 import numpy as np
 import pytest
 
+from fastddpm.bench import clock
 from fastddpm.bench.compare import NOISY, Ratio, Timing, compare, quantile, ratio
 
 
@@ -89,3 +90,17 @@ def test_compare_without_rounds_raises(rounds: int) -> None:
 def test_compare_of_two_of_a_name_raises() -> None:
     with pytest.raises(ValueError, match="share a name"):
         compare([Scripted("A", [1.0], []), Scripted("A", [1.0], [])], rounds=1)
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(10.0, 1), (1.0, 1 + 5)], ids=["long", "short"])
+def test_cpu_clock_repeats_short_calls_only(seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole loop takes minutes: its first round is not thrown away."""
+    now = [0.0]
+
+    def work() -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    watch = clock.CpuClock(work, min_seconds=5.0)
+    assert watch.time() == seconds
+    assert now[0] == calls * seconds

@@ -16,7 +16,7 @@ _L2_FLUSH_BYTES = 256 << 20
 
 
 class CpuClock:
-    """Wall time of calls in a row, as many as make `min_seconds` together.
+    """Wall time of calls in a row, as many as make `min_seconds` together; one where a call takes that long.
 
     Attributes:
         how: what the numbers are, for the report.
@@ -25,22 +25,22 @@ class CpuClock:
     how = "wall time"
 
     def __init__(self, run: Callable[[], Any], min_seconds: float = MIN_SECONDS) -> None:
-        self._run = run
-        self.calls = 1
-        if min_seconds > 0:
-            once = self._measure()
-            if once < min_seconds:
-                once = min(once, self._measure())
-                self.calls = max(1, min(_MAX_CALLS, round(min_seconds / max(once, 1e-9))))
+        self._run, self._min_seconds = run, min_seconds
+        self._calls = 1 if min_seconds == 0 else None
 
     def time(self) -> float:
         """Seconds per call."""
-        return self._measure() / self.calls
+        if self._calls is None:
+            once = self._measure(1)
+            self._calls = max(1, min(_MAX_CALLS, round(self._min_seconds / max(once, 1e-9))))
+            if self._calls == 1:
+                return once
+        return self._measure(self._calls) / self._calls
 
-    def _measure(self) -> float:
+    def _measure(self, calls: int) -> float:
         run = self._run
         start = time.perf_counter()
-        for _ in range(self.calls):
+        for _ in range(calls):
             run()
         return time.perf_counter() - start
 
