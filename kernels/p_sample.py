@@ -84,11 +84,8 @@ def _coefficients(p, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _update(
-    x, m, v, z, x0_prev, coefficients,
-    CLIP: tl.constexpr, LEARNED: tl.constexpr, USE_M: tl.constexpr, USE_PREV: tl.constexpr, NOISE: tl.constexpr,
-):  # fmt: skip
-    """The arithmetic of a row, every operation rounded on its own: (x_prev, x0)."""
+def _update(x, m, v, z, x0_prev, coefficients, CLIP: tl.constexpr, USE_M: tl.constexpr):
+    """The arithmetic of a row, every operation rounded on its own: (x_prev, x0). A term whose tensor is None is off."""
     a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, _ = coefficients
     x0 = a * x + b * m
     if CLIP:
@@ -97,68 +94,14 @@ def _update(
     x_prev = c_x0 * x0 + c_xt * x
     if USE_M:
         x_prev = x_prev + c_m * m
-    if USE_PREV:
+    if x0_prev is not None:
         x_prev = x_prev + c_prev * x0_prev
-    if NOISE != NOISE_NONE:
+    if z is not None:
         std = sigma
-        if LEARNED:
+        if v is not None:
             std = sigma * _exp(h0 + h1 * v)
         x_prev = tl.where(sigma == 0.0, x_prev, x_prev + std * z)
     return x_prev, x0
-
-
-@triton.jit
-def _step_tile(
-    ptrs, coefficients, key, base, half, g, offset, live, n, plane, channel,
-    CLIP: tl.constexpr, LEARNED: tl.constexpr, GUIDED: tl.constexpr, USE_M: tl.constexpr, USE_PREV: tl.constexpr,
-    X0_OUT: tl.constexpr, LOW_OUT: tl.constexpr, M_NHWC: tl.constexpr, LOW_NHWC: tl.constexpr, NOISE: tl.constexpr,
-    CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Load a tile, execute its row, store it.
-
-    ``g`` [T] counts groups in the sample; or, in a loop over channels, in ``channel``, which is ``offset`` groups in.
-    """
-    x_ptr, m_ptr, z_ptr, x0_prev_ptr, out_ptr, x0_out_ptr, low_ptr = ptrs
-    LOOP: tl.constexpr = (M_NHWC or LOW_NHWC) and ALIGNED
-    FLAT: tl.constexpr = VECTOR if ALIGNED else SCALAR
-    NHWC: tl.constexpr = PIXELS if ALIGNED else STRIDED
-    M_ACCESS: tl.constexpr = NHWC if M_NHWC else FLAT
-    LOW_ACCESS: tl.constexpr = NHWC if LOW_NHWC else FLAT
-    HALVES: tl.constexpr = 2 if LEARNED else 1
-    index = g.to(tl.int64) * 4
-    e = index
-    if LOOP:
-        e = index + channel * plane
-        g = g + offset.to(tl.uint32)
-    m_index = index if M_NHWC else e
-    m_base = base * HALVES
-    WIDTH: tl.constexpr = CHANNELS * HALVES
-
-    x = load(x_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
-    m = load(m_ptr, m_base, m_index, live, n, plane, WIDTH, channel, M_ACCESS)
-    if GUIDED:
-        m_u = load(m_ptr, m_base + half * HALVES, m_index, live, n, plane, WIDTH, channel, M_ACCESS)
-        m = m_u + coefficients[11] * (m - m_u)
-    v = m
-    if LEARNED:
-        v = load(m_ptr, m_base + (CHANNELS if M_NHWC else n), m_index, live, n, plane, WIDTH, channel, M_ACCESS)
-    x0_prev = x
-    if USE_PREV:
-        x0_prev = load(x0_prev_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
-    z = x
-    if NOISE == NOISE_COUNTER:
-        seed, sample_id, step, stream = key
-        z = normals4(seed, sample_id, step, stream, g)
-    if NOISE == NOISE_GIVEN:
-        z = load(z_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
-
-    x_prev, x0 = _update(x, m, v, z, x0_prev, coefficients, CLIP, LEARNED, USE_M, USE_PREV, NOISE)
-    store(out_ptr, base, e, x_prev, live, n, plane, CHANNELS, channel, FLAT)
-    if X0_OUT:
-        store(x0_out_ptr, base, e, x0, live, n, plane, CHANNELS, channel, FLAT)
-    if LOW_OUT:
-        low_index = index if LOW_NHWC else e
-        store(low_ptr, base, low_index, x_prev, live, n, plane, CHANNELS, channel, LOW_ACCESS)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -184,6 +127,12 @@ def _p_sample_kernel(
     Noise     noise-v1, or z, or none; not added where sigma is 0
     """
     LOOP: tl.constexpr = (M_NHWC or LOW_NHWC) and ALIGNED
+    FLAT: tl.constexpr = VECTOR if ALIGNED else SCALAR
+    NHWC: tl.constexpr = PIXELS if ALIGNED else STRIDED
+    M_ACCESS: tl.constexpr = NHWC if M_NHWC else FLAT
+    LOW_ACCESS: tl.constexpr = NHWC if LOW_NHWC else FLAT
+    HALVES: tl.constexpr = 2 if LEARNED else 1
+    M_CHANNELS: tl.constexpr = CHANNELS * HALVES
     plane = count.to(tl.int64)
     if ALIGNED:
         plane = plane * 4
@@ -193,35 +142,48 @@ def _p_sample_kernel(
         groups = (n + 3) // 4
     s, exists = tile_samples(batch, BLOCK_G, TILE)
     coefficients = _coefficients(rows_ptr + tl.load(row_ptr + s * row_stride) * COLUMNS, BLOCK_G, TILE)
-    key = (0, 0, 0, 0)
     if NOISE == NOISE_COUNTER:
         seed = tl.load(seed_ptr + s * seed_stride)
         sample_id = tl.load(id_ptr + s * id_stride)
-        key = (seed, sample_id, tl.load(step_ptr + s * step_stride), stream)
-    ptrs = (x_ptr, m_ptr, z_ptr, x0_prev_ptr, out_ptr, x0_out_ptr, low_ptr)
+        step = tl.load(step_ptr + s * step_stride)
     base = s.to(tl.int64) * n
-    half = batch.to(tl.int64) * n
-    if LOOP:
-        g, live = tile_groups(program(), groups, BLOCK_G, TILE)
-        for channel in range(CHANNELS):
-            _step_tile(
-                ptrs, coefficients, key, base, half, g, channel * groups, live & exists, n, plane, channel,
-                CLIP, LEARNED, GUIDED, USE_M, USE_PREV, X0_OUT, LOW_OUT, M_NHWC, LOW_NHWC, NOISE, CHANNELS, ALIGNED,
-            )  # fmt: skip
-    elif BLOCK_G != TILE:
-        g, live = tile_groups(program(), groups, BLOCK_G, TILE)
-        _step_tile(
-            ptrs, coefficients, key, base, half, g, 0, live & exists, n, plane, 0,
-            CLIP, LEARNED, GUIDED, USE_M, USE_PREV, X0_OUT, LOW_OUT, M_NHWC, LOW_NHWC, NOISE, CHANNELS, ALIGNED,
-        )  # fmt: skip
-    else:
-        first = program() * repeat
-        for k in range(repeat):
-            g, live = tile_groups(first + k, groups, BLOCK_G, TILE)
-            _step_tile(
-                ptrs, coefficients, key, base, half, g, 0, live & exists, n, plane, 0,
-                CLIP, LEARNED, GUIDED, USE_M, USE_PREV, X0_OUT, LOW_OUT, M_NHWC, LOW_NHWC, NOISE, CHANNELS, ALIGNED,
-            )  # fmt: skip
+    m_base = base * HALVES
+    half = batch.to(tl.int64) * (n * HALVES)
+
+    rounds = CHANNELS if LOOP else (repeat if BLOCK_G == TILE else 1)
+    for k in range(rounds):
+        channel = k if LOOP else 0
+        tile = program() if LOOP else program() * repeat + k
+        g, live = tile_groups(tile, groups, BLOCK_G, TILE)
+        live = live & exists
+        index = g.to(tl.int64) * 4
+        e = index + channel * plane
+        m_index = index if M_NHWC else e
+        x = load(x_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
+        m = load(m_ptr, m_base, m_index, live, n, plane, M_CHANNELS, channel, M_ACCESS)
+        if GUIDED:
+            m_u = load(m_ptr, m_base + half, m_index, live, n, plane, M_CHANNELS, channel, M_ACCESS)
+            m = m_u + coefficients[11] * (m - m_u)
+        v = None
+        if LEARNED:
+            v_base = m_base + (CHANNELS if M_NHWC else n)
+            v = load(m_ptr, v_base, m_index, live, n, plane, M_CHANNELS, channel, M_ACCESS)
+        x0_prev = None
+        if USE_PREV:
+            x0_prev = load(x0_prev_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
+        z = None
+        if NOISE == NOISE_COUNTER:
+            z = normals4(seed, sample_id, step, stream, g + (channel * groups).to(tl.uint32))
+        if NOISE == NOISE_GIVEN:
+            z = load(z_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
+
+        x_prev, x0 = _update(x, m, v, z, x0_prev, coefficients, CLIP, USE_M)
+        store(out_ptr, base, e, x_prev, live, n, plane, CHANNELS, channel, FLAT)
+        if X0_OUT:
+            store(x0_out_ptr, base, e, x0, live, n, plane, CHANNELS, channel, FLAT)
+        if LOW_OUT:
+            low_index = index if LOW_NHWC else e
+            store(low_ptr, base, low_index, x_prev, live, n, plane, CHANNELS, channel, LOW_ACCESS)
 
 
 class PSampleFlags(NamedTuple):

@@ -45,8 +45,13 @@ def block_groups(groups: int) -> int:
 
 @lru_cache(maxsize=1024)
 def repeats(batch: int, groups: int) -> int:
-    """Tiles of a sample that one program walks: several, once there are programs enough to fill any GPU."""
+    """Tiles of a sample that one program walks: several, once there are programs enough to fill any GPU.
+
+    A tile that samples share is walked alone: each thread would keep its sample's row and keys in registers meanwhile.
+    """
     block = block_groups(groups)
+    if block != TILE:
+        return 1
     tiles = -(-groups // block)
     programs = tiles * -(-batch // (TILE // block))
     # Powers of two near 2**32 groups: see launch_grid.

@@ -131,6 +131,26 @@ def test_100_000_points_fill_their_lanes_and_fit_the_grid() -> None:
     assert launch.grid[1:] == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("case", "repeat"),
+    [
+        (IMAGE.but(in_place=True), 3),
+        (IMAGE.but(shape=(17, 3, 8, 8)), 1),
+        (IMAGE.but(shape=(2, 1, 45, 45), m=BF16), 2),
+    ],
+    ids=str,
+)
+def test_programs_of_a_large_batch_walk_several_tiles(
+    case: StepCase, repeat: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sample that fills tiles, and of one with a ragged end; a tile that samples share is walked alone."""
+    monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(p_sample_kernel, "repeats", tiles.repeats.__wrapped__)
+    run = run_step(case)
+    check(run)
+    assert dict(run.device.launches[0].arguments)["repeat"] == repeat
+
+
 @pytest.mark.parametrize("case", [IMAGE, IMAGE.but(m=BF16, m_layout="channels_last", low_out=BF16)], ids=str)
 def test_images_of_256_by_256_have_the_twins_bits(case: StepCase) -> None:
     check(run_step(case.but(shape=(2, 3, 256, 256))))
