@@ -200,7 +200,6 @@ def test_eval_refuses_to_mix_runs(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--data", "mnist"], "mnist holds images (1, 32, 32)"),
         (["--data", "nowhere"], "no data at 'nowhere'"),
         (["--classifier", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--sampler", "plms"], "unknown sampler"),
@@ -329,6 +328,7 @@ def test_card_takes_the_numbers_between_its_markers(evaluated: Path, tmp_path: P
     assert "| ddpm, 2 steps, guidance 2 | 20 | " in text
     assert "old" not in text
     assert "Bits per dimension, at most: held-out images" in text
+    assert "](../images/digits-guidance.png)" in text
     found = json.loads((evaluated / "eval.json").read_text())["results"][1]
     assert report.show(found["frechet"]["ratio"]) in text
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [

@@ -69,6 +69,15 @@ def test_compare_finds_the_distance_of_shifted_samples() -> None:
     assert shifted.ratio.value > 10
 
 
+def test_compare_keeps_the_classes_as_large_as_they_are() -> None:
+    # Two classes far apart, equally large in every set: which of them is drawn how often is no source of error.
+    classes = np.arange(100) % 2
+    sets = [features(100, 3, seed) + 50.0 * classes[:, None] for seed in range(3)]
+    stratified, pooled = (compare(*sets, classes=c, resamples=50) for c in (classes, None))
+    assert stratified.train.high - stratified.train.low < (pooled.train.high - pooled.train.low) / 5
+    assert stratified.samples.value == pooled.samples.value
+
+
 def test_compare_of_training_images_that_are_the_held_out_ones_has_no_ratio() -> None:
     x = np.zeros((10, 2))
     assert compare(features(10, 2, 0), x, x, resamples=5).ratio is None

@@ -6,6 +6,7 @@ python -m fastddpm.evaluation.card CARD --images FOLDER --training RUN EVAL [EVA
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ from fastddpm.safejson import read_object
 from fastddpm.train_log import loss_plot, read_log
 
 BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
+
+_CAPTIONS = {
+    "samples": "Samples, in columns by class",
+    "loss": "Training loss",
+    "guidance": "Accuracy and diversity by guidance weight",
+}
 
 _HEAD = """| sampler | N | accuracy | Frechet distance | nearest image | diversity |
 | --- | --- | --- | --- | --- | --- |"""
@@ -43,21 +50,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     reports = [read_object(folder / REPORT) for folder in args.evals]
     results = [result for report in reports for result in report["results"]]
-    name = args.card.parent.name
     plot = loss_plot(list(read_log(args.training)))
     if plot is None:
         raise FileNotFoundError(f"{args.training}: no log to plot, or no matplotlib to plot it with")
     first = args.evals[0] / f"guidance-{results[0]['run']['guidance']:g}" / PICTURE
-    pictures = {f"{name}-samples.png": first.read_bytes(), f"{name}-loss.png": plot}
+    pictures = {"samples": first.read_bytes(), "loss": plot}
     for folder in args.evals:
         if (folder / PLOT).exists():
-            pictures[f"{name}-guidance.png"] = (folder / PLOT).read_bytes()
+            pictures["guidance"] = (folder / PLOT).read_bytes()
+    files = {args.images / f"{args.card.resolve().parent.name}-{kind}.png": data for kind, data in pictures.items()}
     text = numbers(results)
     for report in reports:
         if "bits_per_dim" in report:
             text += f"\n\nBits per dimension, at most: {bits_line(report['bits_per_dim'])}."
+    links = [os.path.relpath(path, args.card.parent) for path in files]
+    text += "\n\n" + "\n".join(f"![{_CAPTIONS[kind]}]({link})" for kind, link in zip(pictures, links, strict=True))
     card = insert(args.card.read_text(encoding="utf-8"), text)
-    write_files({**{args.images / file: data for file, data in pictures.items()}, args.card: card.encode()})
+    write_files({**files, args.card: card.encode()})
 
 
 def insert(card: str, text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastddpm.evaluation.estimate import RESAMPLES, Array, Estimate
 
@@ -61,7 +62,15 @@ def _square_root(covariance: Array) -> Array:
     return (vectors * np.sqrt(eigenvalues.clip(0))) @ vectors.T
 
 
-def compare(samples: Array, train: Array, held_out: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare(
+    samples: Array,
+    train: Array,
+    held_out: Array,
+    *,
+    classes: NDArray[np.int64] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Comparison:
     """Compare samples, and training images, with held-out images; features [N, D] each, equal N.
 
     The intervals are the bootstrap's, moved onto the estimates: images drawn with replacement are fewer different ones,
@@ -69,6 +78,8 @@ def compare(samples: Array, train: Array, held_out: Array, *, resamples: int = R
 
     Args:
         samples, train, held_out: float64 features, N >= 2.
+        classes: [N], where row i of all three is of class classes[i]; each class keeps its number of rows in every
+            draw, as it has it by choice and not by chance.
         resamples: how many bootstrap draws.
         seed: of the draws.
 
@@ -81,7 +92,12 @@ def compare(samples: Array, train: Array, held_out: Array, *, resamples: int = R
     once = np.ones(N)
     values = np.array(_both(samples, train, held_out, once, once, once))
     generator = np.random.Generator(np.random.Philox(key=seed))
-    counts = generator.multinomial(N, np.full(N, 1 / N), size=(resamples, 3)).astype(np.float64)
+    counts = np.empty((resamples, 3, N))
+    classes = np.zeros(N, np.int64) if classes is None else classes
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        n = len(members)
+        counts[:, :, members] = generator.multinomial(n, np.full(n, 1 / n), size=(resamples, 3))
     draws = np.array([_both(samples, train, held_out, *drawn) for drawn in counts])
     deviations = draws - draws.mean(axis=0)
     of_samples, of_train = (_estimate(value, value + d) for value, d in zip(values, deviations.T, strict=True))

@@ -94,7 +94,9 @@ def measure(samples: Dataset, reference: Reference, classifier: Classifier | Non
     if classifier is not None and reference.held_out is not None:
         opinions = [judge(classifier, data) for data in sets]
         _add_accuracy(measures, sets, opinions)
-        comparison = frechet.compare(*(o.features[k].numpy() for o, k in zip(opinions, chosen, strict=True)))
+        features = (opinion.features[k].numpy() for opinion, k in zip(opinions, chosen, strict=True))
+        classes = None if equal[0].labels is None else equal[0].labels.numpy()
+        comparison = frechet.compare(*features, classes=classes)
         measures.rows[FRECHET] = Row(comparison.samples, comparison.train, comparison.ratio, "training")
     else:
         measures.notes.append("accuracy and Frechet distance; there is no classifier of these images")

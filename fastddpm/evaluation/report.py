@@ -25,7 +25,7 @@ def text_report(report: Mapping[str, Any]) -> str:
     """Write the JSON report of `fastddpm eval` as text."""
     sections = [_section(report, result) for result in report["results"]]
     if "bits_per_dim" in report:
-        sections.append(f"Bits per dimension, at most: {bits_line(report['bits_per_dim'])}.")
+        sections.append(fill(f"Bits per dimension, at most: {bits_line(report['bits_per_dim'])}.", 80))
     return "\n\n".join(sections)
 
 
