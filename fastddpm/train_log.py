@@ -22,7 +22,8 @@ from fastddpm.train_config import TrainConfig
 from fastddpm.train_run import LOG, PLOT, averaged
 from fastddpm.unet import UNet
 
-GRID_STEPS = 100  # DDPM steps of a training-time grid: enough to judge by
+# A training-time grid: DDPM steps enough to judge by, and pixels enough to look at.
+GRID_STEPS, GRID_SIDE = 100, 64
 
 
 class TrainLog:
@@ -111,6 +112,7 @@ def loss_plot(lines: list[dict[str, float]], bins: int = 400) -> bytes | None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, StrMethodFormatter
     except ImportError:
         return None
     if not lines:
@@ -122,6 +124,9 @@ def loss_plot(lines: list[dict[str, float]], bins: int = 400) -> bytes | None:
     axes = figure.subplots()
     axes.plot([g[-1]["step"] for g in groups], [sum(line["loss"] for line in g) / len(g) for g in groups])
     axes.set(xlabel="gradient step", ylabel="loss", yscale="log", title="training loss")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(True, which="both", alpha=0.3)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
@@ -136,4 +141,6 @@ def _save_grid(path: Path, model: UNet) -> None:
     labels = [i % columns for i in range(count)] if classes else None
     T = model.diffusion.num_timesteps if model.diffusion else 1000
     x_0 = sample(model, seeds=range(count), steps=min(GRID_STEPS, T), class_labels=labels, compile=False)
-    save_png(path, make_grid(to_uint8(x_0.cpu()), columns))
+    scale = max(1, GRID_SIDE // min(x_0.shape[2:]))
+    pixels = to_uint8(x_0.cpu()).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    save_png(path, make_grid(pixels, columns))

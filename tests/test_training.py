@@ -219,7 +219,7 @@ def test_train_draws_grids_and_plots(config: TrainConfig) -> None:
 
     train(dataclasses.replace(config, steps=10, sample_every=10, timesteps=50, schedule="cosine"), quiet=True)
     with Image.open(Path(config.out) / "samples-0000010.png") as grid:
-        assert grid.size == (10 * (8 + 2) + 2, 4 * (8 + 2) + 2)
+        assert grid.size == (10 * (64 + 2) + 2, 4 * (64 + 2) + 2)
     with Image.open(Path(config.out) / "loss.png") as plot:
         assert plot.size[0] > 400
 
