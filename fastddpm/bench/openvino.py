@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.bench import networks
-from fastddpm.bench.case import Case
+from fastddpm.bench.case import NOT_ASKED, Case
 
 NEEDS = {"openvino": "openvino"}
 
@@ -23,7 +23,7 @@ def skips(case: Case) -> str | None:
     if case.device != "cpu":
         return "runs on the CPU only"
     if case.sampler != "ddpm":
-        return "DDPM only here"
+        return NOT_ASKED
     return networks.unavailable(case.network)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from fastddpm import machine
 from fastddpm.atomic import write_files
-from fastddpm.bench import report
+from fastddpm.bench import report, subjects
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _WARNING = "<!-- Written by `fastddpm bench --readme README.md`; changes made by hand are lost. -->"
+# Those whose baseline is diffusers.
+SUBJECTS = ("sampling", "training_step")
 Results = Mapping[str, Any]
 
 
@@ -32,7 +34,7 @@ def update(path: Path, results: Results) -> None:
 
 
 def render(results: Results) -> str:
-    """Sampling loops provider by provider, losses and ties among them, and what it was measured on."""
+    """Loops and training steps provider by provider, losses and ties among them, and what it was measured on."""
     kind = "on a CPU (not comparable with a GPU)" if results["device"] == "cpu" else "on CUDA"
     facts = results["machine"]
     origin = (
@@ -41,9 +43,12 @@ def render(results: Results) -> str:
         "percentile) and, '2nd', than diffusers' best settings. '1st s': the first call, with what it compiles. ~: the "
         "rounds spread over more than 10 %."
     )
-    loops = [row for row in results["rows"] if row["op"] == "sampling" and not row["case"]["sweep"]]
     parts = [textwrap.fill(origin, report.WIDTH), *report.warnings(results)]
-    parts += [
-        report.case_section(rows).replace("### ", "**", 1).replace("\n", "**\n", 1) for rows in report.by_case(loops)
-    ]
+    for name in SUBJECTS:
+        rows = [row for row in results["rows"] if row["op"] == name and not row["case"]["sweep"]]
+        heading = f"**{subjects.find(name).title}: "
+        parts += [
+            report.case_section(case).replace("### ", heading, 1).replace("\n", "**\n", 1)
+            for case in report.by_case(rows)
+        ]
     return "\n\n".join(parts)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastddpm import noise
 from fastddpm.bench import chain, lucidrains, networks, openvino
-from fastddpm.bench.case import Case, Provider, Subject, Work
+from fastddpm.bench.case import NOT_ASKED, Case, Provider, Subject, Work
 from fastddpm.bench.chain import Predict, Recorder
 from fastddpm.bench.compiled import compile_frozen
 from fastddpm.bench.inputs import T, schedule
@@ -181,7 +181,7 @@ def _ours(case: Case) -> str | None:
 
 
 def _ddpm_only(case: Case) -> str | None:
-    return "DDPM only here" if case.sampler != "ddpm" else _ours(case)
+    return NOT_ASKED if case.sampler != "ddpm" else _ours(case)
 
 
 _PEER = {"diffusers": "diffusers"}
