@@ -19,6 +19,7 @@ from fastddpm import training
 from fastddpm.checkpoint import CHECKPOINT, read_state
 from fastddpm.cli import main
 from fastddpm.train_run import LOG, SETTINGS
+from train_cases import at_step
 
 TINY = {
     "sample_size": 8,
@@ -157,10 +158,16 @@ def test_train_usage_error_exits_with_2() -> None:
     assert exit_info.value.code == 2
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_train_saves_and_exits_when_told_to_stop(
-    command: list[str], tmp_path: Path, signum: signal.Signals, code: int
+def test_train_exits_with_143_when_terminated(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    assert main([*command, "--steps", "9"]) == 143
+    assert capsys.readouterr().err == "fastddpm: stopped by SIGTERM at step 3; continue with --resume\n"
+    assert read_state(tmp_path / "run")["step"] == 3
+
+
+def test_train_saves_and_exits_with_130_at_ctrl_c(command: list[str], tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "fastddpm", *command, "--steps", "1000000", "--save-every", "0"]
     # Its own group, and SIGINT as a shell's foreground job has it, whatever the test runner's parent did.
     process = subprocess.Popen(
@@ -176,9 +183,9 @@ def test_train_saves_and_exits_when_told_to_stop(
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == code
+    assert process.returncode == 130
     assert "continue with --resume" in err
     assert "Traceback" not in err
     steps = read_state(tmp_path / "run")["step"]
