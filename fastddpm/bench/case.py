@@ -44,11 +44,10 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Short name, such as "sampling-cifar10-B16-S20"."""
+        """Short name, such as "sampling-cifar10-B16-S20-ddpm"."""
         size = "x".join(map(str, self.shape)) if not self.network else self.network
         parts = [self.subject, *([self.original] if self.original else []), size, f"B{self.batch}"]
-        parts += [f"S{self.steps}"] if self.steps else []
-        parts += [self.sampler] if self.sampler != "ddpm" else []
+        parts += [f"S{self.steps}", self.sampler] if self.steps else []
         return "-".join(parts)
 
     @property
