@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger("fastddpm")
+from fastddpm.compiled_call import Compiled
 
 Model = Callable[..., Any]
 
@@ -18,8 +17,9 @@ Model = Callable[..., Any]
 class Network(Protocol):
     """What a step calls.
 
-    A model may bring its own, made for sampling: it then has a method `sampling_network(timesteps, batch, *,
-    compile_model, strict) -> Network`, with timesteps [R] on the model's device and batch the rows of x.
+    A model may bring its own, made for sampling: it then has a method `sampling_networks(timesteps, *, compile_model,
+    strict)`, with timesteps [R] on the model's device, which returns a function: rows of x -> Network. Every program
+    has its own network, because it holds the labels of a run.
     """
 
     memory_format: torch.memory_format
@@ -38,46 +38,29 @@ class ModelNetwork:
     memory_format = torch.contiguous_format
 
     def __init__(self, model: Model, *, compile_model: bool, strict: bool) -> None:
-        self._eager = model
-        self._call: Model = torch.compile(model, fullgraph=True) if compile_model else model
-        self._strict = strict
+        self._call = Compiled(model, strict=strict) if compile_model else model
 
     def load(self, class_labels: Tensor | None) -> None:
         """Nothing to do: labels reach the model as a keyword argument."""
 
     def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        if self._call is self._eager or self._strict:
-            return self._call(x, t, **kwargs)
-        return self._compiled_or_eager(x, t, kwargs)
-
-    def _compiled_or_eager(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        from torch._dynamo.exc import TorchDynamoException
-
-        try:
-            return self._call(x, t, **kwargs)
-        except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            logger.warning("torch.compile failed, the model runs uncompiled (compile=True raises instead): %s", reason)
-            self._call = self._eager
-            return self._eager(x, t, **kwargs)
+        return self._call(x, t, **kwargs)
 
 
 class NetworkSource:
     """Hands out the network for a batch size: the model's own sampling form, or the model as it is, shared by all."""
 
     def __init__(self, model: Model, timesteps: Tensor, *, compile_model: bool, strict: bool) -> None:
-        self._model, self._timesteps = model, timesteps
-        self._options = {"compile_model": compile_model, "strict": strict}
-        self._shared: Network | None = None
+        own_form = getattr(model, "sampling_networks", None)
+        if own_form is not None:
+            self._make: Callable[[int], Network] = own_form(timesteps, compile_model=compile_model, strict=strict)
+        else:
+            shared = ModelNetwork(model, compile_model=compile_model, strict=strict)
+            self._make = lambda batch: shared
 
     def for_batch(self, batch: int) -> Network:
         """Return the network for inputs of `batch` rows."""
-        own_form = getattr(self._model, "sampling_network", None)
-        if own_form is not None:
-            return own_form(self._timesteps, batch, **self._options)
-        if self._shared is None:
-            self._shared = ModelNetwork(self._model, **self._options)
-        return self._shared
+        return self._make(batch)
 
 
 def place(model: Model, device: torch.device, dtype: torch.dtype) -> Model:

@@ -6,7 +6,7 @@ Configuration keys, parameter names and arithmetic are those of diffusers' UNet2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import os
 
     from fastddpm.diffusion import DiffusionConfig
+    from fastddpm.network import Network
 
 __all__ = ["UNet", "UNetConfig"]
 
@@ -154,7 +155,7 @@ class UNet(nn.Module):
             TypeError: x is not floating point, or of another dtype than the weights outside autocast; labels that are
                 not integers.
         """
-        self._check_image(x)
+        self.check_image(x)
         t = _per_sample(torch.as_tensor(t, device=x.device), x.shape[0], "t")
         return self.denoise(x, self.project_time(self.embed(t, class_labels)))
 
@@ -166,7 +167,18 @@ class UNet(nn.Module):
 
         save_pretrained(self, directory, layout, dtype)
 
-    def _check_image(self, x: Tensor) -> None:
+    def sampling_networks(self, timesteps: Tensor, *, compile_model: bool, strict: bool) -> Callable[[int], Network]:
+        """Return what makes the networks that a sampler calls instead of `forward`: see `network.Network`."""
+        from fastddpm.network import ModelNetwork
+        from fastddpm.unet_inference import UNetForms, is_plain
+
+        if is_plain(self):
+            return UNetForms(self, timesteps, compile_model=compile_model, strict=strict)
+        shared = ModelNetwork(self, compile_model=compile_model, strict=strict)
+        return lambda batch: shared
+
+    def check_image(self, x: Tensor) -> None:
+        """Raise unless `forward` takes x."""
         config = self.config
         if x.dim() != 4 or x.shape[1] != config.in_channels:
             raise ValueError(

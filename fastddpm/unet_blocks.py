@@ -137,13 +137,15 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
         tokens = h.flatten(2).transpose(1, 2)  # [B, HW, C]
-        q, k, v = (
-            proj(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for proj in (self.to_q, self.to_k, self.to_v)
-        )
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.project(tokens))
         attended = functional.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, head_dim]
         out = self.to_out[0](attended.transpose(1, 2).flatten(2))
         out = out.transpose(1, 2).reshape(B, C, H, W)
         return _rescale(x + out, self.output_scale_factor)
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """[B, HW, C] -> q, k and v, each [B, HW, heads * head_dim]."""
+        return self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
 
 
 class Downsample(nn.Module):

@@ -554,7 +554,7 @@ def test_model_may_bring_a_form_for_sampling() -> None:
 
     plain = Pointwise(null_class=3).eval()
     model = Pointwise(null_class=3).eval()
-    model.sampling_network = lambda timesteps, batch, **_: Form(timesteps, batch)  # type: ignore[assignment]
+    model.sampling_networks = lambda timesteps, **_: lambda batch: Form(timesteps, batch)  # type: ignore[assignment]
     call: dict[str, Any] = {"seeds": [1, 2], "class_labels": [0, 1], "guidance": 2.0}
     assert torch.equal(sampler(model).sample(**call), sampler(plain).sample(**call))
 

@@ -1,0 +1,234 @@
+"""The UNet's inference form computes what the UNet computes, from static buffers, compiled once per size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table, unet_inference
+from fastddpm import compile_policy as policy
+from fastddpm.compiled_call import Compiled
+from fastddpm.network import ModelNetwork, NetworkSource
+from fastddpm.unet_inference import UNetInference, inference_form, time_table, use_winograd
+from test_sampler import with_tape
+from test_unet import SMALL, VARIANTS, random_inputs, relative_l2, small_unet
+
+TOLERANCE = 1e-5  # relative L2 of eps in float32
+TABLE = ddpm_table(Schedule.linear(50, 1e-3, 0.2), steps=4)
+CONDITIONAL = {"num_class_embeds": 5, "null_class": 4}
+SHAPE = (2, 16, 16)
+
+
+def network_of(model: UNet, timesteps: Tensor, batch: int) -> Any:
+    return NetworkSource(model, timesteps, compile_model=False, strict=True).for_batch(batch)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(pytest.param(UNetConfig(**{**SMALL, **changes}), id=name) for name, changes in VARIANTS.items()),
+        pytest.param(UNetConfig.digits(), id="digits"),
+    ],
+)
+@torch.no_grad()
+def test_form_matches_the_unet_at_every_row(config: UNetConfig) -> None:
+    torch.manual_seed(0)
+    model = UNet(config, zero_init=False).eval()
+    x, _, labels = random_inputs(config, batch=3)
+    timesteps = torch.tensor([999, 500, 1, 0])
+    network = network_of(model, timesteps, 3)
+    assert isinstance(network, UNetInference)
+    network.load(labels)
+    kwargs = {} if labels is None else {"class_labels": labels}
+    x_in = x.contiguous(memory_format=network.memory_format)
+    for row, t in enumerate(timesteps):
+        eps = network(x_in, t.expand(3), torch.tensor([row]), kwargs)
+        assert relative_l2(eps, model(x, t, labels)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["small", "scale-shift", "padding-0", "mid-scale"])
+@torch.no_grad()
+def test_winograd_form_matches_the_unet(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(unet_inference, "MIN_TILES", 1)
+    monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 1)
+    model = small_unet(**VARIANTS[name])
+    x, t, labels = random_inputs(model.config)
+    form = inference_form(model)
+    use_winograd(form, len(x), x.shape[2], x.shape[3])
+    replaced = [type(module).__name__ for module in form.modules() if "Winograd" in type(module).__name__]
+    assert replaced.count("WinogradUpsample") == len(model.config.block_out_channels) - 1
+    assert replaced.count("WinogradConv2d") >= 2 * len(list(model.resnets()))
+    time = model.project_time(model.embed(t, labels))
+    assert relative_l2(form.denoise(x, time), model(x, t, labels)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_winograd_is_left_out_where_it_does_not_pay() -> None:
+    form = inference_form(small_unet())
+    use_winograd(form, 2, 16, 16)
+    assert not any("Winograd" in type(module).__name__ for module in form.modules())
+
+
+@torch.no_grad()
+def test_form_leaves_the_unet_as_it_is() -> None:
+    model = small_unet()
+    before = {name: (p.data_ptr(), p.requires_grad, p.stride()) for name, p in model.named_parameters()}
+    inference_form(model)
+    assert {name: (p.data_ptr(), p.requires_grad, p.stride()) for name, p in model.named_parameters()} == before
+
+
+@torch.no_grad()
+def test_time_table_is_float32_inside_whatever_the_weights_are() -> None:
+    model = small_unet(**CONDITIONAL)
+    timesteps, labels = torch.tensor([999, 998, 7]), torch.tensor([0, 4])
+    exact = time_table(model, timesteps, labels)
+    for r, t in enumerate(timesteps):
+        for i, label in enumerate(labels):
+            want = torch.cat(model.project_time(model.embed(t[None], label[None])), dim=1)[0]
+            torch.testing.assert_close(exact[r, i], want, rtol=1e-5, atol=1e-6)
+    low = time_table(model.to(torch.bfloat16), timesteps, labels)
+    assert low.dtype == torch.bfloat16
+    # 998 and 999 are one number in bfloat16; the weights' rounding is the only error left.
+    assert not torch.equal(low[0], low[1])
+    assert relative_l2(low.float(), exact) < 8e-3
+
+
+def without_form(model: UNet) -> Callable[..., Tensor]:
+    """The same network as a plain callable, which has no form of its own."""
+    return lambda x, t, class_labels=None: model(x, t, class_labels)
+
+
+def test_sampler_with_the_form_draws_the_same_images() -> None:
+    model = small_unet(out_channels=2, **CONDITIONAL)
+    tape = with_tape(Sampler(model, TABLE, SHAPE, compile=False))
+    plain = Sampler(without_form(model), TABLE, SHAPE, compile=False, null_class=4)
+    # Other labels, fewer and more different ones, and guidance: one program each for the two batch sizes.
+    for call in (
+        {"seeds": [1, 2], "class_labels": [0, 1], "guidance": 2.0},
+        {"seeds": [3, 4], "class_labels": [3, 3], "guidance": 1.5},
+        {"seeds": [3, 4], "class_labels": [4, 2]},
+        {"seeds": [5, 6]},
+    ):
+        assert relative_l2(tape.sample(**call), plain.sample(**call)) < TOLERANCE
+    assert len(tape._programs) == 3
+
+
+def test_refresh_and_noticed_changes_rebuild_the_form() -> None:
+    model = small_unet(out_channels=2)
+    sampler = Sampler(model, TABLE, SHAPE, compile=False)
+    first = sampler.sample(seeds=[1])
+    with torch.no_grad():
+        model.conv_out.weight.mul_(2.0)
+    assert not torch.equal(sampler.sample(seeds=[1]), first)
+    model.conv_out.weight.data.div_(2.0)
+    sampler.refresh()
+    assert torch.equal(sampler.sample(seeds=[1]), first)
+
+
+def test_programs_of_a_size_share_one_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, **{**kwargs, "backend": counter}))
+    # The fused step stays eager: its compilation has tests of its own.
+    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
+    torch._dynamo.reset()
+    model = small_unet(out_channels=2, **CONDITIONAL)
+    compiled = Sampler(model, TABLE, SHAPE, compile=True)
+    eager = Sampler(model, TABLE, SHAPE, compile=False)
+    for call in (
+        {"seeds": [1, 2], "class_labels": [0, 1]},
+        {"seeds": [2**63, 0], "class_labels": [3, 3]},
+        {"seeds": [5, 6]},
+        {"seeds": [7, 7], "return_x0": True},
+        {"seeds": [1], "class_labels": [2], "guidance": 3.0},
+    ):
+        got, want = compiled.sample(**call), eager.sample(**call)
+        assert torch.equal(got[0], want[0])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("min_tiles", [10**9, pytest.param(1, marks=pytest.mark.slow)], ids=["direct", "winograd"])
+def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.MonkeyPatch, min_tiles: int) -> None:
+    monkeypatch.setattr(unet_inference, "MIN_TILES", min_tiles)
+    monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 4)
+    # One level without attention: few kernels to compile.
+    config = UNetConfig(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(4,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=2,
+        add_attention=False,
+        attention_head_dim=None,
+    )
+    torch.manual_seed(0)
+    model = UNet(config, zero_init=False).eval()
+    x, t, _ = random_inputs(config, batch=2)
+    network = NetworkSource(model, t, compile_model=True, strict=True).for_batch(2)
+    network.load(None)
+    with torch.no_grad():
+        eps = network(x.contiguous(memory_format=torch.channels_last), t, torch.tensor([1]), {})
+        assert relative_l2(eps, model(x, t[1])) < TOLERANCE
+    assert not torch._inductor.config.freezing
+
+
+def hooked(model: UNet) -> None:
+    model.mid_block.register_forward_hook(lambda module, args, output: output)
+
+
+def patched(model: UNet) -> None:
+    model.conv_out.forward = lambda x: x  # type: ignore[method-assign, assignment]
+
+
+def replaced(model: UNet) -> None:
+    class Adapter(nn.Conv2d):
+        pass
+
+    model.conv_in = Adapter(2, 8, 3, padding=1)
+
+
+@pytest.mark.parametrize("change", [hooked, patched, replaced, nn.Module.train])
+def test_altered_unet_runs_as_it_is(change: Callable[[UNet], None]) -> None:
+    model = small_unet()
+    change(model)
+    assert isinstance(network_of(model, TABLE.timesteps, 2), ModelNetwork)
+
+
+def test_form_refuses_what_the_unet_refuses() -> None:
+    with pytest.raises(Exception, match="no null class"):
+        Sampler(small_unet(num_class_embeds=5), TABLE, SHAPE, compile=False).sample(seeds=[1])
+    with pytest.raises(Exception, match="without classes"):
+        Sampler(small_unet(), TABLE, SHAPE, compile=False).sample(seeds=[1], class_labels=[1])
+    with pytest.raises(Exception, match="multiples of 2"):
+        Sampler(small_unet(), TABLE, (2, 16, 15), compile=False).sample(seeds=[1])
+    with pytest.raises(Exception, match="class_labels only"):
+        Sampler(small_unet(), TABLE, SHAPE, compile=False).sample(seeds=[1], model_kwargs={"shift": 1})
+
+
+def test_torch_without_freezing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor
+
+    monkeypatch.setattr(torch._inductor, "config", SimpleNamespace())
+    with pytest.raises(RuntimeError, match="no Inductor setting `freezing`"):
+        Compiled(torch.neg, strict=True, constant=True)(torch.ones(2))
+
+
+def test_compile_failure_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def breaks(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return -x
+
+    call = Compiled(breaks, strict=False)
+    with caplog.at_level(logging.WARNING, logger="fastddpm"):
+        assert [call(torch.ones(1)).item() for _ in range(2)] == [-1.0, -1.0]
+    assert len(caplog.records) == 1
