@@ -17,10 +17,10 @@ from fastddpm.network import Model
 
 logger = logging.getLogger("fastddpm")
 
-# Parameters x pixels x network calls after which compilation has repaid itself on a CPU. Compiling a UNet takes 40-90 s
-# on two cores and then saves 20-40 % of a call: 35.7 M parameters at 32x32 break even after some 1500 samples x steps,
-# 1.8 M after some 30,000; both are about 6e13. Counting operations exactly would itself take seconds.
-REPAYS_AFTER = 6e13
+# Parameters x pixels x network calls after which compilation has repaid itself on a CPU. On two Zen 3 cores compiling
+# 35.7 M parameters takes some 45 s (220 s where Winograd's transforms come in, at batch 16) and saves 40 (34) ms per
+# 32x32 sample and step: 1,100 to 6,400 of them, 4e13 to 2.4e14. Counting operations exactly would itself take seconds.
+REPAYS_AFTER = 2e14
 
 
 def decide_compile(
