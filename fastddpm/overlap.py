@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+
+# Where a tensor lies: its device, the address of its first byte and the one after its last.
+_Span = tuple[torch.device, int, int]
 
 
 def check_overlap(inputs: Mapping[str, Tensor | None], outputs: Mapping[str, Tensor | None]) -> None:
@@ -16,23 +20,27 @@ def check_overlap(inputs: Mapping[str, Tensor | None], outputs: Mapping[str, Ten
     Raises:
         ValueError: naming the arguments.
     """
-    seen: list[tuple[str, Tensor]] = []
+    read = [(name, x, _span(x)) for name, x in inputs.items() if x is not None and x.numel()]
+    written: list[tuple[str, _Span]] = []
     for name, out in outputs.items():
         if out is None or out.numel() == 0:
             continue
         if overlaps_itself(out):
             raise ValueError(f"{name} overlaps itself (strides {out.stride()}); pass a tensor that owns its elements")
-        for other, tensor in inputs.items():
-            if tensor is not None and _overlap(out, tensor) and not _same_elements(out, tensor):
+        span = _span(out)
+        for other, x, other_span in read:
+            if _meet(span, other_span) and not _same_elements(out, x):
                 raise ValueError(f"{name} partly overlaps {other}; pass {other} itself or memory of its own")
-        for other, tensor in seen:
-            if _overlap(out, tensor):
+        for other, other_span in written:
+            if _meet(span, other_span):
                 raise ValueError(f"{name} and {other} overlap; each output needs memory of its own")
-        seen.append((name, out))
+        written.append((name, span))
 
 
 def overlaps_itself(x: Tensor) -> bool:
     """Tell whether two indices may share an element, judged from sizes and strides (an odd stride may be refused)."""
+    if x.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride <= reach:
@@ -41,17 +49,16 @@ def overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def _span(x: Tensor) -> tuple[int, int]:
+def _span(x: Tensor) -> _Span:
+    last = x.numel() - 1
+    if not x.is_contiguous():
+        last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
     start = x.data_ptr()
-    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
-    return start, start + (last + 1) * x.element_size()
+    return x.device, start, start + (last + 1) * x.element_size()
 
 
-def _overlap(x: Tensor, y: Tensor) -> bool:
-    if x.device != y.device or x.numel() == 0 or y.numel() == 0:
-        return False
-    (x_start, x_end), (y_start, y_end) = _span(x), _span(y)
-    return x_start < y_end and y_start < x_end
+def _meet(a: _Span, b: _Span) -> bool:
+    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
 
 
 def _same_elements(out: Tensor, x: Tensor) -> bool:

@@ -23,6 +23,9 @@ DDPM_RUNS: list[dict[str, Any]] = [
     {"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range"},
     {"prediction_type": "sample", "clip_sample": False, "timestep_spacing": "trailing"},
     {"prediction_type": "v_prediction", "variance_type": "fixed_small_log", **ZERO_SNR},
+    {"beta_schedule": "laplace", "prediction_type": "sample"},
+    {"beta_schedule": "sigmoid"},
+    {"thresholding": True, "sample_max_value": 1.5},
 ]
 # Without noise, epsilon prediction by an untrained network is chaotic: diffusers' own run from an x_T that differs by
 # 1e-7 ends elsewhere. tests/test_ddim.py has such runs with a linear network.
