@@ -16,6 +16,8 @@ from fastddpm.table import check_clip_range
 
 # Bits in a nat.
 BITS = 1.0 / math.log(2.0)
+# lambda of Nichol & Dhariwal 2021, section 3.1.
+VLB_WEIGHT = 0.001
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,10 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 def discretized_log_likelihood(
     x: Tensor, mean: Tensor, log_sigma: Tensor, cdf: Callable[[Tensor], Tensor] = torch.special.ndtr
 ) -> Tensor:
-    """Return the log of a Gaussian's mass in the 8-bit bin around x in [-1, 1]   (Ho et al. 2020, eq. 13)."""
+    """Return the log of a Gaussian's mass in the 8-bit bin around x in [-1, 1]   (Ho et al. 2020, eq. 13).
+
+    A mass counts as 1e-12 at least, as in the authors' code; float32 loses digits from about 4 sigma on.
+    """
     inverse_sigma = (-log_sigma).exp()
     below_upper = cdf((x - mean + HALF_BIN) * inverse_sigma)
     below_lower = cdf((x - mean - HALF_BIN) * inverse_sigma)

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from fastddpm import noise, ops
-from fastddpm.bound import BITS, Bound
+from fastddpm.bound import BITS, VLB_WEIGHT, Bound
 from fastddpm.ddpm import LEARNED
 from fastddpm.schedule import Schedule
 from fastddpm.seeds import as_word, resolve_seeds
 from fastddpm.table import loss_rows, q_rows
 
 Model = Callable[..., Any]
-# lambda of Nichol & Dhariwal 2021, section 3.1.
-VLB_WEIGHT = 0.001
 
 
 class _Tables(NamedTuple):

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from fastddpm.bound import VLB_WEIGHT
+from fastddpm.ddpm import LEARNED
 from fastddpm.diffusion import DiffusionConfig
 from fastddpm.options import resolve_device
+from fastddpm.table import check_weighting
 
 DTYPES = ("float32", "bfloat16")
 
@@ -47,6 +50,11 @@ class TrainConfig:
         schedule: beta schedule, a name of `Schedule.named`.
         timesteps: T.
         prediction: what the network learns to predict: "epsilon", "x_0" or "v".
+        variance: sigma while sampling: "fixed_small", "fixed_large", or one that the network learns in further channels
+            by L_hybrid: "learned_range", "learned".
+        vlb_weight: lambda of L_hybrid.
+        loss_weight: of the timesteps: "uniform", "min-snr" or "p2".
+        gamma: of the weighting; default: its paper's.
         resolution: side that a folder's images are cropped and resized to.
         dtype: "float32", or "bfloat16" for autocast (weights and optimiser stay float32).
         compile: compile the network with torch.compile.
@@ -82,6 +90,10 @@ class TrainConfig:
     schedule: str = "linear"
     timesteps: int = 1000
     prediction: str = "epsilon"
+    variance: str = "fixed_small"
+    vlb_weight: float = VLB_WEIGHT
+    loss_weight: str = "uniform"
+    gamma: float | None = None
     resolution: int | None = None
     dtype: str = "float32"
     compile: bool = False
@@ -98,7 +110,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= low, f"at least {low}")
         for name in ("save_every", "sample_every"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("lr", "weight_decay", "grad_clip"):
+        for name in ("lr", "weight_decay", "grad_clip", "vlb_weight"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "finite and at least 0")
         for name in ("ema", "dropout", "class_dropout"):
@@ -109,6 +121,7 @@ class TrainConfig:
         self._require("resolution", self.resolution is None or self.resolution >= 1, "at least 1")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self.diffusion()
+        check_weighting(self.loss_weight, self.gamma)
         for one, other in (("resume", "overwrite"), ("init", "model")):
             if getattr(self, one) and getattr(self, other):
                 raise ValueError(f"{one} and {other} exclude each other")
@@ -120,8 +133,26 @@ class TrainConfig:
     def diffusion(self) -> DiffusionConfig:
         """The forward process and the target, as saved beside the weights."""
         return DiffusionConfig(
-            beta_schedule=self.schedule, num_timesteps=self.timesteps, prediction_type=self.prediction
+            beta_schedule=self.schedule,
+            num_timesteps=self.timesteps,
+            prediction_type=self.prediction,
+            variance_type=self.variance,
         )
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has twice the channels, the second half for the variance."""
+        return self.variance in LEARNED
+
+    def loss_options(self) -> dict[str, Any]:
+        """The loss, as keywords of `ddpm_loss`."""
+        return {
+            "prediction_type": self.prediction,
+            "weighting": self.loss_weight,
+            "gamma": self.gamma,
+            "variance_type": self.variance if self.learns_variance else None,
+            "vlb_weight": self.vlb_weight,
+        }
 
     def resolved_device(self) -> torch.device:
         """The device that ``device`` names.
@@ -137,6 +168,12 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, which a resumed run must share."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE_ON_RESUME}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What `identity` holds by default: so was a run made that is older than a setting."""
+        known = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+        return {k: v for k, v in known.items() if k not in FREE_ON_RESUME}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

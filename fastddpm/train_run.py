@@ -68,6 +68,8 @@ class Run:
             unet = UNetConfig.from_dict(read_object(config.model))
         else:
             unet = default_unet(self.data.shape, classes, with_null=config.class_dropout > 0)
+            if config.learns_variance:
+                unet = dataclasses.replace(unet, out_channels=2 * unet.in_channels)
         _check_suits(unet, config, self.data)
         model = UNet(dataclasses.replace(unet, dropout=config.dropout))
         model.diffusion = config.diffusion()
@@ -81,8 +83,11 @@ def _check_suits(unet: UNetConfig, config: TrainConfig, data: Dataset) -> None:
     """Refuse a network of other channels, or without an embedding for each class and for "no class"."""
     C, classes = data.shape[0], len(data.classes)
     name = config.init or config.model
-    if (unet.in_channels, unet.out_channels) != (C, C):
-        raise ValueError(f"{name}: {unet.in_channels} channels in and {unet.out_channels} out; {data.name} has {C}")
+    if (unet.in_channels, unet.out_channels) != (C, C * (1 + config.learns_variance)):
+        raise ValueError(
+            f"{name}: {unet.in_channels} channels in and {unet.out_channels} out; {data.name} has {C}"
+            + (f", and a {config.variance} variance needs as many again" if config.learns_variance else "")
+        )
     rows, null = unet.num_class_embeds or 0, unet.null_class
     free = rows if null is None else null
     if (classes == 0) != (rows == 0) or free < classes:
@@ -187,7 +192,7 @@ def _read(path: Path) -> dict[str, dict[str, object]]:
 def _check_same(out: Path, identity: dict[str, object]) -> None:
     if not (out / SETTINGS).exists():
         raise ValueError(f"{out} holds files but no {SETTINGS}: there is no run to resume; use another --out")
-    if changed := differences(_read(out / SETTINGS)["identity"], identity):
+    if changed := differences(TrainConfig.defaults() | _read(out / SETTINGS)["identity"], identity):
         raise ValueError(f"cannot resume {out}, the run differs: {'; '.join(changed)}")
 
 

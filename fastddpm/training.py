@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm import noise, ops
+from fastddpm import noise
 from fastddpm.checkpoint import load_checkpoint, save_checkpoint
 from fastddpm.data import Dataset
 from fastddpm.ema import EMA
 from fastddpm.errors import FastDDPMError
-from fastddpm.table import q_rows
+from fastddpm.loss import ddpm_loss
+from fastddpm.schedule import Schedule
 from fastddpm.train_config import TrainConfig
 from fastddpm.train_log import TrainLog
 from fastddpm.train_run import Run, export, open_run
@@ -46,7 +47,7 @@ class Trainer:
         config: the run's settings.
         data: the training images.
         net: the network, its float32 weights in `model`; `net` is `model` or its compiled form.
-        rows: [T, 2] float32 (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)).
+        schedule: of the forward process.
     """
 
     config: TrainConfig
@@ -55,7 +56,7 @@ class Trainer:
     net: Model
     ema: EMA
     optimizer: torch.optim.Optimizer
-    rows: Tensor
+    schedule: Schedule
 
     def step(self, n: int) -> float:
         """Take gradient step n and return its loss.
@@ -82,18 +83,11 @@ class Trainer:
         return loss
 
     def loss(self, k: Tensor, n: int) -> Tensor:
-        """L_simple of images k ([B] int64) at step n: lines 2 to 5 of Algorithm 1."""
-        config, device = self.config, self.rows.device
+        """Loss of images k ([B] int64) at step n: lines 2 to 5 of Algorithm 1; t and eps are drawn for (seed, k, n)."""
+        config, device = self.config, next(self.model.parameters()).device
         x_0 = self.data.x_0(k).to(device)
         if config.flip:
             x_0 = torch.where(_flipped(config.seed, k, n).to(device)[:, None, None, None], x_0.flip(3), x_0)
-        t = noise.timesteps(len(k), len(self.rows), config.seed, n, k).to(device)
-        counter = ops.Counter(
-            seed=torch.tensor([config.seed], device=device),
-            sample_id=k.to(device),
-            step=torch.tensor([n], device=device),
-            stream=noise.STREAM_TRAIN,
-        )
         labels = None
         if self.data.labels is not None:
             labels = self.data.labels[k]
@@ -101,33 +95,16 @@ class Trainer:
                 labels = drop_classes(labels, null, config.class_dropout, config.seed, k, n)
             labels = labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            return loss_fn(self.net, x_0, t, counter, self.rows, config.prediction, class_labels=labels)
-
-
-def loss_fn(
-    model: Model, x_0: Tensor, t: Tensor, counter: ops.Counter, rows: Tensor, prediction: str, **model_kwargs: Any
-) -> Tensor:
-    """L_simple = E ||target - m(x_t, t)||^2 with x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (eq. 14).
-
-    Args:
-        model: called as model(x_t, t, **model_kwargs).
-        x_0: [B, C, H, W] float32 in [-1, 1].
-        t: [B] int64 in 0..T-1.
-        counter: names the noise eps.
-        rows: [T, 2] float32 (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)).
-        prediction: the target: "epsilon", "x_0" or "v" = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
-
-    Returns:
-        float32 scalar, the mean over batch and elements.
-    """
-    x_t, eps = ops.q_sample(x_0, rows, t, counter, return_eps=True)
-    if prediction == "v":
-        signal_t, sigma_t = rows[t].unbind(1)
-        target = signal_t[:, None, None, None] * eps - sigma_t[:, None, None, None] * x_0
-    else:
-        target = eps if prediction == "epsilon" else x_0
-    m = model(x_t, t, **model_kwargs)
-    return nn.functional.mse_loss(m.float(), target)
+            return ddpm_loss(
+                self.net,
+                x_0,
+                self.schedule,
+                seed=config.seed,
+                step=n,
+                sample_ids=k,
+                class_labels=labels,
+                **config.loss_options(),
+            )
 
 
 def learning_rate(config: TrainConfig, n: int) -> float:
@@ -233,8 +210,7 @@ def build_trainer(config: TrainConfig, data: Dataset, model: UNet) -> Trainer:
         model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
     net = torch.compile(model, fullgraph=True, dynamic=False) if config.compile else model
-    rows = q_rows(config.diffusion().schedule()).to(device)
-    return Trainer(config, data, model, net, EMA(model, config.ema), optimizer, rows)
+    return Trainer(config, data, model, net, EMA(model, config.ema), optimizer, config.diffusion().schedule())
 
 
 class _Interrupt:
@@ -268,4 +244,4 @@ def _interruptible() -> Iterator[_Interrupt]:
         restore()
 
 
-__all__ = ["DivergenceError", "TrainConfig", "TrainResult", "Trainer", "loss_fn", "train"]
+__all__ = ["DivergenceError", "TrainConfig", "TrainResult", "Trainer", "train"]

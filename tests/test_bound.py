@@ -74,7 +74,7 @@ def operands(learned: bool, prediction: str = "epsilon") -> tuple[Tensor, Tensor
     x_t = reference.q_sample(x_0, t, SCHEDULE, torch.randn(x_0.shape, generator=g).double())
     m = 0.3 * torch.randn(x_0.shape, generator=g).double()
     if prediction == "x_0":
-        m += x_0  # in float32 the mass of a bin far from the mean is lost
+        m = x_0 + 0.1 * m  # in float32 the mass of a bin far from the mean is lost
     v = torch.rand(x_0.shape, generator=g).double() * 2 - 1
     return torch.cat([m, v], dim=1) if learned else m, x_0, x_t, t
 
@@ -96,7 +96,7 @@ def test_terms_match_scipy(prediction: str, variance: str, clip: float | None) -
     bound = Bound.of(SCHEDULE, prediction, variance, clip)
     assert bound.terms(output, x_0, x_t, t).tolist() == pytest.approx(expected, rel=1e-7)
     single = bound.to(torch.device("cpu"), torch.float32).terms(*(x.float() for x in (output, x_0, x_t)), t)
-    assert single.tolist() == pytest.approx(expected, rel=2e-4)
+    assert single.tolist() == pytest.approx(expected, rel=2e-4, abs=1e-7)
 
 
 def test_a_fixed_mean_gets_no_gradient() -> None:

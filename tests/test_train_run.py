@@ -166,6 +166,20 @@ def test_train_refuses_to_resume_another_run(
     assert read_state(Path(config.out))["step"] == 4
 
 
+def test_train_resumes_a_run_that_is_older_than_a_setting(config: TrainConfig) -> None:
+    """What its settings do not name had the default."""
+    train(dataclasses.replace(config, steps=2), quiet=True)
+    path = Path(config.out) / SETTINGS
+    stored = json.loads(path.read_text())
+    for values in (stored["settings"], stored["identity"]):
+        for name in ("variance", "vlb_weight", "loss_weight", "gamma"):
+            del values[name]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="loss_weight was 'uniform' and is 'p2'"):
+        train(dataclasses.replace(config, resume=True, loss_weight="p2"), quiet=True)
+    assert train(dataclasses.replace(config, resume=True, steps=4), quiet=True).steps == 4
+
+
 def test_train_resumes_an_empty_folder_from_the_start_and_refuses_a_foreign_one(
     config: TrainConfig, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The trainer: its loss against the reference, its draws as functions of (seed, k, n), and what interruptions leave."""
+"""The trainer: its draws as functions of (seed, k, n), and what interruptions leave."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import fastddpm
 import fastddpm.atomic
-from fastddpm import noise, reference, training
+from fastddpm import training
 from fastddpm.checkpoint import CHECKPOINT, read_state
 from fastddpm.data import Dataset, load_data
-from fastddpm.ops import Counter
-from fastddpm.schedule import Schedule
-from fastddpm.table import q_rows
+from fastddpm.loss import ddpm_loss
 from fastddpm.train_config import TrainConfig
 from fastddpm.train_log import read_log
 from fastddpm.train_run import LOG
@@ -200,6 +199,31 @@ def test_train_learns(config: TrainConfig) -> None:
     assert len(losses) == 16
     assert losses[0] > 0.9  # predicts zero: E ||eps||^2 = 1
     assert sum(losses[-4:]) / 4 < 0.7
+
+
+def test_train_learns_a_variance_in_further_channels(config: TrainConfig) -> None:
+    settings = {"model": None, "variance": "learned_range", "loss_weight": "min-snr", "steps": 4, "timesteps": 50}
+    train(dataclasses.replace(config, **settings, schedule="cosine", prediction="v"), quiet=True)
+    model = load(config.out)
+    assert model.diffusion is not None
+    assert (model.config.out_channels, model.diffusion.variance_type) == (2, "learned_range")
+    assert fastddpm.sample(model, seeds=[0], steps=2, class_labels=3).isfinite().all()
+
+
+def test_trainer_weighs_the_timesteps_as_asked(config: TrainConfig) -> None:
+    data, k = load_data("digits8x8"), torch.arange(8)
+    losses = {}
+    for weight, gamma in (("uniform", None), ("min-snr", None), ("p2", 0.5)):
+        settings = dataclasses.replace(config, loss_weight=weight, gamma=gamma, dropout=0.0)
+        torch.manual_seed(0)
+        trainer = training.build_trainer(settings, data, UNet(UNetConfig.from_dict(TINY)))
+        losses[weight] = trainer.loss(k, n=0).item()
+        schedule, x_0 = settings.diffusion().schedule(), data.x_0(k)
+        labels = drop_classes(data.labels[k], 10, config.class_dropout, 7, k, 0)
+        options = {"weighting": weight, "gamma": gamma, "class_labels": labels}
+        again = ddpm_loss(trainer.model, x_0, schedule, seed=7, step=0, sample_ids=k, **options)
+        assert losses[weight] == again.item()
+    assert len(set(losses.values())) == 3
 
 
 def test_train_saves_a_model_that_loads_with_its_diffusion(config: TrainConfig) -> None:

@@ -14,8 +14,7 @@ from torch.nn import functional
 from fastddpm import noise
 from fastddpm.bench import gate, inputs, lucidrains, networks
 from fastddpm.bench.case import Case, Check, Provider, Subject, Work
-from fastddpm.bench.inputs import Coefficients, counter, gaussian, schedule
-from fastddpm.table import q_rows
+from fastddpm.bench.inputs import Coefficients, gaussian, schedule
 
 # The loss as a function of eps; None: the provider draws its own.
 Loss = Callable[[Tensor | None], Tensor]
@@ -30,13 +29,11 @@ def _given(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def _eps(case: Case) -> Tensor:
-    """The noise that the gate has everybody add."""
-    where = counter(case, noise.STREAM_TRAIN)
-    z = noise.normals(where.seed, where.sample_id, where.step, where.stream, case.n_elements // case.batch)
-    return z.reshape(case.full_shape)
+    """The noise that the gate has everybody add: that of `ddpm_loss` with seed 0 and step 0."""
+    return noise.randn(case.full_shape, seed=0, stream=noise.STREAM_TRAIN)
 
 
-def _labels(case: Case) -> dict[str, Tensor]:
+def _labels(case: Case) -> dict[str, Any]:
     labels = networks.labels(case.network, case.batch, case.device)
     return {} if labels is None else {"class_labels": labels}
 
@@ -109,13 +106,13 @@ def _lucidrains(case: Case) -> Work:
 
 def _fastddpm(case: Case, *, compiled: bool = False, low: bool = False) -> Work:
     """As `fastddpm train` does it."""
-    from fastddpm.training import loss_fn
+    from fastddpm.loss import ddpm_loss
 
     model = networks.build(case.network).to(case.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     x_0, t = _given(case)
-    rows, where, labels = q_rows(schedule()).to(case.device), counter(case, noise.STREAM_TRAIN), _labels(case)
-    return _work(case, model, lambda eps: loss_fn(net, x_0, t, where, rows, "epsilon", **labels), low=low)
+    process, labels = schedule(), _labels(case)
+    return _work(case, model, lambda eps: ddpm_loss(net, x_0, process, seed=0, step=0, t=t, **labels), low=low)
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
