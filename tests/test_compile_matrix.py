@@ -77,6 +77,13 @@ def test_p_sample_compiles_with_everything_at_once(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("gradient", [False, True], ids=["sums", "gradient"])
+def test_ddpm_loss_compiles(gradient: bool, arch: str) -> None:
+    check(kernel_variants.ddpm_loss_case("v", m=BF16, x=FP16, learned=True, gradient=gradient), arch)
+    check(kernel_variants.ddpm_loss_case("nhwc", m_nhwc=True, gradient=gradient), arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ["q_sample", "noise"])
 def test_noise_and_q_sample_compile(kernel: str, arch: str) -> None:
     if kernel == "q_sample":

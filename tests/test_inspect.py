@@ -34,6 +34,8 @@ CONTIGUOUS = [
     ("p_sample", "bfloat16 m, bfloat16 copy out"),
     ("p_sample", "bfloat16 throughout"),
     ("q_sample", "float32, eps returned"),
+    ("ddpm_loss", "epsilon"),
+    ("ddpm_loss", "v, gradient"),
     ("noise", "float32"),
 ]
 
@@ -100,6 +102,11 @@ def test_noise_executes_at_most_58_instructions_per_normal() -> None:
         ("p_sample", "bfloat16 throughout", 6),
         ("q_sample", "float32", 8),
         ("q_sample", "float32, eps returned", 12),
+        ("ddpm_loss", "epsilon", 4),
+        ("ddpm_loss", "epsilon, gradient", 8),
+        ("ddpm_loss", "v", 8),
+        ("ddpm_loss", "x_0", 8),
+        ("ddpm_loss", "v, gradient", 12),
         ("noise", "float32", 4),
     ],
 )

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastddpm import Schedule, ops
 from fastddpm import noise as noise_v1
-from fastddpm import ops
 from fastddpm.noise import Counter
 from fastddpm.seeds import resolve_seeds
+from fastddpm.table import loss_rows
 from step_cases import SHAPES, Case, flag_cases, inputs, to_channels_last
 
 OUTPUTS = ("out", "x0_out", "low_out")
@@ -129,6 +130,33 @@ def test_q_sample_kernel_equals_its_twin(shape: tuple[int, ...], dtype: torch.dt
     for twin, kernel in zip(*results, strict=True):
         assert torch.equal(twin, kernel)
     assert torch.equal(results[0][0], ops.q_sample(x_0, rows, row, noise, backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "prediction", "learned", "layout"),
+    [
+        ((3, 3, 4, 4), "epsilon", False, "contiguous"),
+        ((2, 3, 4, 4), "v", True, "channels_last"),
+        ((2, 3, 3, 5), "v", False, "channels_last"),
+        ((40, 2), "x_0", False, "contiguous"),
+    ],
+    ids=str,
+)
+def test_ddpm_loss_kernel_equals_its_twin(shape: tuple[int, ...], prediction: str, learned: bool, layout: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    m = torch.randn(shape[0], shape[1] * (1 + learned), *shape[2:], generator=g)
+    m = to_channels_last(m) if layout == "channels_last" else m
+    x_0 = None if prediction == "epsilon" else torch.randn(shape, generator=g)
+    noise = None if prediction == "x_0" else counter(shape[0], stream=noise_v1.STREAM_TRAIN)
+    rows, row = loss_rows(Schedule.linear(), prediction), torch.arange(shape[0])
+    results = []
+    for backend in ("torch", "triton"):
+        prediction_m = m.clone().requires_grad_()
+        losses = ops.ddpm_loss(prediction_m, rows, row, noise, x_0, learned=learned, backend=backend)
+        results.append((losses.detach(), *torch.autograd.grad(losses.sum(), prediction_m)))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=0.0)
+    assert torch.equal(results[1][1], results[0][1])
+    assert results[1][1].stride() == m.stride()
 
 
 @pytest.mark.parametrize("op", ["p_sample", "p_sample_out", "q_sample", "randn"])
