@@ -67,6 +67,14 @@ def test_seed_step_id_and_batch_size_compile_nothing_new(operation: Callable[...
     assert len(device.compiled) == 1
 
 
+def test_a_batch_whose_programs_walk_several_tiles_compiles_nothing_new(device: PtxDevice) -> None:
+    with device.active():
+        p_sample(batch=4)
+        p_sample(batch=6336)
+    assert [dict(launch.arguments)["repeat"] for launch in device.launches] == [1, 3]
+    assert len(device.compiled) == 1
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -(2**63)])
 def test_the_seeds_that_specialise_integers_compile_nothing_new(seed: int, device: PtxDevice) -> None:
     """0, 1 and multiples of 16 are where Triton specialises scalar arguments: seeds are none."""

@@ -105,7 +105,7 @@ def mixed_cases() -> list[StepCase]:
     cases = []
     for settings in pairwise(FACTORS):
         flags = Flags(**{name: settings.pop(name) for name in Flags._fields})
-        cases.append(StepCase(flags=flags, z=settings["x"], **settings))
+        cases.append(StepCase(flags=flags, z=settings["m"], **settings))
     return cases
 
 

@@ -91,7 +91,7 @@ def test_randn_has_the_moments_of_a_standard_normal(normals: Tensor) -> None:
 
 def test_randn_passes_kolmogorov_smirnov(normals: Tensor) -> None:
     """P(sqrt(N) * D > 2.7) is about 2 exp(-2 * 2.7**2) = 9e-7, as rare as 5 standard errors."""
-    cdf = torch.special.ndtr(normals.flatten().double().sort().values)
+    cdf = torch.special.ndtr(normals.flatten().sort().values.double())
     grid = torch.arange(N + 1, dtype=torch.float64) / N
     distance = max((grid[1:] - cdf).max().item(), (cdf - grid[:-1]).max().item())
     assert distance * math.sqrt(N) <= 2.7
