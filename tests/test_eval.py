@@ -157,7 +157,7 @@ def test_eval_prints_the_report(command: list[str], tmp_path: Path, capsys: pyte
 
 
 def test_eval_that_is_killed_and_resumed_gives_the_same_numbers(command: list[str], tmp_path: Path) -> None:
-    command = [*command, "--steps", "60", "--batch", "2"]
+    command = [*command, "--steps", "25", "--batch", "2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*command, "--outdir", str(whole), "--quiet"]) == 0
     process = subprocess.Popen(

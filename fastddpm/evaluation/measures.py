@@ -92,20 +92,24 @@ def measure(samples: Dataset, reference: Reference, classifier: Classifier | Non
     equal = [subset(data, k) for data, k in zip(sets, chosen, strict=True)]
     measures = Measures(compared=len(equal[0]))
     if classifier is not None and reference.held_out is not None:
-        opinions = [judge(classifier, data) for data in sets]
-        _add_accuracy(measures, sets, opinions)
-        features = (opinion.features[k].numpy() for opinion, k in zip(opinions, chosen, strict=True))
+        of_samples, of_held_out = judge(classifier, sets[0]), judge(classifier, sets[2])
+        _add_accuracy(measures, sets[0], of_samples, sets[2], of_held_out)
+        features = (
+            of_samples.features[chosen[0]].numpy(),
+            judge(classifier, equal[1]).features.numpy(),
+            of_held_out.features[chosen[2]].numpy(),
+        )
         classes = None if equal[0].labels is None else equal[0].labels.numpy()
         comparison = frechet.compare(*features, classes=classes)
         measures.rows[FRECHET] = Row(comparison.samples, comparison.train, comparison.ratio, "training")
     else:
         measures.notes.append("accuracy and Frechet distance; there is no classifier of these images")
     _add_nearest(measures, equal, reference.train, chosen[1])
-    of_samples, of_train = diversity(equal[0]), diversity(equal[1])
-    if of_samples is None or of_train is None:
+    spread, spread_train = diversity(equal[0]), diversity(equal[1])
+    if spread is None or spread_train is None:
         measures.notes.append("diversity; no class has two samples")
     else:
-        measures.rows[DIVERSITY] = Row(of_samples, of_train, ratio(of_samples, of_train), "training")
+        measures.rows[DIVERSITY] = Row(spread, spread_train, ratio(spread, spread_train), "training")
     return measures
 
 
@@ -120,13 +124,14 @@ def accuracy(opinion: Opinion, data: Dataset) -> Estimate:
     return proportion(int(opinion.predictions.eq(data.labels).sum()), len(data))
 
 
-def _add_accuracy(measures: Measures, sets: list[Dataset], opinions: list[Opinion]) -> None:
-    samples, _, held_out = sets
+def _add_accuracy(
+    measures: Measures, samples: Dataset, of_samples: Opinion, held_out: Dataset, of_held_out: Opinion
+) -> None:
     if samples.labels is None:
         measures.notes.append(f"accuracy; the model does not draw the classes of {held_out.name}")
         return
-    measures.rows[ACCURACY] = Row(accuracy(opinions[0], samples), accuracy(opinions[2], held_out), None, "held-out")
-    right = opinions[0].predictions.eq(samples.labels)
+    measures.rows[ACCURACY] = Row(accuracy(of_samples, samples), accuracy(of_held_out, held_out), None, "held-out")
+    right = of_samples.predictions.eq(samples.labels)
     for label, name in enumerate(samples.classes):
         if (members := samples.labels.eq(label)).any():
             measures.by_class[name] = float(right[members].double().mean())
