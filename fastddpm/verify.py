@@ -22,7 +22,7 @@ from fastddpm.known_answers import NOISE_V1
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule
 from fastddpm.seeds import resolve_seeds
-from fastddpm.table import K, q_rows
+from fastddpm.table import K, loss_rows, q_rows
 
 FLAGS = ("clip", "learned", "guided", "use_m", "use_prev", "x0_out", "low_out", "channels_last")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,6 +90,26 @@ def check_kernels(device: torch.device) -> str:
     return f"{count} cases"
 
 
+def check_loss(device: torch.device) -> str:
+    """The loss kernel gives its twin's gradient to the bit, and its sum to rounding (the order of adding differs)."""
+    _require_triton(device)
+    count = 0
+    t, counter = torch.tensor([0, 500, 999], device=device), _counter(3, device)
+    for target, shape in itertools.product(("epsilon", "x_0", "v"), SHAPES):
+        rows, x_0 = loss_rows(Schedule.linear(), target).to(device), _normal(6, (3, *shape), device)
+        results = []
+        for backend in ("torch", "triton"):
+            m = _normal(7, (3, *shape), device).requires_grad_()
+            operands = (None if target == "x_0" else counter, None if target == "epsilon" else x_0)
+            loss = ops.ddpm_loss(m, rows, t, *operands, backend=backend)
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), m)))
+        (twin, twin_gradient), (fused, gradient) = results
+        assert same_bits(twin_gradient, gradient), f"ddpm_loss {target} {shape}: the gradient differs"
+        assert torch.allclose(twin, fused, rtol=1e-6, atol=0), f"ddpm_loss {target} {shape}: {fused} for {twin}"
+        count += 1
+    return f"{count} cases"
+
+
 def check_batches(device: torch.device) -> str:
     """A sample is the same alone, in a batch, and in another order."""
     seeds = [7, 0, 2**64 - 1, 123456789]
@@ -140,6 +160,7 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
     "noise-v1 digests": check_noise,
     "step = paper": check_step,
     "kernels = twins": check_kernels,
+    "loss kernel = twin": check_loss,
     "batch invariance": check_batches,
     "graph = eager loop": check_graph,
     "no host sync": check_synchronisation,
