@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import hypothesis
 import pytest
 import torch
+
+# A job that a shell's & or nohup started ignores Ctrl-C, and so would everything that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run: a test that passed here passes there.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
