@@ -55,12 +55,13 @@ class UNetForms:
 
     def _build(self, x: Tensor) -> Callable[..., Tensor]:
         form = inference_form(self.unet)
-        if not self._compile_model:
-            return form.denoise
-        on_cpu = x.device.type == "cpu"
-        if on_cpu:
+        constant = self._compile_model and x.device.type == "cpu"
+        if constant:
+            # oneDNN lays the weights out itself.
             use_winograd(form, x.shape[0], x.shape[2], x.shape[3])
-        return Compiled(form.denoise, strict=self._strict, constant=on_cpu)
+        else:
+            use_channels_last(form)
+        return Compiled(form.denoise, strict=self._strict, constant=constant) if self._compile_model else form.denoise
 
 
 class UNetInference:
@@ -182,16 +183,21 @@ class MergedAttention(Attention):
 
 
 def inference_form(unet: UNet) -> UNet:
-    """Return a copy for inference: channels-last weights and one projection for q, k and v; the rest is shared."""
+    """Return a copy for inference with one projection for q, k and v, which shares all other weights."""
     tensors = [*unet.parameters(), *unet.buffers()]
     form = copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors})
     for parent in list(form.modules()):
         for name, child in parent.named_children():
             if isinstance(child, Attention):
                 setattr(parent, name, MergedAttention(child))
-            elif isinstance(child, nn.Conv2d):
-                child.weight = _constant(child.weight.contiguous(memory_format=torch.channels_last))
     return form
+
+
+def use_channels_last(form: UNet) -> None:
+    """Give the convolutions of a network from `inference_form` channels-last weights of their own."""
+    for module in form.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight = _constant(module.weight.contiguous(memory_format=torch.channels_last))
 
 
 def use_winograd(form: UNet, batch: int, height: int, width: int) -> None:

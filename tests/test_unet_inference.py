@@ -15,7 +15,7 @@ from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table, unet_infer
 from fastddpm import compile_policy as policy
 from fastddpm.compiled_call import Compiled
 from fastddpm.network import ModelNetwork, NetworkSource
-from fastddpm.unet_inference import UNetInference, inference_form, time_table, use_winograd
+from fastddpm.unet_inference import UNetInference, inference_form, time_table, use_channels_last, use_winograd
 from test_sampler import with_tape
 from test_unet import SMALL, VARIANTS, random_inputs, relative_l2, small_unet
 
@@ -79,8 +79,21 @@ def test_winograd_is_left_out_where_it_does_not_pay() -> None:
 def test_form_leaves_the_unet_as_it_is() -> None:
     model = small_unet()
     before = {name: (p.data_ptr(), p.requires_grad, p.stride()) for name, p in model.named_parameters()}
-    inference_form(model)
+    use_channels_last(inference_form(model))
     assert {name: (p.data_ptr(), p.requires_grad, p.stride()) for name, p in model.named_parameters()} == before
+
+
+@torch.no_grad()
+def test_form_copies_no_weights_but_those_it_merges_or_lays_out() -> None:
+    model = small_unet()
+    own = {p.data_ptr() for p in model.parameters()}
+    form = inference_form(model)
+    assert {name for name, p in form.named_parameters() if p.data_ptr() not in own} == {
+        name for name, _ in form.named_parameters() if "to_qkv" in name
+    }
+    use_channels_last(form)
+    convolutions = [module for module in form.modules() if isinstance(module, nn.Conv2d)]
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions)
 
 
 @torch.no_grad()
