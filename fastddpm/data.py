@@ -1,38 +1,34 @@
 """Training data held in memory: the two built-in digit sets, image folders and .npy/.npz arrays.
 
-Nothing from outside is executed or trusted: arrays are read without pickle and only after the size declared in
-their headers has been checked, and images are refused by their declared size before a pixel is decoded.
+Nothing from outside is executed or trusted: images are refused by their declared size before a pixel is decoded, and
+so are arrays (`fastddpm.arrays`).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import math
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastddpm.arrays import check_bytes, read_arrays
 
 Split = Literal["train", "test"]
 
 BUILT_IN = ("mnist", "digits8x8")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_IMAGE_PIXELS = 1 << 26  # 64 megapixels: larger than any camera's frame that one trains 32..512 pixel images on
-MAX_DATA_BYTES = 8 << 30
+
 
 # Four of five images train; the rest are held out for the classifier and for evaluation.
 _TRAIN_FRACTION = 0.8
 _SPLIT_KEY = 0x5EED
-
-# What NumPy and zipfile raise on damaged, encrypted or exotic files.
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -168,7 +164,7 @@ def image_folder(folder: Path, *, resolution: int | None = None) -> Dataset:
     mode = "L" if all(_with_image(p, _is_grey) for p in paths) else "RGB"
     height, width = (resolution, resolution) if resolution else _with_image(paths[0], _oriented_size)
     channels = len(mode)
-    _check_bytes(str(folder), len(paths) * channels * height * width)
+    check_bytes(str(folder), len(paths) * channels * height * width)
     images = np.empty((len(paths), height, width, channels), np.uint8)
     for i, path in enumerate(paths):
         pixels = _with_image(path, lambda image: _pixels(image, mode, resolution))
@@ -245,78 +241,17 @@ def array_file(path: Path) -> Dataset:
     Raises:
         ValueError: the file is damaged, holds objects, declares too much, or its arrays are none of the above.
     """
+    images, labels = read_arrays(path)
     try:
-        images, labels = _read_arrays(path)
         x = _as_nchw(images)
         if labels is None:
             return Dataset(str(path), x)
         if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(x):
             raise ValueError(f"labels must be {len(x)} integers from 0, got {labels.dtype} {labels.shape}")
-    except _UNREADABLE as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not a usable array file: {error}") from error
     classes = tuple(str(i) for i in range(int(labels.max()) + 1))
     return Dataset(str(path), x, torch.from_numpy(labels.astype(np.int64)), classes)
-
-
-def numbers_file(path: Path) -> np.ndarray:
-    """Read the array of a .npy or .npz file that `array_file` takes for the images, of whatever shape and values.
-
-    Raises:
-        ValueError: the file is damaged, holds objects or declares too much.
-    """
-    try:
-        return _read_arrays(path)[0]
-    except _UNREADABLE as error:
-        raise ValueError(f"{path}: not a usable array file: {error}") from error
-
-
-def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    with path.open("rb") as stream:
-        return _read_array(stream, path.stat().st_size, "array"), None
-
-
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-
-        def read(name: str) -> np.ndarray:
-            with archive.open(members[name]) as stream:
-                return _read_array(stream, members[name].file_size, name)
-
-        only = next(iter(members)) if len(members) == 1 else None
-        name = next((n for n in ("images", "arr_0", only) if n in members), None)
-        if name is None:
-            raise ValueError(f"no array called images or arr_0 among {sorted(members)[:8]}")
-        label_name = next((n for n in ("labels", "arr_1") if n in members), None)
-        return read(name), None if label_name is None else read(label_name)
-
-
-def _read_array(stream: IO[bytes], size: int, name: str) -> np.ndarray:
-    """Read one .npy stream of ``size`` bytes after comparing that size with what its header declares."""
-    version = np.lib.format.read_magic(stream)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(
-        version
-    )
-    if read_header is None:
-        raise ValueError(f"{name}: .npy version {version} is not supported")
-    shape, fortran_order, dtype = read_header(stream)
-    if dtype.hasobject or dtype.kind not in "uif":
-        raise ValueError(f"{name}: holds {dtype}, not numbers")
-    declared = math.prod(shape) * dtype.itemsize
-    _check_bytes(name, declared)
-    if stream.tell() + declared != size:
-        raise ValueError(f"{name}: declares {declared} bytes of data but holds {size - stream.tell()}")
-    array = np.frombuffer(stream.read(declared), dtype=dtype)
-    return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
-
-
-def _check_bytes(name: str, n_bytes: int) -> None:
-    if n_bytes > MAX_DATA_BYTES:
-        raise ValueError(
-            f"{name}: needs {n_bytes} bytes in memory, more than {MAX_DATA_BYTES}; use fewer or smaller images"
-        )
 
 
 def _as_nchw(images: np.ndarray) -> Tensor:

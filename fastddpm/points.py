@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import data
+from fastddpm.arrays import read_arrays
 from fastddpm.seeds import as_word
 
 SUFFIXES = (".npy", ".npz", ".csv")
@@ -132,7 +133,7 @@ def read_array(path: Path) -> np.ndarray:
     if path.suffix not in SUFFIXES or not path.is_file():
         known = ", ".join([*DATA_SETS, *data.BUILT_IN])
         raise ValueError(f"no data at '{path}'; give {known}, an image, or a file ending in {', '.join(SUFFIXES)}")
-    return _read_csv(path) if path.suffix == ".csv" else data.numbers_file(path)
+    return _read_csv(path) if path.suffix == ".csv" else read_arrays(path)[0]
 
 
 def _read_csv(path: Path) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastddpm.betas import check_num_timesteps, named_betas
 
 # Above this alpha_bar_T the last latent keeps more than 22 % of the data's scale (sqrt(0.05)).
-GAUSSIAN_END = 0.05
+MISMATCH_BEYOND = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,13 +205,14 @@ class Schedule:
 def warn_unless_gaussian_end(schedule: Schedule, stacklevel: int = 3) -> None:
     """Warn when x_T still carries data, so that starting from N(0, I) does not match the forward process."""
     alpha_bar_T = float(schedule.alphas_cumprod[-1])
-    if alpha_bar_T > GAUSSIAN_END:
+    if alpha_bar_T > MISMATCH_BEYOND:
         T = schedule.num_timesteps
         # linear_rescaled needs 0.02 * 1000 / T < 1.
-        fix = "Schedule.linear_rescaled(T) or Schedule.cosine(T)" if T > 20 else "Schedule.cosine(T)"
+        rescaled = "rescaled linear (Schedule.linear_rescaled) or " if T > 20 else ""
         warnings.warn(
             f"the schedule does not end near a Gaussian: alpha_bar_T = {alpha_bar_T:.4g} after T = {T} steps, so x_T "
-            f"keeps {math.sqrt(alpha_bar_T):.0%} of the data and sampling from N(0, I) will not match; use {fix}",
+            f"keeps {math.sqrt(alpha_bar_T):.0%} of the data and sampling from N(0, I) will not match; use "
+            f"{rescaled}cosine betas (Schedule.cosine)",
             UserWarning,
             stacklevel=stacklevel,
         )

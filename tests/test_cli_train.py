@@ -75,6 +75,7 @@ def test_train_resumes_with_the_settings_of_the_run(command: list[str], tmp_path
         pytest.param(["--model", "nowhere.json"], "nowhere.json", id="model"),
         pytest.param(["--tensorboard"], "pip install tensorboard", id="tensorboard"),
         pytest.param(["--resume", "--overwrite"], "exclude each other", id="contradiction"),
+        pytest.param(["--init", "digits"], "init and model exclude each other", id="two-networks"),
         pytest.param(["--device", "cuda:99"], "cuda:99", id="device"),
         pytest.param(["--device", "gpu"], "unknown device 'gpu'; choose cpu", id="no-device"),
     ],

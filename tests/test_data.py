@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm import data
+from fastddpm import arrays
 from fastddpm.data import digits8x8, load_data, mnist
 
 
@@ -199,7 +199,7 @@ def test_npz_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, images=np.zeros((2_000, 64, 64, 3), np.uint8))
     assert path.stat().st_size < 200_000
-    monkeypatch.setattr(data, "MAX_DATA_BYTES", 1 << 20)
+    monkeypatch.setattr(arrays, "MAX_DATA_BYTES", 1 << 20)
     reads: list[int] = []
     read = zipfile.ZipExtFile.read
     monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda self, n=-1: reads.append(n) or read(self, n))

@@ -31,6 +31,7 @@ from fastddpm.integrations.diffusers import (
 )
 from fastddpm.sampler import StepResult
 from fastddpm.unet import UNet
+from fastddpm.unet_inference import UNetInference
 
 # Images in [0, 1] of whole loops, of the same seed.
 LOOP_ATOL = 1e-4
@@ -270,6 +271,14 @@ def test_native_unet_shares_parameters_and_computes_the_same() -> None:
     x, t, labels = normal(2, 1, 8, 8, seed=1), torch.tensor([3, 900]), torch.tensor([0, 2])
     with torch.no_grad():
         torch.testing.assert_close(native(x, t, labels), unet(x, t, labels).sample, rtol=1e-5, atol=1e-5)
+
+
+def test_pipelines_run_the_sampling_form_of_a_unet_that_is_ours_too() -> None:
+    fast = accelerate(quiet(DDPMPipeline(tiny_unet(), DDPMScheduler())))
+    generate(fast, steps=2)
+    (sampler,) = fast._samplers.values()
+    ((program, _),) = (entry for entries in sampler._programs.values() for entry in entries)
+    assert isinstance(program.network, UNetInference)
 
 
 def test_native_unet_leaves_alone_what_it_cannot_express() -> None:

@@ -1,0 +1,80 @@
+"""Arrays from .npy and .npz files that nobody vouches for.
+
+They are read without pickle, and only after the size declared in their headers has been checked.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+MAX_DATA_BYTES = 8 << 30
+# What NumPy and zipfile raise on damaged, encrypted or exotic files.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError)
+
+
+def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read images and labels from a .npz file, or the one array of a .npy file.
+
+    Returns:
+        The array ``images`` (or ``arr_0``, or the only one), and ``labels`` (or ``arr_1``) where there is one: of
+        whatever shape and values.
+
+    Raises:
+        ValueError: the file is damaged, holds objects or declares too much.
+    """
+    try:
+        if path.suffix == ".npz":
+            return _read_npz(path)
+        with path.open("rb") as stream:
+            return _read_array(stream, path.stat().st_size, "array"), None
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: not a usable array file: {error}") from error
+
+
+def check_bytes(name: str, n_bytes: int) -> None:
+    """Refuse what would not fit into memory, and name it."""
+    if n_bytes > MAX_DATA_BYTES:
+        raise ValueError(
+            f"{name}: needs {n_bytes} bytes in memory, more than {MAX_DATA_BYTES}; use fewer or smaller images"
+        )
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+
+        def read(name: str) -> np.ndarray:
+            with archive.open(members[name]) as stream:
+                return _read_array(stream, members[name].file_size, name)
+
+        only = next(iter(members)) if len(members) == 1 else None
+        name = next((n for n in ("images", "arr_0", only) if n in members), None)
+        if name is None:
+            raise ValueError(f"no array called images or arr_0 among {sorted(members)[:8]}")
+        label_name = next((n for n in ("labels", "arr_1") if n in members), None)
+        return read(name), None if label_name is None else read(label_name)
+
+
+def _read_array(stream: IO[bytes], size: int, name: str) -> np.ndarray:
+    """Read one .npy stream of ``size`` bytes after comparing that size with what its header declares."""
+    version = np.lib.format.read_magic(stream)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(
+        version
+    )
+    if read_header is None:
+        raise ValueError(f"{name}: .npy version {version} is not supported")
+    shape, fortran_order, dtype = read_header(stream)
+    if dtype.hasobject or dtype.kind not in "uif":
+        raise ValueError(f"{name}: holds {dtype}, not numbers")
+    declared = math.prod(shape) * dtype.itemsize
+    check_bytes(name, declared)
+    if stream.tell() + declared != size:
+        raise ValueError(f"{name}: declares {declared} bytes of data but holds {size - stream.tell()}")
+    array = np.frombuffer(stream.read(declared), dtype=dtype)
+    return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
