@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from diffusers_cases import all_pairs, case_id, normal
+from diffusers_cases import normal
 from fastddpm.integrations.diffusers import FastDDIMScheduler, FastDDPMScheduler
+from pairs import all_pairs, case_id
 
 CASES = all_pairs(
     {

@@ -11,9 +11,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from diffusers_cases import SHAPE, STEP_RTOL, all_pairs, assert_step_matches, case_id, normal
+from diffusers_cases import SHAPE, STEP_RTOL, assert_step_matches, normal
 from fastddpm.integrations.diffusers import FastDDIMScheduler, FastDDPMScheduler
 from fastddpm.table import COLUMN
+from pairs import all_pairs, case_id
 
 B, C, H, W = SHAPE
 CLIPPING: dict[str, dict[str, Any]] = {

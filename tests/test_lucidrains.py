@@ -17,8 +17,10 @@ from fastddpm import reference
 from fastddpm.integrations.lucidrains import GaussianDiffusion, accelerate
 from fastddpm.integrations.lucidrains_tables import BUFFERS, OBJECTIVES, SCHEDULES, ddim_timesteps
 from fastddpm.schedule import Schedule
+from pairs import all_pairs, case_id
 
 SIZE = 8
+DTYPES = [torch.float32, torch.float64]
 PREDICTION = {"pred_noise": "epsilon", "pred_x0": "x_0", "pred_v": "v"}
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule does not end near a Gaussian")
 
@@ -64,6 +66,17 @@ def options(**changes: Any) -> dict[str, Any]:
 def pair(original: Any, **changes: Any) -> tuple[Any, GaussianDiffusion]:
     net = Net().eval()
     return original.GaussianDiffusion(net, **options(**changes)), GaussianDiffusion(net, **options(**changes))
+
+
+class Cast(Net):
+    """Computes in float32, and returns another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        return super().forward(x.float(), t).to(self.dtype)
 
 
 def images(seed: int = 0, batch: int = 4, channels: int = 3) -> Tensor:
@@ -174,6 +187,62 @@ def test_p_sample_is_the_originals_bits_and_draws(original: Any, objective: str,
         assert torch.equal(results[1][1], results[0][1])
 
 
+PROCESSES = {
+    "objective": list(OBJECTIVES),
+    "beta_schedule": list(SCHEDULES),
+    "timesteps": [21, 50, 1000],
+    "auto_normalize": [True, False],
+    "offset_noise_strength": [0.0, 0.1],
+    "min_snr_loss_weight": [False, True],
+    "min_snr_gamma": [5, 2.5],
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    all_pairs({**PROCESSES, "at": [0, 1, 0.5, -2, -1], "x": DTYPES, "network": [*DTYPES, torch.bfloat16]}),
+    ids=case_id,
+)
+def test_one_step_is_the_originals_over_all_pairs_of_settings(original: Any, case: dict[str, Any]) -> None:
+    at, x_dtype, network_dtype = (case[name] for name in ("at", "x", "network"))
+    settings = {name: case[name] for name in PROCESSES}
+    T = settings["timesteps"]
+    t = T // 2 if at == 0.5 else at % T
+    net = Cast(network_dtype).eval()
+    x = (images(4) * 4 - 2).to(x_dtype)
+    results = []
+    for diffusion in (
+        original.GaussianDiffusion(net, **options(**settings)),
+        GaussianDiffusion(net, **options(**settings)),
+    ):
+        torch.manual_seed(11)
+        prev, x0 = diffusion.p_sample(x, t)
+        results.append((prev, x0, torch.get_rng_state()))
+    (prev, x0, left), (expected, expected_x0, expected_left) = results[1], results[0]
+    assert torch.equal(left, expected_left)
+    assert relative(prev, expected) <= 1e-6
+    a = float(diffusion.sqrt_recip_alphas_cumprod[t])
+    bound = 4 * torch.finfo(torch.float32).eps * max(1.0, a) * float(x.abs().max())
+    assert float((x0 - expected_x0).abs().max()) <= bound
+
+
+@pytest.mark.parametrize(
+    "case", all_pairs({**PROCESSES, "loss_reduction": ["mean", "none"], "noise": [None, 3]}), ids=case_id
+)
+def test_loss_is_the_originals_over_all_pairs_of_settings(original: Any, case: dict[str, Any]) -> None:
+    theirs, ours = pair(original, **{name: case[name] for name in PROCESSES})
+    t = torch.tensor([0, 1, case["timesteps"] // 2, case["timesteps"] - 1])
+    results = []
+    for diffusion in (theirs, ours):
+        noise = None if case["noise"] is None else images(case["noise"]) * 2 - 1
+        torch.manual_seed(2)
+        loss = diffusion.p_losses(images(6) * 2 - 1, t, noise, loss_reduction=case["loss_reduction"])
+        results.append((loss.detach(), torch.get_rng_state()))
+    assert results[1][0].shape == results[0][0].shape
+    assert relative(results[1][0], results[0][0]) <= 1e-6
+    assert torch.equal(results[1][1], results[0][1])
+
+
 def test_p_sample_of_channels_last_draws_in_memory_order(original: Any) -> None:
     x = images(4) * 4 - 2
     results = []
@@ -187,12 +256,8 @@ def test_p_sample_of_channels_last_draws_in_memory_order(original: Any) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_p_sample_of_a_bfloat16_network_is_the_originals_bits(original: Any, objective: str) -> None:
-    class Low(Net):
-        def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
-            return super().forward(x, t).bfloat16()
-
-    arguments = options(objective=objective)
-    theirs, ours = original.GaussianDiffusion(Low(), **arguments), GaussianDiffusion(Low(), **arguments)
+    low, arguments = Cast(torch.bfloat16), options(objective=objective)
+    theirs, ours = original.GaussianDiffusion(low, **arguments), GaussianDiffusion(low, **arguments)
     results = []
     for diffusion in (theirs, ours):
         torch.manual_seed(11)
