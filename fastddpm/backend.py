@@ -85,5 +85,20 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 @functools.cache
+def note_emulation(dtype: torch.dtype, device: torch.device) -> None:
+    """Say once where a GPU is asked for bfloat16 and has no arithmetic of that type: before compute capability 8.0."""
+    if dtype != torch.bfloat16 or device.type != "cuda" or torch.version.hip is not None:
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        logger.warning(
+            "%s has compute capability %d.%d, which emulates bfloat16, slowly: use dtype=torch.float16",
+            device,
+            major,
+            minor,
+        )
+
+
+@functools.cache
 def _say_once(reason: str) -> None:
     logger.info("the fused operations run in PyTorch: %s", reason)

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from fastddpm.caches import inductor
+from fastddpm.errors import BackendUnavailable
+
 logger = logging.getLogger("fastddpm")
 
 
@@ -17,27 +20,41 @@ class Compiled:
 
     Args:
         function: the function or module.
-        strict: let an error of torch.compile through; else warn once and go on uncompiled.
+        strict: raise where torch.compile fails; else warn once and go on uncompiled.
         constant: the function's weights and the sizes of its arguments never change. On a CPU oneDNN then packs the
             weights once (Inductor's `freezing`, the only way to ask for it).
+        dynamic: whether sizes are left open, see torch.compile.
+        name: what the function is, for the warning.
+
+    Raises:
+        BackendUnavailable: strict, and torch.compile failed.
     """
 
-    def __init__(self, function: Callable[..., Any], *, strict: bool, constant: bool = False) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        strict: bool,
+        constant: bool = False,
+        dynamic: bool | None = None,
+        name: str = "the model",
+    ) -> None:
         self._eager = function
-        options: dict[str, Any] = {"dynamic": False} if constant else {}
-        self._call: Callable[..., Any] = torch.compile(function, fullgraph=True, **options)
-        self._strict, self._freeze = strict, constant
+        self._call: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False if constant else dynamic)
+        self._strict, self._freeze, self._name = strict, constant, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._strict or self._call is self._eager:
-            return self._compile_and_call(*args, **kwargs)
+        if self._call is self._eager:
+            return self._eager(*args, **kwargs)
         from torch._dynamo.exc import TorchDynamoException
 
         try:
             return self._compile_and_call(*args, **kwargs)
         except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            logger.warning("torch.compile failed, the model runs uncompiled (compile=True raises instead): %s", reason)
+            reason = f"torch.compile failed: {_explain(error)}"
+            if self._strict:
+                raise BackendUnavailable(reason) from error
+            logger.warning("%s runs uncompiled: %s", self._name, reason)
             self._call, self._freeze = self._eager, False
             return self._eager(*args, **kwargs)
 
@@ -46,6 +63,17 @@ class Compiled:
             result = self._call(*args, **kwargs)
         self._freeze = False
         return result
+
+
+def _explain(error: Exception) -> str:
+    """The first line of an error, and the cache to look at where generated code could not be built or loaded."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    reason = str(error).strip().splitlines()[0]
+    if not isinstance(error, BackendCompilerFailed):
+        return reason
+    cache = inductor()
+    return f"{reason}; if {cache.path} is damaged, remove it or set {cache.variable} to another folder"
 
 
 def _freezing() -> contextlib.AbstractContextManager[Any]:

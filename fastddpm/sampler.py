@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import network as net
-from fastddpm.backend import use_triton
+from fastddpm.backend import note_emulation, use_triton
 from fastddpm.call import Call, ModelLimits, resolve_call
 from fastddpm.compile_policy import decide_compile
 from fastddpm.engine import CudaGraphEngine, Engine, GraphPool, LoopEngine
@@ -95,6 +95,7 @@ class Sampler:
         self.device = resolve_device(net.device_of(model) if device is None else device)
         self.dtype = check_dtype(net.dtype_of(model) if dtype is None else dtype)
         self.uses_triton = use_triton(backend, self.device)
+        note_emulation(self.dtype, self.device)
         self.uses_graph = decide_graph(cuda_graph, self.device)
         self.compiles = decide_compile(compile, self.device, model, self.shape, samples_ahead * len(table))
         self._strict_compile, self._strict_graph = compile is True, cuda_graph is True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import step as twin
+from fastddpm.compiled_call import Compiled
 from fastddpm.noise import Counter, normals
 from fastddpm.step import Flags
 
@@ -150,4 +151,4 @@ def _compile(function: Any, key: Any) -> Callable[..., Any]:
     copy = types.FunctionType(
         function.__code__.replace(co_name=function.__name__), function.__globals__, function.__name__, closure=None
     )
-    return torch.compile(copy, fullgraph=True, dynamic=True)
+    return Compiled(copy, strict=False, dynamic=True, name="the fused operation")

@@ -21,7 +21,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     """Decisions are cached and reasons logged once: start and end without either."""
-    caches = (backend.use_triton, backend._say_once)
+    caches = (backend.use_triton, backend.note_emulation, backend._say_once)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -91,6 +91,31 @@ def test_backend_takes_the_kernel_from_sm_75_on(monkeypatch: pytest.MonkeyPatch,
     assert backend.use_triton("auto", CUDA)
     assert backend.use_triton("triton", CUDA)
     assert not backend.use_triton("torch", CUDA)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "said"),
+    [
+        (torch.bfloat16, (7, 5), 1),
+        (torch.bfloat16, (8, 0), 0),
+        (torch.float16, (7, 5), 0),
+        (torch.float32, (7, 5), 0),
+    ],
+    ids=str,
+)
+def test_bfloat16_on_a_gpu_without_it_is_noted_once(
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fake_gpu(monkeypatch, capability)
+    for _ in range(2):
+        backend.note_emulation(dtype, CUDA)
+        backend.note_emulation(dtype, CPU)
+    assert len(caplog.records) == said
+    assert "cuda:0 has compute capability 7.5" in caplog.text or not said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

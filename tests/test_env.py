@@ -14,8 +14,6 @@ import torch
 
 from fastddpm import caches, machine
 from fastddpm.cli import env, main
-from fastddpm.compile_policy import decide_compile
-from fastddpm.errors import BackendUnavailable
 
 
 @pytest.fixture(scope="module")
@@ -87,36 +85,6 @@ def test_cache_that_cannot_be_made_names_its_variable(
     assert f"set {variable} to a folder of yours" in caches_of(env.render(facts | {"compiles": machine.compiles()}))
     look = caches.triton if variable == "TRITON_CACHE_DIR" else caches.inductor
     assert f"set {variable} to a folder that can be written" in (look().why_unusable() or "")
-
-
-def test_compile_refuses_a_cache_that_cannot_be_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(file / "cache"))
-    caplog.set_level("INFO")
-    cpu, model = torch.device("cpu"), torch.nn.Linear(100, 100)
-    assert not decide_compile("auto", cpu, model, (1, 64, 64), 10**9)
-    assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
-    with pytest.raises(BackendUnavailable, match="set TORCHINDUCTOR_CACHE_DIR"):
-        decide_compile(True, cpu, model, (1, 64, 64), 1)
-
-
-def test_cache_of_another_user_is_one_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a shared temporary folder anybody can take the name first."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tmp_path.chmod(0o755)
-    assert not caches.triton().others_can_write
-    monkeypatch.setattr("os.geteuid", lambda: tmp_path.stat().st_uid + 1)
-    assert caches.triton().others_can_write
-
-
-def test_caches_do_not_need_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HOME", "USER", "LOGNAME", "TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    assert caches.inductor().path.is_absolute()
-    assert caches.triton().path.is_absolute()
 
 
 def test_versions_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,9 +111,7 @@ def test_model_compiles_once_for_all_timesteps_seeds_and_labels(monkeypatch: pyt
     from torch._dynamo.testing import CompileCounter
 
     counter, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda model, fullgraph: compile_(model, fullgraph=fullgraph, backend=counter)
-    )
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, **options, backend=counter))
     # The fused step stays eager: its compilation has tests of its own, and takes longer.
     monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
     torch._dynamo.reset()
