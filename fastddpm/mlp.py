@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm import noise, ops
 from fastddpm.diffusion import DiffusionConfig
-from fastddpm.table import q_rows
+from fastddpm.loss import ddpm_loss
 
 # Frequencies of the time embedding; the largest turns once in about 6 of 1000 timesteps.
 _TIME_FEATURES = 32
@@ -93,7 +92,7 @@ def train_points(
         lr: learning rate at the start.
         seed: of weights, batches, timesteps and noise.
         device: where to train.
-        backend: of the fused noising.
+        backend: of the fused noising and loss.
         progress: called with step and loss after each step.
 
     Returns:
@@ -110,14 +109,14 @@ def train_points(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         model = PointMLP(diffusion, x_0.shape[1]).to(device)
-    rows = q_rows(diffusion.schedule()).to(device)
-    data = x_0.to(device)
+    data, schedule = x_0.to(device), diffusion.schedule()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     for n in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * n / steps))
-        k, t, counter = _draw_batch(len(data), batch, len(rows), seed, n)
-        loss = simple_loss(model, data[k.to(device)], t.to(device), _to(counter, device), rows, backend)
+        k = _draw_batch(len(data), batch, seed, n)
+        # Timesteps and noise go by the place in the batch, as a point may come twice.
+        loss = ddpm_loss(model, data[k.to(device)], schedule, seed=seed, step=n, backend=backend)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -128,27 +127,7 @@ def train_points(
     return model.eval()
 
 
-def simple_loss(
-    model: nn.Module, x_0: Tensor, t: Tensor, counter: ops.Counter, rows: Tensor, backend: str = "auto"
-) -> Tensor:
-    """L_simple = E ||eps - eps_theta(x_t, t)||^2, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (eq. 14).
-
-    Returns:
-        float32 scalar, the mean over batch and coordinates.
-    """
-    x_t, eps = ops.q_sample(x_0, rows, t, counter, return_eps=True, backend=backend)
-    return nn.functional.mse_loss(model(x_t, t), eps)
-
-
-def _draw_batch(n_points: int, batch: int, T: int, seed: int, n: int) -> tuple[Tensor, Tensor, ops.Counter]:
-    """Return points, timesteps and noise of step n; noise goes by the place in the batch, as a point may come twice."""
+def _draw_batch(n_points: int, batch: int, seed: int, n: int) -> Tensor:
+    """Return the points of step n, int64 [batch]."""
     generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, n]))
-    k = torch.from_numpy(generator.integers(0, n_points, batch))
-    ids = noise.resolve_seeds(seed=seed, batch=batch)
-    return k, noise.timesteps(batch, T, seed, n), noise.counter(ids, n, noise.STREAM_TRAIN)
-
-
-def _to(counter: ops.Counter, device: torch.device | str) -> ops.Counter:
-    return counter._replace(
-        seed=counter.seed.to(device), sample_id=counter.sample_id.to(device), step=counter.step.to(device)
-    )
+    return torch.from_numpy(generator.integers(0, n_points, batch))
