@@ -25,6 +25,7 @@ from fastddpm.data import digits8x8
 from fastddpm.evaluation import card, classifier_training, fid, report
 from fastddpm.evaluation.classifier import Classifier, save_classifier
 from fastddpm.likelihood import bits_per_dim
+from fastddpm.manifest import model_digest
 from fastddpm.train_run import LOG
 
 SAMPLES = 20
@@ -336,6 +337,11 @@ def test_card_takes_the_numbers_between_its_markers(evaluated: Path, tmp_path: P
         "digits-loss.png",
         "digits-samples.png",
     ]
+
+
+def test_card_of_the_digits_is_about_the_weights_that_ship() -> None:
+    page = Path(fastddpm.__file__).parent / "models" / "digits" / "README.md"
+    assert f"Weights {model_digest(fastddpm.load('digits'))[:16]}." in page.read_text(encoding="utf-8")
 
 
 def test_card_refuses_other_weights_and_cards_without_markers(evaluated: Path) -> None:
