@@ -22,8 +22,8 @@ from fastddpm.step import Flags
 
 def randn(out: Tensor, counter: Counter, compiled: bool = False) -> None:
     """Fill ``out`` [B, n] with noise-v1."""
-    draw = _choose(_randn, compiled, out.dtype)
-    out.copy_(draw(counter.seed, counter.sample_id, counter.step, counter.stream, out.shape[1], out.dtype))
+    fill = _choose(_randn, compiled, out.dtype)
+    fill(counter.seed, counter.sample_id, counter.step, counter.stream, out)
 
 
 def q_sample(
@@ -37,10 +37,7 @@ def q_sample(
 ) -> None:
     """Fill ``out`` with x_t, and ``eps_out`` with the noise if given."""
     run = _choose(_q_sample, compiled, x_0.dtype, type(noise), eps_out is None)
-    x_t, eps = run(x_0, rows, row, noise, eps_out is not None)
-    out.copy_(x_t)
-    if eps_out is not None:
-        eps_out.copy_(eps)
+    run(x_0, rows, row, noise, out, eps_out)
 
 
 def p_sample(
@@ -57,12 +54,10 @@ def p_sample(
     compiled: bool = False,
 ) -> None:
     """Fill ``out`` with x_prev, and ``x0_out`` and ``low_out`` if given."""
-    dtypes = tuple(None if t is None else t.dtype for t in (out, x0_out, low_out))
+    targets = (out, x0_out, low_out)
+    dtypes = tuple(None if t is None else t.dtype for t in targets)
     run = _choose(_p_sample, compiled, x_t.dtype, m.dtype, type(noise), flags, dtypes)
-    results = run(x_t, m, rows, row, noise, flags, x0_prev, dtypes)
-    for target, result in zip((out, x0_out, low_out), results, strict=True):
-        if target is not None:
-            target.copy_(result)
+    run(x_t, m, rows, row, noise, flags, x0_prev, targets)
 
 
 def ddpm_loss(
@@ -96,15 +91,17 @@ def ddpm_loss_gradient(
     half.copy_(run(m, x_0, rows, row, noise, learned, scale))
 
 
-def _randn(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, n: int, dtype: torch.dtype) -> Tensor:
-    return normals(seed, sample_id, step, stream, n).to(dtype)
+def _randn(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, out: Tensor) -> None:
+    out.copy_(normals(seed, sample_id, step, stream, out.shape[1]))
 
 
 def _q_sample(
-    x_0: Tensor, rows: Tensor, row: Tensor, noise: Counter | Tensor, with_eps: bool
-) -> tuple[Tensor, Tensor | None]:
+    x_0: Tensor, rows: Tensor, row: Tensor, noise: Counter | Tensor, out: Tensor, eps_out: Tensor | None
+) -> None:
     x_t, eps = twin.q_sample(x_0, rows, row, noise)
-    return x_t.to(x_0.dtype), eps.to(x_0.dtype) if with_eps else None
+    out.copy_(x_t)
+    if eps_out is not None:
+        eps_out.copy_(eps)
 
 
 def _p_sample(
@@ -115,10 +112,12 @@ def _p_sample(
     noise: Counter | Tensor | None,
     flags: Flags,
     x0_prev: Tensor | None,
-    dtypes: tuple[torch.dtype | None, ...],
-) -> list[Tensor | None]:
+    targets: tuple[Tensor | None, ...],
+) -> None:
     x_prev, x0 = twin.p_sample(x_t, m, rows, row, noise, flags, x0_prev)
-    return [None if d is None else t.to(d) for d, t in zip(dtypes, (x_prev, x0, x_prev), strict=True)]
+    for target, result in zip(targets, (x_prev, x0, x_prev), strict=True):
+        if target is not None:
+            target.copy_(result)
 
 
 def _loss_key(m: Tensor, x_0: Tensor | None, noise: Counter | None, learned: bool) -> tuple[Any, ...]:
