@@ -320,16 +320,17 @@ def test_card_takes_the_numbers_between_its_markers(evaluated: Path, tmp_path: P
     page.parent.mkdir()
     page.write_text(f"# A card\n\n{card.BEGIN}\nold\n{card.END}\n\nThe end.\n")
     (tmp_path / LOG).write_text('{"step": 10, "loss": 0.5, "lr": 0.001}\n')
-    command = [str(page), str(evaluated), "--images", str(tmp_path / "images"), "--training", str(tmp_path)]
-    for _ in range(2):
-        card.main(command)
+    command = [str(page), str(evaluated), "--images", str(tmp_path / "images")]
+    card.main([*command, "--training", str(tmp_path)])
+    card.main(command)
     text = page.read_text()
     assert text.startswith("# A card\n\n<!-- numbers -->\n| sampler | N |")
     assert text.endswith("<!-- /numbers -->\n\nThe end.\n")
     assert "| ddpm, 2 steps, guidance 2 | 20 | " in text
     assert "old" not in text
     assert "Bits per dimension, at most: held-out images" in text
-    assert "](../images/digits-guidance.png)" in text
+    for kind in ("samples", "loss", "guidance"):
+        assert f"](../images/digits-{kind}.png)" in text
     found = json.loads((evaluated / "eval.json").read_text())["results"][1]
     assert report.show(found["frechet"]["ratio"]) in text
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [

@@ -1,6 +1,6 @@
 """Write the numbers of evaluations into a model card, between its markers, and the pictures beside it.
 
-python -m fastddpm.evaluation.card CARD --images FOLDER --training RUN EVAL [EVAL ...]
+python -m fastddpm.evaluation.card CARD EVAL [EVAL ...] --images FOLDER [--training RUN]
 """
 
 from __future__ import annotations
@@ -46,27 +46,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("card", type=Path)
     parser.add_argument("evals", type=Path, nargs="+", help="folders of fastddpm eval; pictures are the first one's")
     parser.add_argument("--images", type=Path, required=True, help="folder for pictures")
-    parser.add_argument("--training", type=Path, required=True, help="folder of the training run, for its loss")
+    parser.add_argument(
+        "--training", type=Path, help="folder of the training run, for its loss; without it that picture stays"
+    )
     args = parser.parse_args(argv)
     reports = [read_object(folder / REPORT) for folder in args.evals]
     results = [result for report in reports for result in report["results"]]
-    plot = loss_plot(list(read_log(args.training)))
-    if plot is None:
-        raise FileNotFoundError(f"{args.training}: no log to plot, or no matplotlib to plot it with")
     first = args.evals[0] / f"guidance-{results[0]['run']['guidance']:g}" / PICTURE
-    pictures = {"samples": first.read_bytes(), "loss": plot}
+    pictures = {"samples": first.read_bytes()}
+    if args.training is not None:
+        pictures["loss"] = _loss_picture(args.training)
     for folder in args.evals:
         if (folder / PLOT).exists():
             pictures["guidance"] = (folder / PLOT).read_bytes()
-    files = {args.images / f"{args.card.resolve().parent.name}-{kind}.png": data for kind, data in pictures.items()}
+    paths = {kind: args.images / f"{args.card.resolve().parent.name}-{kind}.png" for kind in _CAPTIONS}
     text = numbers(results)
     for report in reports:
         if "bits_per_dim" in report:
             text += f"\n\nBits per dimension, at most: {bits_line(report['bits_per_dim'])}."
-    links = [os.path.relpath(path, args.card.parent) for path in files]
-    text += "\n\n" + "\n".join(f"![{_CAPTIONS[kind]}]({link})" for kind, link in zip(pictures, links, strict=True))
+    shown = {kind: path for kind, path in paths.items() if kind in pictures or path.exists()}
+    links = {kind: os.path.relpath(path, args.card.parent) for kind, path in shown.items()}
+    text += "\n\n" + "\n".join(f"![{_CAPTIONS[kind]}]({link})" for kind, link in links.items())
     card = insert(args.card.read_text(encoding="utf-8"), text)
-    write_files({**files, args.card: card.encode()})
+    write_files({**{paths[kind]: data for kind, data in pictures.items()}, args.card: card.encode()})
+
+
+def _loss_picture(run: Path) -> bytes:
+    plot = loss_plot(list(read_log(run)))
+    if plot is None:
+        raise FileNotFoundError(f"{run}: no log to plot, or no matplotlib to plot it with")
+    return plot
 
 
 def insert(card: str, text: str) -> str:

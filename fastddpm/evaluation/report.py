@@ -42,13 +42,13 @@ def _section(report: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         f"{run['sampler']}, {run['steps']} steps, guidance {run['guidance']:g}, {run['dtype']}, {run['device']}, "
         f"seeds {run['seeds']}",
         "",
-        f"{'':24}{'samples':20}{'real images':20}{'ratio'}",
+        f"{'':23}{'samples':21}{'real images':20}{'ratio'}",
     ]
     for name, title in TITLES.items():
         if name in result:
             row = result[name]
             cells = [show(row[key], percent=name == ACCURACY) for key in ("samples", "real", "ratio")]
-            head.append(f"{title:24}{cells[0]:20}{cells[1]:20}{cells[2]}".rstrip())
+            head.append(f"{title:23}{cells[0]:21}{cells[1]:20}{cells[2]}".rstrip())
     near = f"{100 * result['near']:.1f} % of the samples"
     remarks = [f"{near} are nearer to a training image than {100 * (1 - NEAR):.0f} % of unseen images are."]
     if weak := weakest(result["accuracy_by_class"]):
