@@ -112,6 +112,11 @@ def test_count_tells_views_from_work_and_reads_by_the_host() -> None:
     assert counts.host_reads == 1
 
 
+def test_count_lets_compiled_code_run() -> None:
+    double = torch.compile(lambda x: x + x, backend="eager", fullgraph=True)
+    assert counting.count(lambda: double(torch.ones(2))).by_name["add"] == 1
+
+
 def test_count_sees_bytes_of_large_tensors_only() -> None:
     x, small = torch.ones(100), torch.ones(1)
     counts = counting.count(lambda: x.mul(small), threshold=100)

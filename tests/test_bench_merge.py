@@ -80,6 +80,12 @@ def test_merge_takes_counts_from_a_run_that_timed_nothing(facts: dict[str, Any])
     assert merged["date"].startswith("2026")
 
 
+def test_merge_does_not_care_where_compiled_code_is_kept(facts: dict[str, Any]) -> None:
+    other = run(facts, 4, "diffusers")
+    other["machine"]["environment"]["compilers"]["TORCHINDUCTOR_CACHE_DIR"] = "/elsewhere"
+    assert len(merge([run(facts, 1, "diffusers"), other])["rows"]) == 2
+
+
 @pytest.mark.parametrize("name", ["cpu", "threads", "versions", "environment"])
 def test_merge_refuses_another_machine(name: str, facts: dict[str, Any]) -> None:
     other = run(facts, 4, "diffusers")

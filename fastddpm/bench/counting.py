@@ -60,6 +60,11 @@ class OpCounter(TorchDispatchMode):
         self.threshold = threshold
         self.counts = Counts()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run inside the context; without it Dynamo refuses to."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "fastddpm":

@@ -59,7 +59,9 @@ def _differs(a: Results, b: Results) -> str | None:
 
 
 def _settings(facts: Any) -> Any:
-    """Leave out what changes by itself: a GPU's clocks of the moment."""
-    if not isinstance(facts, Mapping) or "devices" not in facts:
+    """Leave out what makes no time differ: a GPU's clocks of the moment, and where compiled code is kept."""
+    if not isinstance(facts, Mapping):
         return facts
-    return [device["name"] for device in facts["devices"]]
+    if "devices" in facts:
+        return [device["name"] for device in facts["devices"]]
+    return {name: _settings(fact) for name, fact in facts.items() if not name.endswith("_CACHE_DIR")}

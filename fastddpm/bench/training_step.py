@@ -39,34 +39,35 @@ def _labels(case: Case) -> dict[str, Any]:
 
 
 def _work(case: Case, model: nn.Module, loss: Loss, *, fused: bool = True, low: bool = False) -> Work:
-    """Time whole steps; the gate looks at loss and gradient before the first of them.
+    """Time whole steps; the gate looks at loss and gradient.
 
     Args:
         fused: AdamW's fused form, which diffusers' example does not ask for.
         low: the network under autocast to bfloat16.
     """
     model.train()
+    # A learning rate that leaves the weights as they are, so that every round does the same work.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12, weight_decay=0.0, fused=fused or None)
 
     def backward(eps: Tensor | None) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(case.device, torch.bfloat16, enabled=low):
             value = loss(eps)
         value.backward()
         return value
 
-    value = backward(_eps(case))
-    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
-    found = {"loss": value.detach().cpu(), "norm": norm.cpu()}
-    # A learning rate that leaves the weights as they are, so that every round does the same work.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12, weight_decay=0.0, fused=fused or None)
-
     def run() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
         value = backward(None)
         nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
         optimizer.step()
         return value
 
-    return Work(run, lambda: found)
+    def evaluate() -> dict[str, Tensor]:
+        value = backward(_eps(case))
+        norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+        return {"loss": value.detach().cpu(), "norm": norm.cpu()}
+
+    return Work(run, evaluate)
 
 
 def _pytorch(case: Case, *, compiled: bool = False) -> Work:
