@@ -71,6 +71,19 @@ def _noise(
     return Counter(seed, sample_id, step, stream)
 
 
+@_define("randn_out", f"Tensor seed, Tensor sample_id, Tensor step, int stream, Tensor(a!) out, {_HOW}", "()", ("out",))
+def randn_out(
+    seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, out: Tensor, backend: str, compiled: bool
+) -> None:
+    samples = out.view(out.shape[0], out.shape[1:].numel())
+    _implementation(backend, out.device).randn(samples, Counter(seed, sample_id, step, stream), compiled)
+
+
+@randn_out.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
 @_define(
     "randn",
     f"Tensor seed, Tensor sample_id, Tensor step, int stream, SymInt batch, SymInt n, ScalarType dtype, {_HOW}",
@@ -88,7 +101,7 @@ def randn(
     compiled: bool,
 ) -> Tensor:
     out = seed.new_empty((batch, n), dtype=dtype)
-    _implementation(backend, seed.device).randn(out, Counter(seed, sample_id, step, stream), compiled)
+    randn_out._init_fn(seed, sample_id, step, stream, out, backend, compiled)
     return out
 
 

@@ -53,35 +53,15 @@ SQRT_HALF_BITS = 0x3F3504F3
 EXPONENT_BITS = -0x800000
 # u = float32(r | 1) * 2**-32: the factor is taken off the exponent.
 _TWO_TO_32 = 32 << 23
-# -log2(1 + f) / f * 2**23 for 1 + f in [sqrt(1/2), sqrt(2)]; error of f * P(f) at most 5.4e-8 * 2**23.
-LOG2_POLY = (-12102201.0, 6051177.5, -4034407.0, 3020791.75, -2405217.0, 2096296.75, -1986009.625, 1225211.125)
 # Reciprocal square root: a guess from the exponent (relative error 4.1 %, as in the classic 0x5f3759df), then Newton
 # steps y * (a_k - h * y * y) towards c_k / sqrt(h), with c_k**2 = a_k / 3 and c_(k+1) = 2/3 * a_k * c_k. Ending at
 # a_2 near 3 instead of 3/2 keeps the last factor just under a power of two, where float32 is twice as fine.
 RSQRT_MAGIC = 0x5EFEE100
-RSQRT_STEPS = (1.6179287433624268, 1.8823297023773193, 2.9641799926757812)
-# sin(pi/2 * v) / (v * s) in w = 1 - v * v: error at most 4e-9 / s.
-SIN_POLY = (
-    float.fromhex("0x1.b2049ap-13"),
-    float.fromhex("0x1.b20492p-14"),
-    float.fromhex("0x1.ce537cp-17"),
-    float.fromhex("0x1.c4238ep-21"),
-    float.fromhex("0x1.0bc3e6p-25"),
-)
-# cos(pi/2 * v) / s in t = v * v: error at most 3e-9 / s.
-COS_POLY = (
-    float.fromhex("0x1.b2049ap-13"),
-    float.fromhex("-0x1.0bb95ep-12"),
-    float.fromhex("0x1.b86318p-15"),
-    float.fromhex("-0x1.21b9bcp-18"),
-    float.fromhex("0x1.96cbfep-23"),
-    float.fromhex("-0x1.448738p-28"),
-)
 
 # Groups that the eager twin works on at a time: its int64 temporaries stay in a core's cache, and below PyTorch's grain
 # size no operation waits for other threads.
 _BLOCK_GROUPS = 1 << 14
-_MAX_ELEMENTS = 1 << 34
+MAX_ELEMENTS = 1 << 34
 
 
 class Counter(NamedTuple):
@@ -129,25 +109,65 @@ def horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
     return p
 
 
+# Float constants are literals of the functions that use them: torch.compile takes those of a module for inputs that may
+# change, and makes a tensor of each at every call.
+
+
+def _log2_quotient(f: Tensor) -> Tensor:
+    """-log2(1 + f) / f * 2**23, 1 + f in [sqrt(1/2), sqrt(2)]; error of the product with f at most 5.4e-8 * 2**23."""
+    return horner(
+        (-12102201.0, 6051177.5, -4034407.0, 3020791.75, -2405217.0, 2096296.75, -1986009.625, 1225211.125), f
+    )
+
+
+def _sin_quotient(w: Tensor) -> Tensor:
+    """sin(pi/2 * v) / (v * s) in w = 1 - v * v: error at most 4e-9 / s."""
+    return horner(
+        (
+            0.00020695589773822576,
+            0.00010347791976528242,
+            1.377839180349838e-05,
+            8.421743018516281e-07,
+            3.117197522328752e-08,
+        ),
+        w,
+    )
+
+
+def _cos(t: Tensor) -> Tensor:
+    """cos(pi/2 * v) / s in t = v * v: error at most 3e-9 / s."""
+    return horner(
+        (
+            0.00020695589773822576,
+            -0.00025532158906571567,
+            5.24982315255329e-05,
+            -4.3172467485419475e-06,
+            1.8942954227441078e-07,
+            -4.722506830034945e-09,
+        ),
+        t,
+    )
+
+
 def _scaled_radius(r: Tensor) -> Tensor:
     """sqrt(-2 ln u) * s of 32-bit words r, u = float32(r | 1) * 2**-32."""
     bits = (r | 1).to(torch.float32).view(torch.int32) - (SQRT_HALF_BITS + _TWO_TO_32)
     exponent = bits & EXPONENT_BITS
     f = (bits - exponent + SQRT_HALF_BITS).view(torch.float32) - 1.0
-    h = f * horner(LOG2_POLY, f) - exponent.to(torch.float32)
+    h = f * _log2_quotient(f) - exponent.to(torch.float32)
     y = (RSQRT_MAGIC - (h.view(torch.int32) >> 1)).view(torch.float32)
-    for a in RSQRT_STEPS[:-1]:
+    for a in (1.6179287433624268, 1.8823297023773193):
         y = y * (a - (h * y) * y)
     q = h * y
-    return q * (RSQRT_STEPS[-1] - q * y)
+    return q * (2.9641799926757812 - q * y)
 
 
 def _scaled_cos_sin(r: Tensor) -> tuple[Tensor, Tensor]:
     """cos(theta) / s and sin(theta) / s of 32-bit words r."""
     v = ((r << 33) >> 33).to(torch.float32) * 2.0**-30
     t = v * v
-    cos = horner(COS_POLY, t)
-    sin = horner(SIN_POLY, 1.0 - t).mul_(v)
+    cos = _cos(t)
+    sin = _sin_quotient(1.0 - t).mul_(v)
     return torch.where(r > 0x7FFFFFFF, -cos, cos), sin
 
 
@@ -179,7 +199,7 @@ def normals(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, n: int) 
     Raises:
         ValueError: if n is negative or above 2**34.
     """
-    if not 0 <= n <= _MAX_ELEMENTS:
+    if not 0 <= n <= MAX_ELEMENTS:
         raise ValueError(f"noise-v1 covers 0 to 2**34 elements per sample, got {n}; split the sample")
     seed, sample_id, step = (v.reshape(-1, 1) for v in torch.broadcast_tensors(seed, sample_id, step))
     batch, groups = seed.shape[0], -(-n // 4)
@@ -196,6 +216,25 @@ def normals(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, n: int) 
             target = out[b : b + rows, 4 * start : 4 * stop]
             target.copy_(_normals_block(key[0], key[1], key[2], stream, g)[:, : target.shape[1]])
     return out
+
+
+def fill_pairs(out: Tensor, seed: Tensor, sample_id: Tensor, step: Tensor, stream: int) -> None:
+    """Write what `normals` returns, for torch.compile: a loop that needs no memory of its own.
+
+    Args:
+        out: int64 [B, n / 2], the memory of the normals two by two, on a little-endian machine.
+        seed, sample_id, step, stream: as in `normals`.
+    """
+    seed, sample_id, step = (v.reshape(-1, 1) for v in (seed, sample_id, step))
+    pair = torch.arange(out.shape[1], dtype=torch.int64, device=out.device)[None]
+    r0, r1, r2, r3 = philox(seed, sample_id, step, stream, pair >> 1)
+    second = (pair & 1) == 1
+    # Inductor merges the loops over samples and pairs of what reads nothing per sample, cannot fuse that with the
+    # rest, and stores what lies between.
+    nothing = seed & 0
+    cos, sin = box_muller(torch.where(second, r2, r0) | nothing, torch.where(second, r3, r1) | nothing)
+    low = cos.view(torch.int32).to(torch.int64) & _WORD
+    out.copy_((sin.view(torch.int32).to(torch.int64) << 32) | low)
 
 
 def counter(

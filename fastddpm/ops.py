@@ -34,6 +34,7 @@ def randn(
     device: torch.device | str | None = None,
     backend: str = "auto",
     compiled: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Draw noise-v1 of a counter.
 
@@ -42,9 +43,10 @@ def randn(
         shape_per_sample: shape without the batch.
         dtype: float32, float16 or bfloat16.
         device: must be the counter's device, if given.
+        out: where to write, contiguous [B, *shape_per_sample] of that dtype.
 
     Returns:
-        Contiguous [B, *shape_per_sample]; B is the length of the counter's tensors.
+        ``out``, or a new contiguous [B, *shape_per_sample]; B is the length of the counter's tensors.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit.
@@ -58,20 +60,19 @@ def randn(
     _check_counter(counter, batch, counter.seed.device)
     if device is not None and torch.empty(0, device=device).device != counter.seed.device:
         raise ValueError(f"device is {device}, but the counter is on {counter.seed.device}; move the counter")
-    shape = torch.Size(shape_per_sample)
-    z = custom_ops.call(
-        custom_ops.randn,
-        counter.seed,
-        counter.sample_id,
-        counter.step,
-        counter.stream,
-        batch,
-        shape.numel(),
-        dtype,
-        backend,
-        compiled,
-    )
-    return z.view(batch, *shape)
+    shape = torch.Size((batch, *shape_per_sample))
+    keys = counter.seed, counter.sample_id, counter.step, counter.stream
+    if out is None:
+        z = custom_ops.call(custom_ops.randn, *keys, batch, shape[1:].numel(), dtype, backend, compiled)
+        return z.view(shape)
+    _check_device("out", out, counter.seed.device)
+    if (out.shape, out.dtype) != (shape, dtype) or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous {dtype} {list(shape)}, got {out.dtype} {list(out.shape)} "
+            f"with strides {list(out.stride())}"
+        )
+    custom_ops.call(custom_ops.randn_out, *keys, out, backend, compiled)
+    return out
 
 
 def q_sample(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import noise, ops
+from fastddpm.backend import use_triton
 from fastddpm.errors import ModelOutputError
 from fastddpm.network import Network, unwrap
 from fastddpm.table import COLUMN, K, Table
@@ -72,7 +74,7 @@ class Program:
     Attributes:
         x_t: the state, float32 [B, ...]; each step replaces it by x_{t-1}.
         x0: the last estimate of x_0, float32 [B, ...], where the plan or the table keeps it.
-        z: the caller's noise for the next step, float32 [B, ...], where the plan says "given".
+        z: the noise of the next step, float32 [B, ...]: the caller's where the plan says "given", or drawn ahead.
         row: the next row of the table, int64 [1].
     """
 
@@ -97,7 +99,9 @@ class Program:
 
         self.rows = buffer(len(table), K)
         self.timesteps = buffer(len(table), dtype=table.timesteps.dtype)
-        self.row = buffer(1, dtype=torch.int64)
+        # The same for every input of the network; as a view of it, an index of its own is never made.
+        self._index = buffer(n, dtype=torch.int64)
+        self.row = self._index[:1]
         self.t = buffer(n, dtype=table.timesteps.dtype)
         self.seed = buffer(B, dtype=torch.int64)
         self.sample_id = buffer(B, dtype=torch.int64)
@@ -106,7 +110,11 @@ class Program:
         self._own_input = dtype != torch.float32 or not self.x_in.is_contiguous()
         self.x_t = buffer(B, *shape) if self._own_input else self.x_in[:B]
         self.x0 = buffer(B, *shape) if plan.x0_out or table.use_prev else None
-        self.z = buffer(B, *shape) if plan.noise == GIVEN else None
+        # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
+        # compiled twin of the draw needs none.
+        twin = device.type == "cpu" and not use_triton(backend, device)
+        self._draws_ahead = compiled and twin and plan.noise == COUNTER and math.prod(shape) % 2 == 0
+        self.z = buffer(B, *shape) if plan.noise == GIVEN or self._draws_ahead else None
         self.first_bad = buffer(B, dtype=torch.int64) if plan.check_finite else None
         self.kwargs = {
             name: buffer(*value.shape, dtype=value.dtype) if isinstance(value, TensorSpec) else value
@@ -123,7 +131,7 @@ class Program:
         plan, table = self.plan, self.table
         if plan.guided:
             self.x_in[plan.batch :].copy_(self.x_in[: plan.batch])
-        torch.index_select(self.timesteps, 0, self.row.expand(plan.network_batch), out=self.t)
+        torch.index_select(self.timesteps, 0, self._index, out=self.t)
         m = self._checked(unwrap(self.network(self.x_in, self.t, self.row, self.kwargs)))
         ops.p_sample(
             self.x_t,
@@ -145,12 +153,15 @@ class Program:
         )
         if self.first_bad is not None:
             self._record_non_finite(self.first_bad)
-        self.row.add_(1)
+        self._index.add_(1)
 
     def _noise(self) -> noise.Counter | Tensor | None:
-        if self.plan.noise == COUNTER:
-            return noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_REVERSE)
-        return self.z
+        if self.plan.noise != COUNTER:
+            return self.z
+        counter = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_REVERSE)
+        if not self._draws_ahead:
+            return counter
+        return ops.randn(counter, self.shape, backend=self._backend, compiled=True, out=self.z)
 
     def _record_non_finite(self, first_bad: Tensor) -> None:
         bad = ~torch.isfinite(self.x_t).flatten(1).all(dim=1)
@@ -158,7 +169,7 @@ class Program:
 
     def rewind(self) -> None:
         """Go back to the first row, leaving the other buffers as they are."""
-        self.row.zero_()
+        self._index.zero_()
 
     def load(
         self,

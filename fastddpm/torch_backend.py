@@ -7,6 +7,7 @@ The twin runs eagerly, or compiled by Inductor with the same bits: about ten tim
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +17,17 @@ from torch import Tensor
 
 from fastddpm import step as twin
 from fastddpm.compiled_call import Compiled
-from fastddpm.noise import Counter, normals
+from fastddpm.noise import MAX_ELEMENTS, Counter, fill_pairs, normals
 from fastddpm.step import Flags
 
 
 def randn(out: Tensor, counter: Counter, compiled: bool = False) -> None:
     """Fill ``out`` [B, n] with noise-v1."""
-    fill = _choose(_randn, compiled, out.dtype)
-    fill(counter.seed, counter.sample_id, counter.step, counter.stream, out)
+    if compiled and _holds_pairs(out):
+        run, target = _choose(fill_pairs, compiled), out.view(torch.int64)
+    else:
+        run, target = _choose(_randn, compiled, out.dtype), out
+    run(target, counter.seed, counter.sample_id, counter.step, counter.stream)
 
 
 def q_sample(
@@ -91,7 +95,14 @@ def ddpm_loss_gradient(
     half.copy_(run(m, x_0, rows, row, noise, learned, scale))
 
 
-def _randn(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, out: Tensor) -> None:
+def _holds_pairs(out: Tensor) -> bool:
+    """Whether `fill_pairs` can write into contiguous ``out``."""
+    n, offset = out.shape[1], int(out.storage_offset())
+    pairs = out.numel() > 0 and n % 2 == 0 and n <= MAX_ELEMENTS and offset % 2 == 0
+    return bool(pairs) and out.dtype == torch.float32 and sys.byteorder == "little"
+
+
+def _randn(out: Tensor, seed: Tensor, sample_id: Tensor, step: Tensor, stream: int) -> None:
     out.copy_(normals(seed, sample_id, step, stream, out.shape[1]))
 
 

@@ -126,6 +126,14 @@ def test_normals_do_not_depend_on_the_batch() -> None:
         assert torch.equal(together[b : b + 1], alone)
 
 
+@pytest.mark.parametrize("n", [2, 4, 6, 130])
+def test_fill_pairs_writes_the_normals(n: int) -> None:
+    seed, sample_id, step = words(7, 2**63 - 1, -1), words(0, 2**32 - 1, 5), words(9)
+    out = torch.empty(3, n)
+    noise.fill_pairs(out.view(torch.int64), seed, sample_id, step, noise.STREAM_REVERSE)
+    assert torch.equal(out, noise.normals(seed, sample_id, step, noise.STREAM_REVERSE, n))
+
+
 def test_normals_broadcast_one_value_for_all_samples() -> None:
     keys, ids = resolve_seeds(seed=1, batch=3)
     assert torch.equal(noise.normals(keys, ids, words(9), 1, 5), noise.normals(keys, ids, words(9, 9, 9), 1, 5))

@@ -237,12 +237,36 @@ def test_p_sample_compiled_twin_compiles_once_per_flags_and_dtypes() -> None:
 
 
 def test_randn_and_q_sample_compiled_twins_have_the_same_bits() -> None:
-    for n in (5, 70_001):
+    for n in (5, 70_001, 70_002):
         assert torch.equal(ops.randn(counter(2), (n,)), ops.randn(counter(2), (n,), compiled=True))
         x_0, rows, t = torch.randn(2, n), q_rows(Schedule.linear()), torch.tensor([7, 700])
         eager = ops.q_sample(x_0, rows, t, counter(2), return_eps=True)
         for a, b in zip(eager, ops.q_sample(x_0, rows, t, counter(2), return_eps=True, compiled=True), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_randn_writes_into_the_given_tensor(compiled: bool) -> None:
+    expected = ops.randn(counter(2), (2, 3))
+    memory = torch.zeros(13)
+    # Also where pairs of float32 do not start at a multiple of eight bytes.
+    for offset in (0, 1):
+        out = memory[offset : offset + 12].view(2, 2, 3)
+        assert ops.randn(counter(2), (2, 3), out=out, compiled=compiled) is out
+        assert torch.equal(out, expected)
+    low = torch.empty(2, 6, dtype=torch.bfloat16)
+    ops.randn(counter(2), (6,), torch.bfloat16, out=low, compiled=compiled)
+    assert torch.equal(low, expected.flatten(1).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "out",
+    [torch.empty(2, 5), torch.empty(2, 6, dtype=torch.bfloat16), torch.empty(6, 2).t(), torch.empty(3, 6)],
+    ids=["shape", "dtype", "layout", "batch"],
+)
+def test_randn_refuses_a_tensor_that_does_not_fit(out: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"out must be contiguous torch.float32 \[2, 6\], got"):
+        ops.randn(counter(2), (6,), out=out)
 
 
 def test_compiled_twin_works_inside_an_outer_compiled_function() -> None:

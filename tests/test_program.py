@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,6 +90,27 @@ def test_step_around_the_network_is_three_operations() -> None:
         p.step()
     moving = {name for name in record.operations if name not in ("aten::expand", "aten::slice.Tensor")}
     assert moving == {"aten::index_select.out", "fastddpm::p_sample_out", "aten::add_.Tensor"}
+
+
+def allocations(run: Callable[[], None]) -> list[int]:
+    """Bytes of every block that a run asks for."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+@pytest.mark.skipif(not policy.has_cpp_compiler(), reason="compiles on the CPU: needs a C++ compiler")
+def test_compiled_step_takes_no_memory_beyond_the_network() -> None:
+    model = net.ModelNetwork(Small(), compile_model=False, strict=False)
+    p = Program(Plan(4), model, TABLE, SHAPE, device=torch.device("cpu"), compiled=True)
+    p.network = lambda x, t, row, kwargs: x  # type: ignore[assignment]
+    with torch.inference_mode():
+        for _ in range(2):
+            p.step()
+        # The counter's increment travels as a tensor.
+        assert allocations(p.step) == [8]
+        assert max(allocations(lambda: p.x_t.add_(p.x_t + 1))) == p.x_t.nbytes
 
 
 @pytest.mark.parametrize("plan", PLANS)
