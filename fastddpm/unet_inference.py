@@ -2,14 +2,15 @@
 
 What does not depend on x_t (the time embedding and its projections in every residual block) is computed once per run
 and looked up by row and label; q, k and v are one projection; images and weights are channels last; and where the
-network is compiled on a CPU, weights are constants that oneDNN packs, and 3x3 convolutions with enough pixels run by
-Winograd's algorithm, upsampling included.
+network is compiled on a CPU, weights are constants that oneDNN packs, 3x3 convolutions with enough pixels run by
+Winograd's algorithm, upsampling included, and a large batch runs in slices whose activations stay in the cache.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +22,14 @@ from fastddpm.compiled_call import Compiled
 from fastddpm.unet import UNet
 from fastddpm.unet_blocks import Attention, Upsample, timestep_embedding
 
-# Tiles of 4x4 pixels in a batch, and channels, from which on Winograd's transforms and its fourfold weights cost less
-# than its products save: at 64 tiles (batch 1, 32x32) the network of google/ddpm-cifar10-32 is slower with it.
-MIN_TILES, MIN_CHANNELS = 256, 64
+# From this product of channels and 4x4 tiles on, Winograd's transforms and its fourfold weights cost less than its
+# fewer products save. In the network of google/ddpm-cifar10-32, 64 tiles of 256 channels gain (batch 4, 16x16) and 64
+# of 128 lose (batch 1, 32x32).
+MIN_TILE_CHANNELS = 64 * 256
+MIN_CHANNELS = 64
+
+# What the first activation of a slice takes per thread. Slices of 2 and 4 MB were slower, and so were halves of it.
+SLICE_BYTES = 1 << 20
 
 
 class UNetForms:
@@ -46,22 +52,31 @@ class UNetForms:
         """Return a network for `batch` rows of x."""
         return UNetInference(self, batch)
 
-    def denoise(self, x: Tensor, time: Sequence[Tensor]) -> Tensor:
-        """`UNet.denoise` in the form for x's shape."""
+    def denoise(self, x: Tensor, time: Tensor) -> Tensor:
+        """`UNet.denoise` in the form for x's shape, given the blocks' time projections side by side."""
         if x.shape not in self._denoise:
             self.unet.check_image(x)
             self._denoise[x.shape] = self._build(x)
         return self._denoise[x.shape](x, time)
 
     def _build(self, x: Tensor) -> Callable[..., Tensor]:
-        form = inference_form(self.unet)
         constant = self._compile_model and x.device.type == "cpu"
+        if constant and x.dtype == torch.float32:
+            rows = slice_rows(x, self.unet.config.block_out_channels[0])
+            if rows < len(x):
+                return functools.partial(in_slices, self.denoise, rows)
+        form = inference_form(self.unet)
         if constant:
             # oneDNN lays the weights out itself.
             use_winograd(form, x.shape[0], x.shape[2], x.shape[3])
         else:
             use_channels_last(form)
-        return Compiled(form.denoise, strict=self._strict, constant=constant) if self._compile_model else form.denoise
+        widths = time_widths(self.unet)
+
+        def denoise(x: Tensor, time: Tensor) -> Tensor:
+            return form.denoise(x, time.split(widths, dim=1))
+
+        return Compiled(denoise, strict=self._strict, constant=constant) if self._compile_model else denoise
 
 
 class UNetInference:
@@ -72,13 +87,13 @@ class UNetInference:
     def __init__(self, forms: UNetForms, batch: int) -> None:
         self._forms, self._batch = forms, batch
         unet, rows = forms.unet, len(forms.timesteps)
-        self._widths = [resnet.time_emb_proj.out_features for resnet in unet.resnets()]
+        width = sum(time_widths(unet))
         classes = unet.config.num_class_embeds
         # Labels in use: at most one per row of x, and no more than there are.
         self._slots = 1 if classes is None else min(batch, classes)
         like = unet.conv_in.weight
-        self._table = like.new_empty(rows, self._slots, sum(self._widths))
-        self._time = like.new_empty(batch, sum(self._widths))
+        self._table = like.new_empty(rows, self._slots, width)
+        self._time = like.new_empty(batch, width)
         self._slot = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self._index = torch.zeros_like(self._slot)
         self._labels: Tensor | None = None
@@ -101,7 +116,7 @@ class UNetInference:
             raise TypeError(f"the UNet takes class_labels only, got {', '.join(sorted(unknown))} in model_kwargs")
         torch.add(self._slot, row, alpha=self._slots, out=self._index)
         torch.index_select(self._table.flatten(0, 1), 0, self._index, out=self._time)
-        return self._forms.denoise(x, self._time.split(self._widths, dim=1))
+        return self._forms.denoise(x, self._time)
 
     def _in_use(self, class_labels: Tensor | None) -> Tensor:
         config = self._forms.unet.config
@@ -114,6 +129,36 @@ class UNetInference:
         if config.null_class is None:
             raise ValueError(f"this network has {config.num_class_embeds} classes and no null class: pass class_labels")
         return torch.full_like(self._slot, config.null_class)
+
+
+def slice_rows(x: Tensor, channels: int) -> int:
+    """How many images of a batch to denoise at a time.
+
+    Args:
+        x: the batch.
+        channels: of the activations at x's resolution.
+
+    Returns:
+        The size near `SLICE_BYTES` per thread, if need be half or twice that, which divides the batch best.
+    """
+    image = channels * x.shape[2:].numel() * x.element_size()
+    wanted = max(1, SLICE_BYTES * torch.get_num_threads() // image)
+    return min(range(wanted // 2 + 1, 2 * wanted + 1), key=lambda rows: (-len(x) % rows, abs(rows - wanted)))
+
+
+def in_slices(denoise: Callable[[Tensor, Tensor], Tensor], rows: int, x: Tensor, time: Tensor) -> Tensor:
+    """Denoise a batch `rows` images at a time; the last slice repeats some of the one before if it has to."""
+    parts = []
+    for start in range(0, len(x), rows):
+        first = min(start, len(x) - rows)
+        part = denoise(x[first : first + rows], time[first : first + rows])
+        parts.append(part[start - first :])
+    return torch.cat(parts)
+
+
+def time_widths(unet: UNet) -> list[int]:
+    """The widths of the residual blocks' time projections."""
+    return [resnet.time_emb_proj.out_features for resnet in unet.resnets()]
 
 
 def time_table(unet: UNet, timesteps: Tensor, labels: Tensor) -> Tensor:
@@ -226,7 +271,8 @@ def _pays(conv: nn.Conv2d, batch: int, height: int, width: int) -> bool:
     tiles = batch * (height // tile) * (width // tile)
     channels = min(conv.in_channels, conv.out_channels)
     whole = height % tile == 0 and width % tile == 0
-    return winograd.fits(conv) and whole and tiles >= MIN_TILES and channels >= MIN_CHANNELS
+    enough = channels >= MIN_CHANNELS and tiles * channels >= MIN_TILE_CHANNELS
+    return winograd.fits(conv) and whole and enough
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

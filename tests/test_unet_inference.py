@@ -15,7 +15,17 @@ from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table, unet_infer
 from fastddpm import compile_policy as policy
 from fastddpm.compiled_call import Compiled
 from fastddpm.network import ModelNetwork, NetworkSource
-from fastddpm.unet_inference import UNetInference, inference_form, time_table, use_channels_last, use_winograd
+from fastddpm.unet_inference import (
+    UNetForms,
+    UNetInference,
+    in_slices,
+    inference_form,
+    slice_rows,
+    time_table,
+    time_widths,
+    use_channels_last,
+    use_winograd,
+)
 from test_sampler import with_tape
 from test_unet import SMALL, VARIANTS, random_inputs, relative_l2, small_unet
 
@@ -55,7 +65,7 @@ def test_form_matches_the_unet_at_every_row(config: UNetConfig) -> None:
 @pytest.mark.parametrize("name", ["small", "scale-shift", "padding-0", "mid-scale"])
 @torch.no_grad()
 def test_winograd_form_matches_the_unet(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(unet_inference, "MIN_TILES", 1)
+    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", 1)
     monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 1)
     model = small_unet(**VARIANTS[name])
     x, t, labels = random_inputs(model.config)
@@ -167,9 +177,9 @@ def test_programs_of_a_size_share_one_compiled_graph(monkeypatch: pytest.MonkeyP
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("min_tiles", [10**9, pytest.param(1, marks=pytest.mark.slow)], ids=["direct", "winograd"])
-def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.MonkeyPatch, min_tiles: int) -> None:
-    monkeypatch.setattr(unet_inference, "MIN_TILES", min_tiles)
+@pytest.mark.parametrize("least", [10**9, pytest.param(1, marks=pytest.mark.slow)], ids=["direct", "winograd"])
+def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", least)
     monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 4)
     # One level without attention: few kernels to compile.
     config = UNetConfig(
@@ -193,6 +203,54 @@ def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.Mo
         eps = network(x.contiguous(memory_format=torch.channels_last), t, torch.tensor([1]), {})
         assert relative_l2(eps, model(x, t[1])) < TOLERANCE
     assert not torch._inductor.config.freezing
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 7])
+@torch.no_grad()
+def test_slices_of_a_batch_are_the_batch(batch: int) -> None:
+    model = small_unet(**CONDITIONAL)
+    x, t, labels = random_inputs(model.config, batch=batch)
+    time = torch.cat(model.project_time(model.embed(t, labels)), dim=1)
+    sizes = []
+
+    def denoise(x: Tensor, time: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return model.denoise(x, time.split(time_widths(model), dim=1))
+
+    rows = min(batch, 2)
+    sliced = in_slices(denoise, rows, x, time)
+    assert relative_l2(sliced, model(x, t, labels)) < TOLERANCE
+    assert sizes == [rows] * -(-batch // rows)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows"),
+    [(1, 1), (3, 3), (4, 4), (5, 5), (6, 3), (7, 7), (8, 4), (10, 5), (13, 7), (16, 4), (17, 3), (64, 4)],
+)
+def test_slices_have_a_mebibyte_a_thread_or_what_divides_the_batch(
+    monkeypatch: pytest.MonkeyPatch, batch: int, rows: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.empty(batch, 3, 32, 32)
+    assert min(batch, slice_rows(x, 128)) == rows
+
+
+def test_compiled_float32_batches_share_the_form_of_their_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet_inference, "SLICE_BYTES", 1)
+    monkeypatch.setattr(unet_inference, "Compiled", lambda function, **options: function)
+    model = small_unet()
+    timesteps = torch.tensor([5])
+    forms = UNetForms(model, timesteps, compile_model=True, strict=True)
+    built = []
+    monkeypatch.setattr(unet_inference, "use_winograd", lambda form, *size: built.append(size))
+    x, _, _ = random_inputs(model.config, batch=4)
+    for batch in (4, 2):
+        network = forms(batch)
+        network.load(None)
+        with torch.no_grad():
+            eps = network(x[:batch], timesteps.expand(batch), torch.tensor([0]), {})
+            assert relative_l2(eps, model(x[:batch], timesteps.expand(batch))) < TOLERANCE
+    assert built == [(1, 16, 16)]
 
 
 def hooked(model: UNet) -> None:
