@@ -64,6 +64,25 @@ def test_chain_fails_on_bfloat16_under_the_name_of_float32(recorded: dict[str, T
     assert chain.check(LOOP, sampling.SUBJECT.provider("fastddpm, bf16"), found).ok
 
 
+def test_chain_knows_what_16_bits_hold_of_a_trained_networks_input() -> None:
+    loop = Case("sampling", 2, networks.shape("digits"), "digits", 4)
+    labels = networks.labels("digits", 2)
+    network = networks.build("digits").to(torch.bfloat16)
+    provider = sampling.SUBJECT.provider("fastddpm, bf16")
+
+    def judge(wrong: float) -> bool:
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return network(x.bfloat16(), t, labels).float() * (1 + wrong)
+
+        recorder = chain.Recorder(loop)
+        with torch.no_grad():
+            chain.plain_loop(loop, predict, torch.Generator().manual_seed(1), recorder)
+        return chain.check(loop, provider, recorder.found()).ok
+
+    assert judge(0.0)
+    assert not judge(0.05)
+
+
 def test_normal_knows_what_is_no_standard_normal() -> None:
     z = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     assert gate.normal(z, "z").ok

@@ -173,7 +173,7 @@ def test_programs_of_a_size_share_one_compiled_graph(monkeypatch: pytest.MonkeyP
         {"seeds": [1], "class_labels": [2], "guidance": 3.0},
     ):
         got, want = compiled.sample(**call), eager.sample(**call)
-        assert torch.equal(got[0], want[0])
+        assert relative_l2(got[0], want[0]) < TOLERANCE
     assert counter.frame_count == 1
 
 

@@ -20,6 +20,9 @@ TITLES = {
     "tiny": "a tiny UNet, for trying out",
 }
 
+# Those whose weights make sense.
+TRAINED = ("digits",)
+
 
 def config(name: str) -> UNetConfig:
     """The configuration of a named network.
