@@ -27,11 +27,13 @@ class ChannelsLastGroupNorm(nn.Module):
             values = getattr(norm, name).detach().float().view(norm.num_groups, -1)
             self.register_buffer(name, values, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W] in x's dtype."""
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Normalise x + shift, which is never formed: [B, C, H, W] and [B, C] -> [B, C, H, W] in x's dtype."""
         values = x.to(torch.float32)
-        mean = self._of_groups(values.mean((2, 3))).expand(-1, *self.weight.shape)
-        deviation = values - _of_channels(mean)
+        means = values.mean((2, 3))
+        shifts = torch.zeros_like(means) if shift is None else shift.to(torch.float32)
+        centre = self._of_groups(means + shifts) - shifts.unflatten(1, self.weight.shape)
+        deviation = values - _of_channels(centre)
         variance = self._of_groups((deviation * deviation).mean((2, 3)))
         scale = (variance + self.eps).rsqrt() * self.weight
         return (deviation * _of_channels(scale) + self.bias.view(-1, 1, 1)).to(x.dtype)

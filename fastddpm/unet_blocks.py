@@ -97,15 +97,18 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """[B, C_in, H, W] and the projected time embedding -> [B, C_out, H, W]."""
         h = self.conv1(self.act(self.norm1(x)))
-        time = time[:, :, None, None]
         if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
+            scale, shift = time[:, :, None, None].chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + time)
+            h = self.norm_shifted(h, time)
         h = self.conv2(self.dropout(self.act(h)))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return _rescale(shortcut + h, self.output_scale_factor)
+
+    def norm_shifted(self, h: Tensor, time: Tensor) -> Tensor:
+        """The second normalisation, of [B, C, H, W] plus [B, C]."""
+        return self.norm2(h + time[:, :, None, None])
 
 
 class Attention(nn.Module):

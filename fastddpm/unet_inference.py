@@ -22,7 +22,7 @@ from fastddpm import winograd
 from fastddpm.compiled_call import Compiled
 from fastddpm.group_norm import ChannelsLastGroupNorm
 from fastddpm.unet import UNet
-from fastddpm.unet_blocks import Attention, Upsample, timestep_embedding
+from fastddpm.unet_blocks import Attention, ResnetBlock, Upsample, timestep_embedding
 
 # From this product of channels and 4x4 tiles on, Winograd's transforms and its fourfold weights cost less than its
 # fewer products save. In the network of google/ddpm-cifar10-32, 64 tiles of 256 channels gain (batch 4, 16x16) and 64
@@ -227,7 +227,20 @@ class MergedAttention(Attention):
 
     def project(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """[B, HW, C] -> q, k and v."""
-        return self.to_qkv(tokens).chunk(3, dim=2)
+        # As one matrix: PyTorch would multiply the tokens of a channels-last image by a copy of the weights per image.
+        return self.to_qkv(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).chunk(3, dim=2)
+
+
+class ShiftedResnetBlock(ResnetBlock):
+    """A residual block whose second normalisation takes the time projection, a number per channel, as it is."""
+
+    def __init__(self, block: ResnetBlock) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(block))
+
+    def norm_shifted(self, h: Tensor, time: Tensor) -> Tensor:
+        """The second normalisation, of [B, C, H, W] plus [B, C]."""
+        return self.norm2(h, time)
 
 
 def inference_form(unet: UNet) -> UNet:
@@ -254,6 +267,8 @@ def use_channels_last_norms(form: UNet) -> None:
         for name, child in parent.named_children():
             if isinstance(child, nn.GroupNorm):
                 setattr(parent, name, ChannelsLastGroupNorm(child))
+            elif isinstance(child, ResnetBlock):
+                setattr(parent, name, ShiftedResnetBlock(child))
 
 
 def use_winograd(form: UNet, batch: int, height: int, width: int) -> None:

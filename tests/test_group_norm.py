@@ -35,6 +35,13 @@ def test_float32_is_within_1e6_of_float64(groups: int, channels: int, offset: fl
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_shift_is_added_before() -> None:
+    norm, x = layer(4, 12), images(12)
+    shift = 10 * torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
+    exact = layer(4, 12).double()(x.double() + shift.double()[:, :, None, None])
+    torch.testing.assert_close(ChannelsLastGroupNorm(norm)(x, shift).double(), exact, rtol=1e-6, atol=4e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_float32_rounded_once(dtype: torch.dtype) -> None:
     norm, x = layer(8, 16).to(dtype), images(16).to(dtype)
