@@ -22,7 +22,7 @@ class ChannelsLastGroupNorm(nn.Module):
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
-        self.groups, self.eps = norm.num_groups, norm.eps
+        self.eps = norm.eps
         for name in ("weight", "bias"):
             values = getattr(norm, name).detach().float().view(norm.num_groups, -1)
             self.register_buffer(name, values, persistent=False)

@@ -532,7 +532,7 @@ def test_the_environment_cannot_force_unpickling(tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match="refused"):
         convert(tmp_path / "model.pt", tmp_path / "out")
     assert not (tmp_path / "ran").exists()
-    # torch reads the variable when it loads, so it would have counted.
+    # The danger is real: a plain torch.load, which reads the variable, runs what is in the file (here: makes another).
     with pytest.warns(UserWarning, match="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
         torch.load(tmp_path / "model.pt")
     assert (tmp_path / "ran").exists()

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from fastddpm.step import Flags
 from ptx.pairs import pairwise
-from ptx.steps import StepCase, check, run_step
+from ptx.steps import StepCase, assert_twins_bits, run_step
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MAIN = StepCase()
@@ -53,18 +53,18 @@ PAIRS = [pair for pair in itertools.combinations(SINGLE, 2) if set(pair) not in 
 
 @pytest.mark.parametrize("name", ["no flag", *SINGLE])
 def test_each_flag_alone_has_the_twins_bits(name: str) -> None:
-    check(run_step(with_flags(() if name == "no flag" else (name,))))
+    assert_twins_bits(run_step(with_flags(() if name == "no flag" else (name,))))
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_each_pair_of_flags_has_the_twins_bits(pair: tuple[str, str]) -> None:
-    check(run_step(with_flags(pair)))
+    assert_twins_bits(run_step(with_flags(pair)))
 
 
 @pytest.mark.parametrize("arch", [75, 80, 100, 120])
 def test_code_for_other_architectures_has_the_same_bits(arch: int) -> None:
     flags = Flags(clip=True, learned=True, guided=True, use_m=True)
-    check(run_step(MAIN.but(flags=flags, x=BF16, m=FP16, low_out=FP32, m_layout="channels_last"), arch))
+    assert_twins_bits(run_step(MAIN.but(flags=flags, x=BF16, m=FP16, low_out=FP32, m_layout="channels_last"), arch))
 
 
 # Elements per sample 1, 2, 3, 4, 5, 1023 and 1025; planes that are whole groups and planes that are not; one sample in
@@ -110,9 +110,9 @@ def mixed_cases() -> list[StepCase]:
 
 
 def test_an_expanded_state_has_the_twins_bits() -> None:
-    check(run_step(MAIN.but(layout="expanded", shape=(3, 3, 8, 8))))
+    assert_twins_bits(run_step(MAIN.but(layout="expanded", shape=(3, 3, 8, 8))))
 
 
 @pytest.mark.parametrize("case", mixed_cases(), ids=str)
 def test_shapes_types_layouts_and_flags_mix_pairwise(case: StepCase) -> None:
-    check(run_step(case))
+    assert_twins_bits(run_step(case))

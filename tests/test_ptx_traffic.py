@@ -15,7 +15,7 @@ from fastddpm.noise import Counter
 from fastddpm.step import Flags
 from ptx.device import PtxDevice
 from ptx.memory import sparse_zeros
-from ptx.steps import OUTPUTS, StepCase, assert_same_bits, check, make_counter, make_rows, run_step
+from ptx.steps import OUTPUTS, StepCase, assert_same_bits, assert_twins_bits, make_counter, make_rows, run_step
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 IMAGE = StepCase(flags=Flags(clip=True))
@@ -42,7 +42,7 @@ IMAGE = StepCase(flags=Flags(clip=True))
 )
 def test_p_sample_moves_each_element_once(case: StepCase, per_element: int) -> None:
     run = run_step(case)
-    check(run)
+    assert_twins_bits(run)
     small = ("rows", "row", "seed", "id", "step")
     big = [s for s in run.device.memory.segments if s.name.split("_ptr")[0] not in small]
     assert sum(s.traffic.loaded + s.traffic.stored for s in big) == per_element * run.x_t.numel()
@@ -95,7 +95,7 @@ def test_accesses_have_the_width_that_size_and_alignment_allow(case: StepCase, w
     ids=str,
 )
 def test_p_sample_in_place_is_free_of_races(case: StepCase) -> None:
-    check(run_step(case))
+    assert_twins_bits(run_step(case))
 
 
 def test_x0_out_may_replace_x0_prev() -> None:
@@ -124,7 +124,7 @@ def test_an_empty_batch_launches_nothing() -> None:
 
 def test_100_000_points_fill_their_lanes_and_fit_the_grid() -> None:
     run = run_step(IMAGE.but(shape=(100_000, 2)))
-    check(run)
+    assert_twins_bits(run)
     (launch,) = run.device.launches
     rows = launch.grid[0] * launch.grid[1] * launch.grid[2] * tiles.TILE
     assert 100_000 <= rows < 100_000 + tiles.TILE
@@ -147,13 +147,13 @@ def test_programs_of_a_large_batch_walk_several_tiles(
     monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 1)
     monkeypatch.setattr(p_sample_kernel, "repeats", tiles.repeats.__wrapped__)
     run = run_step(case)
-    check(run)
+    assert_twins_bits(run)
     assert dict(run.device.launches[0].arguments)["repeat"] == repeat
 
 
 @pytest.mark.parametrize("case", [IMAGE, IMAGE.but(m=BF16, m_layout="channels_last", low_out=BF16)], ids=str)
 def test_images_of_256_by_256_have_the_twins_bits(case: StepCase) -> None:
-    check(run_step(case.but(shape=(2, 3, 256, 256))))
+    assert_twins_bits(run_step(case.but(shape=(2, 3, 256, 256))))
 
 
 GROUPS = [1, 2, 3, 15, 16, 17, 48, 192, 255, 256, 257, 768, 49152, 2**24 + 1, 2**29, 2**31 + 5, 2**32 - 256, 2**32]

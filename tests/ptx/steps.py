@@ -166,7 +166,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     )
 
 
-def check(run: StepRun) -> None:
+def assert_twins_bits(run: StepRun) -> None:
     """Same bits in every output; every element of each written, and once; nothing launched in vain."""
     run.device.check_written_once()
     for name, expected in run.twin.items():

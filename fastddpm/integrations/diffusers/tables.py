@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,7 +45,7 @@ class _State:
     tables: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
 
-class RowTables:
+class RowTables(ABC):
     """Mixin before one of diffusers' scheduler classes: rows, and timesteps found without reading from a device."""
 
     alphas_cumprod: Tensor
@@ -71,17 +72,17 @@ class RowTables:
             object.__setattr__(self, "_state", None)
 
     @property
+    @abstractmethod
     def takes_only_listed(self) -> bool:
         """Whether a step takes only the timesteps that set_timesteps listed, not all 0..T-1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def transitions(self) -> tuple[Tensor, Tensor]:
         """Return the timesteps that a step takes, int64 [n] on the CPU, and the ones that they lead to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_rows(self, t: Tensor, prev_t: Tensor, **options: Any) -> Tensor:
         """Tabulate the steps from t to prev_t on the CPU, float32 [n, K]."""
-        raise NotImplementedError
 
     def step_rows(self, **options: Any) -> Tensor:
         """Tabulate all steps by timestep on the CPU, float32 [T + 1, K]; NaN where there is none."""
