@@ -16,6 +16,7 @@ from fastddpm import compile_policy as policy
 from fastddpm.compiled_call import Compiled
 from fastddpm.network import ModelNetwork, NetworkSource
 from fastddpm.unet_inference import (
+    ShiftedResnetBlock,
     UNetForms,
     UNetInference,
     in_slices,
@@ -24,6 +25,7 @@ from fastddpm.unet_inference import (
     time_table,
     time_widths,
     use_channels_last,
+    use_channels_last_norms,
     use_winograd,
 )
 from test_sampler import with_tape
@@ -74,6 +76,19 @@ def test_winograd_form_matches_the_unet(monkeypatch: pytest.MonkeyPatch, name: s
     replaced = [type(module).__name__ for module in form.modules() if "Winograd" in type(module).__name__]
     assert replaced.count("WinogradUpsample") == len(model.config.block_out_channels) - 1
     assert replaced.count("WinogradConv2d") >= 2 * len(list(model.resnets()))
+    time = model.project_time(model.embed(t, labels))
+    assert relative_l2(form.denoise(x, time), model(x, t, labels)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["small", "scale-shift", "mid-scale"])
+@torch.no_grad()
+def test_form_with_channels_last_norms_matches_the_unet(name: str) -> None:
+    model = small_unet(**VARIANTS[name])
+    x, t, labels = random_inputs(model.config)
+    form = inference_form(model)
+    use_channels_last_norms(form)
+    assert not any(isinstance(module, nn.GroupNorm) for module in form.modules())
+    assert all(isinstance(resnet, ShiftedResnetBlock) for resnet in form.resnets())
     time = model.project_time(model.embed(t, labels))
     assert relative_l2(form.denoise(x, time), model(x, t, labels)) < TOLERANCE
 
