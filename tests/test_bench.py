@@ -77,6 +77,14 @@ def test_from_json_writes_the_same_report(
     assert (tmp_path / "bench.md").read_text() == (folder / "bench.md").read_text() == capsys.readouterr().out
 
 
+def test_bench_names_the_cases_where_none_was_chosen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["bench", "sampling", "--case", "nosuch", "--outdir", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "no case has the parts of nosuch" in error
+    assert "sampling-cifar10-B16-S20-ddpm" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_bench_of_an_unknown_name_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "warp"]) == 1
     assert "unknown benchmark 'warp'; use one of sampling" in capsys.readouterr().err

@@ -57,7 +57,12 @@ def throughput(axes: Any, results: Results) -> bool:
     rows = [row for row in _loops(results) if row["case"]["network"] != "digits" and not row["case"]["sweep"]]
     for name, points in _series(rows, lambda row: (row["case"]["batch"], 1e3 * row["case"]["batch"] / row["p50_ms"])):
         axes.plot(*zip(*points, strict=True), marker="o", label=name, color=_COLOURS.get(name))
+    batches = sorted({row["case"]["batch"] for row in rows})
     axes.set(xlabel="batch size", ylabel="images per second", xscale="log", yscale="log")
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title(f"Sampling, {rows[0]['case']['steps']} steps, {rows[0]['case']['network']}" if rows else "")
     return bool(rows)
 

@@ -46,17 +46,23 @@ def run(
 
     Returns:
         "machine", "bandwidth", "rows" and how they were taken, as plain types.
+
+    Raises:
+        ValueError: no case has the chosen parts.
     """
+    cases = [(subjects.find(name), subjects.find(name).cases(device, smoke)) for name in names]
+    todo = [(subject, case) for subject, offered in cases for case in choose(offered, chosen)]
+    if chosen and not todo:
+        known = " ".join(case.id for _, offered in cases for case in offered) or "none"
+        raise ValueError(f"no case has the parts of {' or '.join(chosen)}; the cases are: {known}")
     started = datetime.datetime.now(datetime.UTC)
     facts = machine.facts()
     say(f"measuring this machine: {machine.summary(facts)}")
     limits = bandwidth.measure(device, rounds, smoke=smoke)
     rows: list[dict[str, Any]] = []
     with torch.compiler.set_stance("force_eager" if smoke else "default"):
-        for name in names:
-            subject = subjects.find(name)
-            for case in choose(subject.cases(device, smoke), chosen):
-                rows += run_case(subject, case, rounds, smoke=smoke, providers=providers, say=say)
+        for subject, case in todo:
+            rows += run_case(subject, case, rounds, smoke=smoke, providers=providers, say=say)
     for row in rows:
         _add_bandwidth(row, limits["copy_gb_per_s"])
     return {
