@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,9 +62,12 @@ class Compiled:
             return self._eager(*args, **kwargs)
 
     def _compile_and_call(self, *args: Any, **kwargs: Any) -> Any:
-        with _freezing() if self._freeze else contextlib.nullcontext():
+        if not self._freeze:
+            return self._call(*args, **kwargs)
+        with _freezing():
             result = self._call(*args, **kwargs)
         self._freeze = False
+        _give_back_memory()
         return result
 
 
@@ -74,6 +80,16 @@ def _explain(error: Exception) -> str:
         return reason
     cache = inductor()
     return f"{reason}; if {cache.path} is damaged, remove it or set {cache.variable} to another folder"
+
+
+def _give_back_memory() -> None:
+    """Free what compiling left behind: graphs that refer to themselves, and second copies of the packed weights."""
+    gc.collect()
+    if sys.platform == "linux":
+        # glibc keeps freed memory for later, and there will be no second compilation. Other C libraries lack this.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _freezing() -> contextlib.AbstractContextManager[Any]:

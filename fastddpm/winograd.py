@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Transform = Callable[[Sequence[Tensor]], list[Tensor]]
+
 TILE = 4
 # Filter transform for the interpolation points 0, 1, -1, 2, -2 and infinity.
 _G = (
@@ -41,10 +43,8 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, H, W], channels last."""
-        image = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # [B, H + 2, W + 2, C_in]
-        rows = _transform_input(_windows(image, 1, 6, TILE))  # 6 x [B, H/4, W + 2, C_in]
-        tiles = _transform_input(_windows(torch.stack(rows), 3, 6, TILE))  # 6 x [6, B, H/4, W/4, C_in]
-        y = _multiply(torch.stack(tiles, dim=1), self.weight, _transform_output)
+        tiles = _cut(x, 6, TILE, _transform_input)
+        y = _multiply(tiles, self.weight, _transform_output)
         return (y + self.bias).permute(0, 3, 1, 2)
 
 
@@ -64,10 +64,8 @@ class WinogradUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, 2H, 2W], channels last."""
-        image = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        rows = _transform_upsampled(_windows(image, 1, 4, TILE // 2))
-        tiles = _transform_upsampled(_windows(torch.stack(rows), 3, 4, TILE // 2))
-        y = _multiply(torch.stack(tiles, dim=1), self.weight, _transform_upsampled_output)
+        tiles = _cut(x, 4, TILE // 2, _transform_upsampled)
+        y = _multiply(tiles, self.weight, _transform_upsampled_output)
         return (y + self.bias).permute(0, 3, 1, 2)
 
 
@@ -88,16 +86,33 @@ def _hold(module: nn.Module, conv: nn.Conv2d, weight: Tensor) -> None:
 
 
 def _transform_filter(weight: Tensor, kept: Sequence[int]) -> Tensor:
-    """G g G^T: [C_out, C_in, 3, 3] -> [n * n, C_in, C_out], for the n of the six points that are kept."""
+    """(G g G^T)^T: [C_out, C_in, 3, 3] -> [n * n, C_in, C_out], for the n of the six points that are kept."""
     g = torch.tensor(_G, dtype=torch.float64, device=weight.device)[list(kept)]
-    u = torch.einsum("ia,oqab,jb->ijqo", g, weight.detach().double(), g)
+    u = torch.einsum("ia,oqab,jb->jiqo", g, weight.detach().double(), g)
     return u.flatten(0, 1).to(weight.dtype).contiguous()
+
+
+def _cut(x: Tensor, size: int, step: int, transform: Transform) -> Tensor:
+    """Cut a zero-padded image into tiles, size x size every `step` pixels, and transform both sides of each.
+
+    Returns:
+        [n, n, B, H / step, W / step, C] for a transform that returns n tensors; by column, then by row.
+    """
+    # cat, not stack: Inductor takes what has a dimension of 1 in the place of channels for channels last, and puts the
+    # points innermost.
+    image = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # [B, H + 2, W + 2, C]
+    rows = torch.cat(transform(_windows(image, 1, size, step)))  # [n * B, H / step, W + 2, C]
+    columns = transform(_windows(rows, 2, size, step))  # n x [n * B, H / step, W / step, C]
+    return torch.cat(columns).unflatten(0, (len(columns), len(columns), -1))
 
 
 def _windows(x: Tensor, dim: int, count: int, step: int) -> list[Tensor]:
     """Inputs 0 to count - 1 of every tile along a dimension."""
-    last = x.shape[dim] - count
-    return [x.narrow(dim, i, last + 1).unfold(dim, 1, step).squeeze(-1) for i in range(count)]
+    size, stride = list(x.shape), list(x.stride())
+    size[dim] = (size[dim] - count) // step + 1
+    stride[dim] *= step
+    # Inductor lays out what it computes as it likes, not with channels innermost, unless somebody looks at its strides.
+    return [x.as_strided(size, stride, i * x.stride(dim)) for i in range(count)]
 
 
 def _transform_input(d: Sequence[Tensor]) -> list[Tensor]:
@@ -137,9 +152,9 @@ def _transform_upsampled_output(m: Sequence[Tensor]) -> list[Tensor]:
     return [m[0] + m[1] + sum_2, m[1] + 2 * difference_2, m[1] + 4 * sum_2, m[1] + 8 * difference_2 + m[4]]
 
 
-def _multiply(tiles: Tensor, weight: Tensor, transform: Callable[[Sequence[Tensor]], list[Tensor]]) -> Tensor:
+def _multiply(tiles: Tensor, weight: Tensor, transform: Transform) -> Tensor:
     """Products over channels and back to the image: [n, n, B, h, w, C_in] -> [B, 4h, 4w, C_out]."""
-    n, _, B, h, w, channels = tiles.shape
-    products = torch.bmm(tiles.reshape(n * n, B * h * w, channels), weight).reshape(n, n, B, h, w, -1)
-    columns = torch.stack(transform(products.unbind(1)), dim=4)  # [n, B, h, w, 4, C_out]
+    n, _, B, h, w, _ = tiles.shape
+    products = torch.bmm(tiles.flatten(0, 1).flatten(1, 3), weight).reshape(n, n, B, h, w, -1)
+    columns = torch.stack(transform(products.unbind(0)), dim=4)  # [n, B, h, w, 4, C_out]
     return torch.stack(transform(columns.unbind(0)), dim=2).reshape(B, h * TILE, w * TILE, -1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import gc
 import logging
+import re
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -192,16 +196,13 @@ def test_programs_of_a_size_share_one_compiled_graph(monkeypatch: pytest.MonkeyP
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("least", [10**9, pytest.param(1, marks=pytest.mark.slow)], ids=["direct", "winograd"])
-def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
-    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", least)
-    monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 4)
-    # One level without attention: few kernels to compile.
+def one_level_unet(channels: int) -> UNet:
+    """Without attention: few kernels to compile."""
     config = UNetConfig(
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(4,),
+        block_out_channels=(channels,),
         layers_per_block=1,
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
@@ -210,14 +211,43 @@ def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.Mo
         attention_head_dim=None,
     )
     torch.manual_seed(0)
-    model = UNet(config, zero_init=False).eval()
-    x, t, _ = random_inputs(config, batch=2)
+    return UNet(config, zero_init=False).eval()
+
+
+@pytest.mark.parametrize("least", [10**9, pytest.param(1, marks=pytest.mark.slow)], ids=["direct", "winograd"])
+def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", least)
+    monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 4)
+    model = one_level_unet(4)
+    x, t, _ = random_inputs(model.config, batch=2)
     network = NetworkSource(model, t, compile_model=True, strict=True).for_batch(2)
     network.load(None)
     with torch.no_grad():
         eps = network(x.contiguous(memory_format=torch.channels_last), t, torch.tensor([1]), {})
         assert relative_l2(eps, model(x, t[1])) < TOLERANCE
     assert not torch._inductor.config.freezing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_compiled_winograd_form_keeps_channels_innermost(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Or its loops are scalar: Inductor chooses layouts of its own, and takes dimensions of 1 for channels."""
+    utils = pytest.importorskip("torch._inductor.utils", reason="generated code cannot be read in this torch")
+    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", 1)
+    model = one_level_unet(channels := 64)
+    x, t, _ = random_inputs(model.config, batch=batch)
+    network = NetworkSource(model, t, compile_model=True, strict=True).for_batch(batch)
+    network.load(None)
+    x_in = x.contiguous(memory_format=torch.channels_last)
+    _, codes = utils.run_and_get_code(network, x_in, t, torch.tensor([0]), {})
+    found = re.findall(r"empty_strided_cpu\((\([^)]*\)), (\([^)]*\))", "".join(codes))
+    layouts = {(ast.literal_eval(size), ast.literal_eval(stride)) for size, stride in found}
+    activations = {layout for layout in layouts if torch.Size(layout[0]).numel() >= batch * channels * 64}
+    assert len(activations) >= 4  # padded image, rows, tiles and products
+    for size, stride in activations:
+        innermost = next(n for n, step in zip(size, stride, strict=True) if step == 1 and n > 1)
+        assert innermost % channels == 0, f"{size} is laid out {stride}"
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 7])
@@ -318,3 +348,27 @@ def test_compile_failure_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     with caplog.at_level(logging.WARNING, logger="fastddpm"):
         assert [call(torch.ones(1)).item() for _ in range(2)] == [-1.0, -1.0]
     assert len(caplog.records) == 1
+
+
+def test_compiling_a_network_leaves_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cycle:
+        pass
+
+    left: list[weakref.ref[Cycle]] = []
+
+    def compile_(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            cycle = Cycle()
+            cycle.itself = cycle  # type: ignore[attr-defined]
+            left.append(weakref.ref(cycle))
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    gc.disable()
+    try:
+        Compiled(torch.neg, strict=True, constant=True)(torch.ones(2))
+        assert [ref() for ref in left] == [None]
+    finally:
+        gc.enable()

@@ -27,14 +27,17 @@ class Worker:
 
         from fastddpm.bench import memory, subjects
         from fastddpm.bench.case import Case
+        from fastddpm.bench.compiled import load_compiler
 
         torch.set_num_threads(threads)
         chosen = subjects.find(subject).provider(provider)
         self._case = Case.from_dict(case)
-        # Memory is what a provider takes beyond its libraries. The compiler's come with the first call of a compiled
-        # function, a custom operator or diffusers, so that they are loaded here for everybody.
+        # Memory is what a provider takes beyond its libraries. The compiler's come with a custom operator, diffusers or
+        # the first thing compiled, so that they are loaded here: in part for everybody, all of them for who compiles.
         for module in ("torch._inductor.compile_fx", *chosen.needs):
             __import__(module)
+        if chosen.compiled:
+            load_compiler()
         self._base_mb = memory.resident_mb()
         start = time.perf_counter()
         self._work = chosen.build(self._case)
