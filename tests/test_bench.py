@@ -242,6 +242,16 @@ def test_inductor_kernel_says_what_it_needs() -> None:
             inductor_kernel.measure()
 
 
+def test_inductor_kernel_after_torch_has_found_no_gpu() -> None:
+    if torch.version.cuda is None:
+        pytest.skip("needs a CUDA build of PyTorch, whose fake tensors can be traced; this is a CPU build")
+    from torch.utils import _triton
+
+    before = _triton.has_triton()
+    assert 60 < inductor_kernel.measure().executed < 90
+    assert _triton.has_triton() == before
+
+
 def test_find_kernel_wants_exactly_one() -> None:
     one = "k = async_compile.triton('k', '''\nbody\n''', device_str='cuda')\n"
     assert inductor_kernel.find_kernel(one) == ("k", "\nbody\n")

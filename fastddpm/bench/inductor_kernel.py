@@ -142,6 +142,8 @@ def _stub_device(gpu: Gpu) -> Iterator[None]:
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.device_count": lambda: 1,
         "torch._inductor.runtime.hints.DeviceProperties.create": lambda *_: device,
+        # torch remembers its first answer for the whole process: "no", where anything was compiled for the CPU before.
+        "torch._inductor.scheduler.has_triton": lambda: True,
         "torch.utils._triton.triton_hash_with_backend": lambda *_: "stub",
     }
     with contextlib.ExitStack() as stack:
