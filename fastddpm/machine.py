@@ -169,7 +169,7 @@ def cuda() -> dict[str, Any]:
                 **clocks(index),
             }
         )
-    return {**found, "reason": None, "devices": devices}
+    return {**found, "reason": None, "devices": devices, "tf32_convolutions": torch.backends.cudnn.allow_tf32}
 
 
 def clocks(index: int) -> dict[str, Any]:
@@ -234,6 +234,8 @@ def summary(facts: Mapping[str, Any]) -> str:
     cpu, known = facts["cpu"], facts["versions"]
     parts = [f"{cpu['model']}, {cpu['usable_cores']} cores, {facts['threads']['intra_op']} threads"]
     parts += [device["name"] for device in facts["cuda"]["devices"]]
+    if facts["cuda"].get("tf32_convolutions"):
+        parts.append("float32 convolutions in TF32")
     parts.append(f"Python {facts['python']}, torch {known['torch']}, Triton {known['triton'] or 'not installed'}")
     return "; ".join(parts)
 

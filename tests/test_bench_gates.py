@@ -155,6 +155,16 @@ def test_step_counts_reads_nothing_back() -> None:
     assert own["host_reads"] == 0
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_network_gate_knows_that_cuda_convolutions_may_run_in_tf32(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    assert gate.network("float32", "cuda") == (gate.TF32 if allowed else gate.NETWORK["float32"])
+    assert gate.network("float32", "cpu") == gate.NETWORK["float32"]
+    assert gate.network("bfloat16", "cuda") == gate.NETWORK["bfloat16"]
+
+
 def test_step_counts_finds_what_diffusers_asks_for() -> None:
     pytest.importorskip("diffusers")
     rows = {row["who"]: row for row in step_counts.measure(smoke=True)}

@@ -40,7 +40,8 @@ def test_env_says_which_backend_and_why(capsys: pytest.CaptureFixture[str]) -> N
 def test_env_fits_80_columns(facts: dict[str, Any]) -> None:
     facts = copy.deepcopy(facts)
     facts["environment"]["allocator"] = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1 " * 4}
-    facts["cuda"] = {"available": True, "build": "13.0", "reason": None, "devices": [device()]}
+    found = {"available": True, "build": "13.0", "reason": None, "devices": [device()], "tf32_convolutions": True}
+    facts["cuda"] = found
     paths = {line for line in env.render(facts).splitlines() if len(line) > env.WIDTH and "/" not in line}
     assert paths == set()
 

@@ -115,7 +115,7 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     own = Schedule.from_betas(found["betas"]) if "betas" in found else None
     visited = timesteps(case).tolist() if own is None else list(range(case.steps))[::-1]
     process = schedule().respaced(timesteps(case)) if own is None else own
-    tolerance = provider.tolerance or gate.NETWORK[provider.dtype]
+    tolerance = provider.tolerance or gate.network(provider.dtype, case.device)
     state = gate.STATE["bfloat16" if "16-bit state" in found else "float32"]
     worst = 0.0
     for i, t in enumerate(visited):

@@ -93,7 +93,7 @@ def cases(device: str, smoke: bool) -> list[Case]:
     """Small images, a batch of them, and a batch far outside the caches."""
     if smoke:
         return [Case("p_sample", 2, (3, 32, 32), device=device)]
-    sizes = [(1, (3, 32, 32)), (16, (3, 32, 32)), (64 if device == "cpu" else 512, (3, 256, 256))]
+    sizes = [(1, (3, 32, 32)), (16, (3, 32, 32)), (64 if device == "cpu" else 128, (3, 256, 256))]
     return [Case("p_sample", batch, shape, device=device) for batch, shape in sizes]
 
 

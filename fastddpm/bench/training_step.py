@@ -132,7 +132,7 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     """Loss and gradient norm on the same eps against plain PyTorch, which has the whole of it in float32."""
     expected = _expected(case)
     # Peers keep alphas_cumprod in float32: see q_sample. An error of eps counts twice in its square.
-    tolerance = 1e-4 if provider.dtype == "float32" else 2 * gate.NETWORK[provider.dtype]
+    tolerance = max(1e-4, 2 * gate.network(provider.dtype, case.device))
     return gate.all_of(
         gate.close(found["loss"], expected["loss"], tolerance, "loss against plain PyTorch"),
         gate.close(found["norm"], expected["norm"], tolerance, "norm of the gradient against plain PyTorch"),

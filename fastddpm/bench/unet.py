@@ -107,7 +107,7 @@ def _expected(case: Case) -> Tensor:
 
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     """eps at every timestep against the plain float32 network on the CPU; the worst one counts."""
-    expected, tolerance = _expected(case), provider.tolerance or gate.NETWORK[provider.dtype]
+    expected, tolerance = _expected(case), provider.tolerance or gate.network(provider.dtype, case.device)
     errors = [gate.relative_l2(value, eps) for value, eps in zip(found["eps"], expected, strict=True)]
     # max() would pass over a NaN.
     worst = max(range(len(errors)), key=lambda i: errors[i] if errors[i] == errors[i] else float("inf"))

@@ -69,6 +69,8 @@ def _cuda_lines(cuda: Mapping[str, Any]) -> list[str]:
     if not cuda["available"]:
         return [_line("CUDA", f"not available: {cuda['reason']}")]
     lines = [_line("CUDA", f"{cuda['build']}")]
+    if cuda.get("tf32_convolutions"):
+        lines.append(_line("", "float32 convolutions in TF32, PyTorch's default"))
     for device in cuda["devices"]:
         figures = f"compute capability {device['capability']}, {device['memory_gib']} GiB"
         lines.append(_line(f"cuda:{device['index']}", f"{device['name']}, {figures}"))
