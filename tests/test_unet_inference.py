@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table, unet_inference
+from fastddpm import Sampler, Schedule, UNet, UNetConfig, compiled_call, ddpm_table, unet_inference
 from fastddpm import compile_policy as policy
 from fastddpm.compiled_call import Compiled
 from fastddpm.network import ModelNetwork, NetworkSource
@@ -235,6 +235,8 @@ def test_compiled_winograd_form_keeps_channels_innermost(monkeypatch: pytest.Mon
     """Or its loops are scalar: Inductor chooses layouts of its own, and takes dimensions of 1 for channels."""
     utils = pytest.importorskip("torch._inductor.utils", reason="generated code cannot be read in this torch")
     monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", 1)
+    # Python that calls the kernels can be read; C++ has the same layouts.
+    monkeypatch.setattr(compiled_call, "_constant", lambda: torch._inductor.config.patch(freezing=True))
     model = one_level_unet(channels := 64)
     x, t, _ = random_inputs(model.config, batch=batch)
     network = NetworkSource(model, t, compile_model=True, strict=True).for_batch(batch)
@@ -337,6 +339,16 @@ def test_torch_without_freezing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch._inductor, "config", SimpleNamespace())
     with pytest.raises(RuntimeError, match="no Inductor setting `freezing`"):
         Compiled(torch.neg, strict=True, constant=True)(torch.ones(2))
+
+
+def test_constant_function_is_run_by_one_call_into_cpp() -> None:
+    utils = pytest.importorskip("torch._inductor.utils", reason="generated code cannot be read in this torch")
+    x = torch.arange(6.0)
+    for constant in (True, False):
+        call = Compiled(lambda x: torch.cumsum(x, 0) * 2, strict=True, constant=constant)
+        result, code = utils.run_and_get_code(call, x)
+        assert torch.equal(result, x.cumsum(0) * 2)
+        assert ("cpp_wrapper" in "".join(code)) == constant
 
 
 def test_compile_failure_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
