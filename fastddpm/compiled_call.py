@@ -72,14 +72,15 @@ class Compiled:
 
 
 def _explain(error: Exception) -> str:
-    """The first line of an error, and the cache to look at where generated code could not be built or loaded."""
+    """The gist of an error, and the cache to look at where generated code could not be built or loaded."""
     from torch._dynamo.exc import BackendCompilerFailed
 
-    reason = str(error).strip().splitlines()[0]
+    lines = str(error).strip().splitlines()
     if not isinstance(error, BackendCompilerFailed):
-        return reason
+        return lines[0]
+    # The first line says who raised, the second what.
     cache = inductor()
-    return f"{reason}; if {cache.path} is damaged, remove it or set {cache.variable} to another folder"
+    return f"{' '.join(lines[:2])}; if {cache.path} is damaged, remove it or set {cache.variable} to another folder"
 
 
 def _give_back_memory() -> None:

@@ -44,11 +44,15 @@ def test_damaged_code_of_inductor_is_a_warning_or_names_the_cache(tmp_path: Path
     advice = f"if {tmp_path} is damaged, remove it or set TORCHINDUCTOR_CACHE_DIR to another folder"
     found = run(False)
     assert found.stdout == "[16.0, 16.0]\n"
-    assert found.stderr.count("runs uncompiled: torch.compile failed: ") == 1
-    assert advice in found.stderr
+    # Some versions of torch compile again.
+    failures = found.stderr.count("runs uncompiled: torch.compile failed: ")
+    assert failures == found.stderr.count(advice) <= 1
     found = run(True)
-    assert found.returncode == 1
-    assert advice in found.stderr.splitlines()[-1]
+    if failures:
+        assert found.returncode == 1
+        assert advice in found.stderr.splitlines()[-1]
+    else:
+        assert found.stdout == "[16.0, 16.0]\n"
 
 
 def test_damaged_code_of_triton_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
