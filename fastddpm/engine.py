@@ -109,7 +109,7 @@ class CudaGraphEngine:
                         rewind()
                         step()
                     rewind()
-                    with _synchronisation_raises():
+                    with synchronisation_raises():
                         step()
                     rewind()
                 # No other stream may free memory in the middle of a capture, and cached blocks are better returned.
@@ -156,7 +156,7 @@ class CudaGraphEngine:
 
 
 @contextlib.contextmanager
-def _synchronisation_raises() -> Iterator[None]:
+def synchronisation_raises() -> Iterator[None]:
     """Find a step that synchronises before its capture is begun.
 
     PyTorch cannot fully undo a capture that CUDA has invalidated: the default generator stays in capture mode, and

@@ -6,6 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
 
 from fastddpm.bench import clock
 from fastddpm.bench.compare import NOISY, Ratio, Timing, compare, quantile, ratio
@@ -104,3 +105,28 @@ def test_cpu_clock_repeats_short_calls_only(seconds: float, calls: int, monkeypa
     watch = clock.CpuClock(work, min_seconds=5.0)
     assert watch.time() == seconds
     assert now[0] == calls * seconds
+
+
+def test_a_call_that_waits_for_the_device_is_found_without_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.__setitem__(0, new))
+
+    def waits() -> None:
+        if mode[0] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert clock._waits(waits)
+    assert not clock._waits(lambda: None)
+    assert mode == [0]
+
+
+@pytest.mark.gpu
+def test_cuda_clock_launches_a_call_that_waits_eagerly_and_the_device_goes_on() -> None:
+    x = torch.ones(3, device="cuda")
+    waiting = clock.CudaClock(lambda: x.sum().item(), small=True, calls=2)
+    graphed = clock.CudaClock(lambda: x.mul_(1.0), small=True, calls=2)
+    assert waiting.how.endswith("launched eagerly")
+    assert graphed.how.endswith("replayed from a graph")
+    assert waiting.time() > 0
+    assert torch.randn(3, device="cuda").isfinite().all()

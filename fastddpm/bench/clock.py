@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastddpm.engine import WARMUP_STEPS, synchronisation_raises
+
 # A measurement shorter than this has the clock and the interpreter in it.
 MIN_SECONDS = 0.05
 _MAX_CALLS = 10_000
@@ -76,22 +78,31 @@ class CudaClock:
 
 
 def _graphed(run: Callable[[], Any]) -> tuple[Callable[[], Any], bool]:
-    """Return the call as a graph's replay; the call itself where it cannot be captured (it reads from the device)."""
+    """Return the call as a graph's replay; the call itself where it waits for the device, as no graph can."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for _ in range(WARMUP_STEPS):
             run()
+        waits = _waits(run)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except Exception:
-        torch.cuda.synchronize()
+    if waits:
         return run, False
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
     return graph.replay, True
+
+
+def _waits(run: Callable[[], Any]) -> bool:
+    """Whether a call waits for the device. To try a capture would tell too, but not leave torch.randn usable."""
+    try:
+        with synchronisation_raises():
+            run()
+    except RuntimeError:
+        return True
+    return False
 
 
 def make_clock(run: Callable[[], Any], device: str, *, small: bool, smoke: bool = False) -> CpuClock | CudaClock:

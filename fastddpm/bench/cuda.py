@@ -21,7 +21,7 @@ LAUNCHES = frozenset(
         "hipLaunchKernel",
     )
 )
-# Calls in which the host waits for the device. A copy to pageable memory waits too, and shows as a Memcpy DtoH.
+# Calls in which the host waits for the device. PyTorch ends a read of the device's memory in one of them.
 SYNCHRONISATIONS = frozenset(
     ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "hipStreamSynchronize")
 )
@@ -42,8 +42,6 @@ def tally(events: Iterable[tuple[str, bool]]) -> CudaCalls:
     launches = kernels = syncs = 0
     for name, on_device in events:
         if on_device:
-            copies_back = name.startswith("Memcpy DtoH")
-            syncs += copies_back
             kernels += not name.startswith(("Memcpy", "Memset"))
         else:
             launches += name in LAUNCHES
