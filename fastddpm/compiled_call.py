@@ -106,3 +106,11 @@ def _constant() -> contextlib.AbstractContextManager[Any]:
         if not hasattr(config, name):
             raise RuntimeError(f"torch {torch.__version__} has no Inductor setting `{name}`; use torch 2.10 to 2.14")
     return config.patch(settings)
+
+
+def named_kernels() -> contextlib.AbstractContextManager[Any]:
+    """Have what compiles inside for a CPU name each of its kernels to profilers, where this torch can."""
+    from torch._inductor import config
+
+    name = "enable_kernel_profile"
+    return config.patch({f"cpp.{name}": True}) if hasattr(config.cpp, name) else contextlib.nullcontext()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastddpm import network, ops
+from fastddpm.compiled_call import named_kernels
 from fastddpm.program import Program
 from fastddpm.sampler import Sampler
 
@@ -162,6 +163,7 @@ def run_profile(build: Callable[[], Sampler], call: Mapping[str, Any], *, traced
     """
     with contextlib.ExitStack() as stack:
         sampler = build()
+        stack.enter_context(named_kernels())
         named = stack.enter_context(ranges(sampler.device))
         sampler.sample(**call)
         if not traced:

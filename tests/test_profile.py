@@ -15,6 +15,7 @@ from fastddpm import ops, profiling
 from fastddpm.bench import networks
 from fastddpm.cli import main
 from fastddpm.cli.profile import _commands
+from fastddpm.compiled_call import Compiled, named_kernels
 from fastddpm.ddpm import ddpm_table
 from fastddpm.program import Program
 from fastddpm.sampler import Sampler
@@ -57,6 +58,15 @@ def test_breakdown_without_a_loop_raises() -> None:
         torch.ones(1).add(1)
     with pytest.raises(ValueError, match="no sampling steps"):
         profiling.breakdown(empty)
+
+
+def test_profile_names_the_kernels_of_compiled_code() -> None:
+    call, x = Compiled(lambda x: x.cumsum(0) * 2, strict=True, constant=True), torch.ones(8)
+    with named_kernels():
+        call(x)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        call(x)
+    assert any("cpp_fused" in event.key for event in profiled.key_averages())
 
 
 def test_ranges_leave_no_trace() -> None:
