@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastddpm import ops, profiling
+from fastddpm import compile_policy, ops, profiling
 from fastddpm.bench import networks
 from fastddpm.cli import main
 from fastddpm.cli.profile import _commands
@@ -60,13 +60,22 @@ def test_breakdown_without_a_loop_raises() -> None:
         profiling.breakdown(empty)
 
 
-def test_profile_names_the_kernels_of_compiled_code() -> None:
+def test_named_kernels_are_those_of_constant_code_too() -> None:
     call, x = Compiled(lambda x: x.cumsum(0) * 2, strict=True, constant=True), torch.ones(8)
     with named_kernels():
         call(x)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         call(x)
     assert any("cpp_fused" in event.key for event in profiled.key_averages())
+
+
+def test_profile_names_the_kernels_of_a_compiled_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The fused step stays eager: its kernels may have been compiled before, without names.
+    monkeypatch.setattr(compile_policy, "has_cpp_compiler", lambda: False)
+    table = ddpm_table(Schedule.linear(1000), steps=STEPS)
+    found = profiling.run_profile(lambda: Sampler(lambda x, t: x.cos(), table, (8,), compile=True), {"seeds": [0]})
+    assert found is not None
+    assert any("cpp_fused" in event.key for event in found.key_averages())
 
 
 def test_ranges_leave_no_trace() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastddpm import Sampler, Schedule, UNet, UNetConfig, compiled_call, ddpm_table, unet_inference
 from fastddpm import compile_policy as policy
 from fastddpm.compiled_call import Compiled
+from fastddpm.errors import BackendUnavailable
 from fastddpm.network import ModelNetwork, NetworkSource
 from fastddpm.unet_inference import (
     ShiftedResnetBlock,
@@ -349,6 +350,16 @@ def test_constant_function_is_run_by_one_call_into_cpp() -> None:
         result, code = utils.run_and_get_code(call, x)
         assert torch.equal(result, x.cumsum(0) * 2)
         assert ("cpp_wrapper" in "".join(code)) == constant
+
+
+def test_compile_failure_says_what_the_compiler_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("out of registers")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, **options, backend=backend))
+    with pytest.raises(BackendUnavailable, match="out of registers"):
+        Compiled(torch.neg, strict=True)(torch.ones(1))
 
 
 def test_compile_failure_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
