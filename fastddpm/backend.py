@@ -9,6 +9,7 @@ import logging
 
 import torch
 
+from fastddpm import machine
 from fastddpm.caches import triton
 from fastddpm.errors import BackendUnavailable
 
@@ -86,8 +87,14 @@ def why_not_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def note_emulation(dtype: torch.dtype, device: torch.device) -> None:
-    """Say once where a GPU is asked for bfloat16 and has no arithmetic of that type: before compute capability 8.0."""
-    if dtype != torch.bfloat16 or device.type != "cuda" or torch.version.hip is not None:
+    """Say once where bfloat16 is asked of what emulates it: a CPU without it, a GPU before compute capability 8.0."""
+    if dtype != torch.bfloat16 or torch.version.hip is not None:
+        return
+    if device.type == "cpu":
+        processor = machine.cpu()
+        if processor["flags"] and not processor["native_bfloat16"]:
+            logger.warning("this processor emulates bfloat16, slowly: use dtype=torch.float32")
+    if device.type != "cuda":
         return
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import logging
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +50,11 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is self._eager:
             return self._eager(*args, **kwargs)
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
             return self._compile_and_call(*args, **kwargs)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit, BackendUnavailable) as error:
             reason = f"torch.compile failed: {_explain(error)}"
             if self._strict:
                 raise BackendUnavailable(reason) from error
@@ -71,11 +72,21 @@ class Compiled:
         return result
 
 
+def own_code(function: Any) -> Callable[..., Any]:
+    """Return a Python function with a code object of its own, to be compiled apart from others of the same text.
+
+    Dynamo keeps what it compiles with the code object, and gives up on one after eight compilations.
+    """
+    code = function.__code__.replace(co_name=function.__name__)
+    return types.FunctionType(code, function.__globals__, function.__name__, closure=function.__closure__)
+
+
 def _explain(error: Exception) -> str:
     """The gist of an error, and the cache to look at where generated code could not be built or loaded."""
-    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
-    lines = str(error).strip().splitlines()
+    found = error.__cause__ if isinstance(error, FailOnRecompileLimitHit) else error
+    lines = str(found).strip().splitlines()
     if not isinstance(error, BackendCompilerFailed):
         return lines[0]
     # The first line says who raised, the second what.
@@ -104,7 +115,9 @@ def _constant() -> contextlib.AbstractContextManager[Any]:
     settings = {"freezing": True, "cpp_wrapper": True}
     for name in settings:
         if not hasattr(config, name):
-            raise RuntimeError(f"torch {torch.__version__} has no Inductor setting `{name}`; use torch 2.10 to 2.14")
+            raise BackendUnavailable(
+                f"torch {torch.__version__} has no Inductor setting `{name}`; use torch 2.10 to 2.14"
+            )
     return config.patch(settings)
 
 

@@ -174,10 +174,13 @@ def cuda() -> dict[str, Any]:
 
 def clocks(index: int) -> dict[str, Any]:
     """Clocks, power limit and driver of a GPU from nvidia-ml-py; empty where that is not installed."""
+    import torch
+
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        # NVML numbers the GPUs of the machine, PyTorch those that the process may see.
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
         return {
             "sm_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
             "memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
@@ -233,11 +236,18 @@ def summary(facts: Mapping[str, Any]) -> str:
     """One line that names the machine under a number: processor or GPU, cores, versions of torch and Triton."""
     cpu, known = facts["cpu"], facts["versions"]
     parts = [f"{cpu['model']}, {cpu['usable_cores']} cores, {facts['threads']['intra_op']} threads"]
-    parts += [device["name"] for device in facts["cuda"]["devices"]]
+    parts += [_gpu(device) for device in facts["cuda"]["devices"]]
     if facts["cuda"].get("tf32_convolutions"):
         parts.append("float32 convolutions in TF32")
     parts.append(f"Python {facts['python']}, torch {known['torch']}, Triton {known['triton'] or 'not installed'}")
     return "; ".join(parts)
+
+
+def _gpu(device: Mapping[str, Any]) -> str:
+    """Its name, and where nvidia-ml-py is installed the clock that it ran at and may run at."""
+    if "sm_clock_mhz" not in device:
+        return device["name"]
+    return f"{device['name']} at {device['sm_clock_mhz']} of {device['max_sm_clock_mhz']} MHz"
 
 
 def executable() -> str:

@@ -104,7 +104,7 @@ def fingerprint(model: Model) -> tuple[Any, ...]:
     tensors = [*model.parameters(), *model.buffers()]
     # Tensors made under inference_mode count no versions.
     return (
-        model.training,
+        *(module.training for module in model.modules()),
         *((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape) for t in tensors),
     )
 

@@ -124,13 +124,16 @@ def compile_kernel(
     )
 
 
+def check_arch(arch: str) -> None:
+    """Raise ValueError for what is no name of an architecture."""
+    if not re.fullmatch(r"sm_\d+|gfx\w+", arch):
+        raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(ARCHITECTURES)}")
+
+
 def _target(arch: str) -> Any:
+    check_arch(arch)
     target = importlib.import_module("triton.backends.compiler").GPUTarget
-    if re.fullmatch(r"sm_\d+", arch):
-        return target("cuda", int(arch[3:]), 32)
-    if re.fullmatch(r"gfx\w+", arch):
-        return target("hip", arch, 64)
-    raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(ARCHITECTURES)}")
+    return target("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else target("hip", arch, 64)
 
 
 def tool(name: str) -> Path:

@@ -128,11 +128,17 @@ class Program:
 
     def step(self) -> None:
         """Replace x_t by x_{t-1} ~ p_theta(x_{t-1} | x_t) and go on to the next row (Ho et al. 2020, Algorithm 2)."""
-        plan, table = self.plan, self.table
-        if plan.guided:
-            self.x_in[plan.batch :].copy_(self.x_in[: plan.batch])
+        if self.plan.guided:
+            self.x_in[self.plan.batch :].copy_(self.x_in[: self.plan.batch])
         torch.index_select(self.timesteps, 0, self._index, out=self.t)
         m = self._checked(unwrap(self.network(self.x_in, self.t, self.row, self.kwargs)))
+        self._p_sample(m)
+        if self.first_bad is not None:
+            self._record_non_finite(self.first_bad)
+        self._index.add_(1)
+
+    def _p_sample(self, m: Tensor) -> None:
+        table = self.table
         ops.p_sample(
             self.x_t,
             m,
@@ -141,19 +147,16 @@ class Program:
             self._noise(),
             clip=table.clip,
             learned=table.learned,
-            guided=plan.guided,
+            guided=self.plan.guided,
             use_m=table.use_m,
             use_prev=table.use_prev,
             x0_prev=self.x0 if table.use_prev else None,
             out=self.x_t,
             x0_out=self.x0,
-            low_out=self.x_in[: plan.batch] if self._own_input else None,
+            low_out=self.x_in[: self.plan.batch] if self._own_input else None,
             backend=self._backend,
             compiled=self._compiled,
         )
-        if self.first_bad is not None:
-            self._record_non_finite(self.first_bad)
-        self._index.add_(1)
 
     def _noise(self) -> noise.Counter | Tensor | None:
         if self.plan.noise != COUNTER:

@@ -19,7 +19,7 @@ from fastddpm.engine import CudaGraphEngine, Engine, GraphPool, LoopEngine
 from fastddpm.errors import ModelOutputError
 from fastddpm.options import check_dtype, check_shape, decide_graph, device_guard, resolve_device
 from fastddpm.program import Plan, Program
-from fastddpm.step_errors import explain, is_oom, raise_if_bad
+from fastddpm.step_errors import explain, explain_cuda, is_oom, raise_if_bad
 from fastddpm.table import COLUMN, Table
 
 logger = logging.getLogger("fastddpm")
@@ -149,7 +149,7 @@ class Sampler:
             ValueError: arguments that contradict each other or do not fit.
             ModelOutputError: the model returned no prediction for x.
             SamplingError: a step failed; the original exception is its cause.
-            torch.OutOfMemoryError: memory ran out; what the sampler held is free again.
+            torch.OutOfMemoryError: memory ran out; the sampler has freed its buffers and graphs, see `clear`.
         """
         request = self._resolve(call, x0_out=return_x0)
         with self._turn(), self._checkout(request.plan) as (program, engine):
@@ -176,7 +176,8 @@ class Sampler:
     def warmup(self, *, return_x0: bool = False, **call: Any) -> None:
         """Compile and capture what a `sample` with these arguments needs, and run one step of it.
 
-        A generator among the arguments advances; pass seeds instead.
+        A generator among the arguments advances; pass seeds instead. On CUDA, call it before other threads use the
+        GPU: while a step is captured, PyTorch raises wherever the process waits for the device.
         """
         request = self._resolve(call, x0_out=return_x0)
         with self._turn(), self._checkout(request.plan) as (program, engine):
@@ -189,7 +190,10 @@ class Sampler:
             self._network = None
 
     def clear(self) -> None:
-        """Free buffers, captured graphs and their memory pool; the next call builds them again."""
+        """Free buffers, captured graphs and their memory pool; the next call builds them again.
+
+        Each batch size and each set of switches keeps its own until then.
+        """
         with self._turn():
             self._generation += 1
             for _, engine in (entry for entries in self._programs.values() for entry in entries):
@@ -216,14 +220,19 @@ class Sampler:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """Hold the sampler: one thread at a time, on its device, after whatever an earlier turn left running."""
-        with self._lock, torch.inference_mode(False), torch.no_grad(), device_guard(self.device):
+        with self._lock, explain_cuda(), torch.inference_mode(False), torch.no_grad(), device_guard(self.device):
             if self._last_use is not None:
                 torch.cuda.current_stream().wait_event(self._last_use)
             try:
                 yield
+            except torch.OutOfMemoryError:
+                self.clear()
+                raise
             finally:
                 if self.device.type == "cuda":
-                    self._last_use = torch.cuda.current_stream().record_event()
+                    # Fails where CUDA has failed; what ended the turn is the error to report.
+                    with contextlib.suppress(RuntimeError):
+                        self._last_use = torch.cuda.current_stream().record_event()
 
     @contextlib.contextmanager
     def _checkout(self, plan: Plan) -> Iterator[tuple[Program, Engine]]:
@@ -234,19 +243,25 @@ class Sampler:
             with explain("preparation", plan, self.shape, self.dtype):
                 program, engine = idle.pop() if idle else self._build(plan)
             generation = self._generation
-        keep = False
         try:
             yield program, engine
-            keep = True
         except GeneratorExit:
-            keep = True
+            self._take_back(plan, program, engine, generation)
             raise
-        finally:
-            with self._turn():
-                if keep and generation == self._generation:
-                    self._programs.setdefault(plan, []).append((program, engine))
-                else:
-                    engine.reset()
+        except BaseException:
+            # Fails as well where CUDA has failed; what ended the run is the error to report.
+            with contextlib.suppress(RuntimeError), self._turn():
+                engine.reset()
+            raise
+        else:
+            self._take_back(plan, program, engine, generation)
+
+    def _take_back(self, plan: Plan, program: Program, engine: Engine, generation: int) -> None:
+        with self._turn():
+            if generation == self._generation:
+                self._programs.setdefault(plan, []).append((program, engine))
+            else:
+                engine.reset()
 
     def _notice_changes(self) -> None:
         fingerprint = net.fingerprint(self.model)
@@ -278,6 +293,9 @@ class Sampler:
         except Exception as error:
             if self._strict_graph or not self.uses_graph or isinstance(error, ModelOutputError) or is_oom(error):
                 raise
+            # What the step cannot do in the plain loop either is no reason to give up graphs.
+            program.step()
+            program.rewind()
             logger.warning("no CUDA graph, the steps run one by one (cuda_graph=True raises instead): %s", error)
             self.uses_graph = False
             engine = self._new_engine()

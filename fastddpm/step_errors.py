@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fastddpm.call import Call
-from fastddpm.errors import FastDDPMError, SamplingError
+from fastddpm.errors import FastDDPMError, ModelOutputError, SamplingError
 from fastddpm.program import Plan
 
 
@@ -25,10 +25,13 @@ def explain(where: str, plan: Plan, shape: tuple[int, ...], dtype: torch.dtype) 
 
     Raises:
         torch.OutOfMemoryError: memory ran out; the message has the sizes.
+        ModelOutputError: the model returned no prediction.
         SamplingError: anything else but the library's own errors, which pass as they are.
     """
     try:
         yield
+    except ModelOutputError as error:
+        raise ModelOutputError(f"{where}: {error}") from error
     except FastDDPMError:
         raise
     except Exception as error:
@@ -37,10 +40,28 @@ def explain(where: str, plan: Plan, shape: tuple[int, ...], dtype: torch.dtype) 
             raise torch.OutOfMemoryError(
                 f"out of memory at {where}, {size}; use a smaller batch or dtype=torch.bfloat16 ({error})"
             ) from error
-        message = f"{where} failed: {type(error).__name__}: {error}"
-        if "CUDA error" in str(error):
-            message += " (this process may not be able to use CUDA any more: start a new one)"
-        raise SamplingError(message) from error
+        raise SamplingError(f"{where} failed: {type(error).__name__}: {error}{_advice(error)}") from error
+
+
+@contextlib.contextmanager
+def explain_cuda() -> Iterator[None]:
+    """Say what an error of CUDA means for the process, where `explain` has not.
+
+    Raises:
+        SamplingError: CUDA failed; other errors pass as they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, FastDDPMError) or is_oom(error) or not _advice(error):
+            raise
+        raise SamplingError(f"{error}{_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    if "CUDA error" in str(error):
+        return " (this process may not be able to use CUDA any more: start a new one)"
+    return ""
 
 
 def raise_if_bad(first_bad: Sequence[int], timesteps: Sequence[float], call: Call) -> None:

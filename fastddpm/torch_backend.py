@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import step as twin
-from fastddpm.compiled_call import Compiled
+from fastddpm.compiled_call import Compiled, own_code
 from fastddpm.noise import MAX_ELEMENTS, Counter, fill_pairs, normals
 from fastddpm.step import Flags
 
@@ -157,8 +156,5 @@ def _choose(function: Callable[..., Any], compiled: bool, *key: Any) -> Callable
 
 @functools.cache
 def _compile(function: Any, key: Any) -> Callable[..., Any]:
-    """One compiled function per key. Dynamo counts recompilations per code object, hence a code object for each."""
-    copy = types.FunctionType(
-        function.__code__.replace(co_name=function.__name__), function.__globals__, function.__name__, closure=None
-    )
-    return Compiled(copy, strict=False, dynamic=True, name="the fused operation")
+    """One compiled function per key."""
+    return Compiled(own_code(function), strict=False, dynamic=True, name="the fused operation")

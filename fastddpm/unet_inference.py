@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastddpm import winograd
-from fastddpm.compiled_call import Compiled
+from fastddpm.compiled_call import Compiled, own_code
 from fastddpm.group_norm import ChannelsLastGroupNorm
 from fastddpm.unet import UNet
 from fastddpm.unet_blocks import Attention, ResnetBlock, Upsample, timestep_embedding
@@ -79,7 +79,9 @@ class UNetForms:
         def denoise(x: Tensor, time: Tensor) -> Tensor:
             return form.denoise(x, time.split(widths, dim=1))
 
-        return Compiled(denoise, strict=self._strict, constant=constant) if self._compile_model else denoise
+        if not self._compile_model:
+            return denoise
+        return Compiled(own_code(denoise), strict=self._strict, constant=constant)
 
 
 class UNetInference:
@@ -196,7 +198,7 @@ def is_plain(unet: UNet) -> bool:
 
     It is not with dropout active, with hooks, or with layers or methods that somebody replaced.
     """
-    return not unet.training and all(map(_is_original, unet.modules()))
+    return not any(module.training for module in unet.modules()) and all(map(_is_original, unet.modules()))
 
 
 def _is_original(module: nn.Module) -> bool:
@@ -221,7 +223,7 @@ class MergedAttention(Attention):
         self.heads, self.output_scale_factor = attention.heads, attention.output_scale_factor
         self.group_norm, self.to_out = attention.group_norm, attention.to_out
         parts = (attention.to_q, attention.to_k, attention.to_v)
-        self.to_qkv = nn.utils.skip_init(nn.Linear, parts[0].in_features, 3 * parts[0].out_features, device="meta")
+        self.to_qkv = nn.Linear(parts[0].in_features, 3 * parts[0].out_features, device="meta")
         self.to_qkv.weight = _constant(torch.cat([part.weight for part in parts]))
         self.to_qkv.bias = _constant(torch.cat([part.bias for part in parts]))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastddpm import backend, ops
+from fastddpm import backend, machine, ops
 from fastddpm.errors import BackendUnavailable
 from step_cases import Case, inputs
 
@@ -113,9 +113,27 @@ def test_bfloat16_on_a_gpu_without_it_is_noted_once(
     fake_gpu(monkeypatch, capability)
     for _ in range(2):
         backend.note_emulation(dtype, CUDA)
-        backend.note_emulation(dtype, CPU)
     assert len(caplog.records) == said
     assert "cuda:0 has compute capability 7.5" in caplog.text or not said
+
+
+@pytest.mark.parametrize(
+    ("flags", "native", "said"), [(["avx2"], False, True), (["avx512_bf16"], True, False), ([], False, False)]
+)
+def test_bfloat16_on_a_processor_without_it_is_noted(
+    flags: list[str],
+    native: bool,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(machine, "cpu", lambda: {"flags": flags, "native_bfloat16": native})
+    backend.note_emulation.cache_clear()
+    backend.note_emulation(torch.bfloat16, CPU)
+    backend.note_emulation(torch.float16, CPU)
+    assert [r.getMessage() for r in caplog.records] == [
+        "this processor emulates bfloat16, slowly: use dtype=torch.float32"
+    ][: int(said)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -13,6 +13,7 @@ import torch
 from fastddpm.bench import cuda, inductor_kernel, memory, offline, plots, readme, report, subjects, suite
 from fastddpm.bench.case import Case, Check, Provider, Subject, Work
 from fastddpm.bench.process import ProcessRunner, WorkerError
+from fastddpm.bench.runner import LocalRunner
 from fastddpm.cli import main
 from fastddpm.errors import BackendUnavailable
 
@@ -140,6 +141,44 @@ def test_run_case_outlives_a_provider_that_raises() -> None:
     assert rows[0]["n"] == 2
 
 
+def test_run_case_times_nobody_where_a_round_was_not_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    def died(self: LocalRunner) -> float:
+        raise WorkerError(f"{self.name}: its process died during 'time': out of memory")
+
+    monkeypatch.setattr(LocalRunner, "time", died)
+    rows = suite.run_case(subject_of(provider("base"), provider("other")), CASE, 2, smoke=True, say=lambda text: None)
+    for row in rows:
+        assert row["note"] == "failed: a round was not finished: base: its process died during 'time': out of memory"
+        assert not row["checked"]
+        assert "p50_ms" not in row
+
+
+def test_interrupted_bench_leaves_what_it_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_case, cases = suite.run_case, []
+
+    def interrupted(subject: Subject, case: Case, *rest: Any, **named: Any) -> list[dict[str, Any]]:
+        if cases:
+            raise KeyboardInterrupt
+        cases.append(case.id)
+        return run_case(subject, case, *rest, **named)
+
+    monkeypatch.setattr(suite, "run_case", interrupted)
+    assert (
+        main(["bench", "randn", "q_sample", "--smoke", "--quiet", "--device", "cpu", "--outdir", str(tmp_path)]) == 130
+    )
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["id"] for row in found["rows"]} == set(cases)
+    assert report.render(found)
+
+
+def test_bench_refuses_an_architecture_before_it_measures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "run", lambda *names, **options: pytest.fail("measured"))
+    assert main(["bench", "--arch", "sm90"]) == 1
+    assert "unknown architecture 'sm90'; use one of sm_75" in capsys.readouterr().err
+
+
 def test_process_runner_gates_times_and_counts_memory() -> None:
     subject = subjects.find("sampling")
     (case, *_) = subject.cases("cpu", True)
@@ -150,7 +189,7 @@ def test_process_runner_gates_times_and_counts_memory() -> None:
         assert runner.time() > 0
         assert (runner.peak_memory_mb() or 0) > 0
         runner._process.kill()
-        with pytest.raises(WorkerError, match="died during 'time'"):
+        with pytest.raises(WorkerError, match=r"^PyTorch: its process died during 'time'"):
             runner.time()
     finally:
         runner.close()
@@ -159,9 +198,9 @@ def test_process_runner_gates_times_and_counts_memory() -> None:
 def test_peak_memory_sees_what_came_and_went() -> None:
     if not memory.reset_peak():
         pytest.skip("this system cannot reset the peak")
-    before = memory.peak_mb()
+    before = memory.peak_mb() or 0
     torch.ones(64 << 20, dtype=torch.uint8).sum()
-    assert memory.peak_mb() - before > 50
+    assert (memory.peak_mb() or 0) - before > 50
 
 
 def markers(tmp_path: Path, text: str) -> Path:

@@ -26,7 +26,15 @@ def facts() -> dict[str, Any]:
 def run(facts: dict[str, Any], batch: int, *providers: str, date: str = "2026-01-02T03:04:05", **changed: Any) -> Any:
     """What a run of one case found; its times are its batch."""
     case = CASES[(1, 4, 16).index(batch)]
-    row = {"op": "sampling", "id": case.id, "case": case.to_dict(), "checked": True, "note": "", "noisy": False}
+    row = {
+        "op": "sampling",
+        "id": case.id,
+        "case": case.to_dict(),
+        "checked": True,
+        "note": "",
+        "noisy": False,
+        "how": "wall time",
+    }
     row |= {"p50_ms": float(batch), "first_call_s": 1.0, "peak_mem_mb": None, "check": {"error": 0.0}, "n": 7}
     return {
         "date": date,
@@ -60,15 +68,10 @@ def test_merge_keeps_the_rows_of_every_run(facts: dict[str, Any]) -> None:
     assert merged["load_average_after"] == [9.0, 1.0, 1.0]
 
 
-def test_merge_lets_a_later_row_replace_an_earlier_one(facts: dict[str, Any]) -> None:
+def test_merge_takes_the_rows_of_a_case_from_one_run(facts: dict[str, Any]) -> None:
     first, second = run(facts, 1, "diffusers", "fastddpm"), run(facts, 1, "diffusers", "OpenVINO")
-    second["rows"][0]["p50_ms"] = 5.0
-    merged = merge([first, second])
-    assert [(row["provider"], row["p50_ms"]) for row in merged["rows"]] == [
-        ("diffusers", 5.0),
-        ("fastddpm", 1.0),
-        ("OpenVINO", 1.0),
-    ]
+    other = run(facts, 4, "diffusers")
+    assert merge([first, other, second])["rows"] == second["rows"] + other["rows"]
 
 
 def test_merge_takes_counts_from_a_run_that_timed_nothing(facts: dict[str, Any]) -> None:

@@ -55,6 +55,15 @@ def test_damaged_code_of_inductor_is_a_warning_or_names_the_cache(tmp_path: Path
         assert found.stdout == "[16.0, 16.0]\n"
 
 
+@pytest.mark.slow
+def test_compiling_does_not_need_home(tmp_path: Path) -> None:
+    names = ("HOME", "USER", "LOGNAME", "TORCHINDUCTOR_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | {"TMPDIR": str(tmp_path)}
+    code = COMPILES.format(strict=True)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert found.stdout == "[16.0, 16.0]\n", found.stderr
+
+
 def test_damaged_code_of_triton_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

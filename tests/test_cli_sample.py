@@ -93,7 +93,7 @@ def test_sample_writes_one_png_per_seed_and_the_grid(
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.startswith("5 images, 3 steps, ")
-    assert captured.out.endswith(", cpu, torch, seeds 0-3,20\n")
+    assert captured.out.endswith(", cpu, torch, not compiled, seeds 0-3,20\n")
     assert captured.out.count("\n") == 1
 
 

@@ -196,6 +196,16 @@ def test_class_labels_reach_the_network() -> None:
         quiet(FastDDPMPipeline(tiny_unet(), DDPMScheduler()))(class_labels=1, num_inference_steps=2)
 
 
+def test_unet_with_labels_of_its_own_runs_as_in_diffusers() -> None:
+    unet, labels = tiny_unet(num_class_embeds=4), torch.tensor([0, 3])
+    forward = unet.forward
+    unet.forward = lambda x, t, **options: forward(x, t, class_labels=labels, **options)
+    images, state = generate(quiet(FastDDPMPipeline(unet, DDPMScheduler())))
+    expected, expected_state = generate(quiet(DDPMPipeline(unet, DDPMScheduler())))
+    np.testing.assert_allclose(images, expected, rtol=0, atol=LOOP_ATOL)
+    assert torch.equal(state, expected_state)
+
+
 def test_pipelines_refuse_what_diffusers_refuses_with_its_exception() -> None:
     short = [torch.Generator()]
     short_of_three = [torch.Generator(), torch.Generator()]

@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -104,6 +105,14 @@ def test_clocks_are_empty_where_nvml_fails(monkeypatch: pytest.MonkeyPatch) -> N
     broken.nvmlInit = fail  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pynvml", broken)
     assert machine.clocks(0) == {}
+
+
+def test_clocks_are_those_of_the_gpu_that_pytorch_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=f"00-{index}"))
+    assert machine.clocks(1)["sm_clock_mhz"] is nvml.nvmlDeviceGetClockInfo.return_value
+    nvml.nvmlDeviceGetHandleByUUID.assert_called_once_with("GPU-00-1")
 
 
 @pytest.mark.parametrize(

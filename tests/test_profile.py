@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastddpm import compile_policy, ops, profiling
+from fastddpm import compile_policy, profiling
 from fastddpm.bench import networks
-from fastddpm.cli import main
-from fastddpm.cli.profile import _commands
+from fastddpm.cli import build_parser, main
+from fastddpm.cli.profile import _commands, command
 from fastddpm.compiled_call import Compiled, named_kernels
 from fastddpm.ddpm import ddpm_table
 from fastddpm.program import Program
@@ -79,10 +83,38 @@ def test_profile_names_the_kernels_of_a_compiled_network(monkeypatch: pytest.Mon
 
 
 def test_ranges_leave_no_trace() -> None:
-    before = (Program.step, ops.p_sample)
+    before = (Program.step, Program._p_sample)
     with profiling.ranges(torch.device("cpu")):
-        assert ops.p_sample is not before[1]
-    assert (Program.step, ops.p_sample) == before
+        assert Program._p_sample is not before[1]
+    assert (Program.step, Program._p_sample) == before
+
+
+def test_noise_is_drawn_within_the_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    within: list[list[str]] = []
+    opened: list[str] = []
+
+    @contextlib.contextmanager
+    def named(name: str) -> Iterator[None]:
+        opened.append(name)
+        yield
+        opened.pop()
+
+    draw = Program._noise
+    monkeypatch.setattr(Program, "_noise", lambda self: within.append([*opened]) or draw(self))
+    monkeypatch.setattr(profiling, "record_function", named)
+    with profiling.ranges(torch.device("cpu")):
+        make_sampler().sample(seeds=[0])
+    assert within == [[profiling.STEP, profiling.P_SAMPLE]] * STEPS
+
+
+def test_breakdown_takes_host_times_from_the_host(profiled: profile) -> None:
+    """On CUDA, a range is an event of the host and one of the device, of the same name."""
+    host = profiled.key_averages()
+    device = [copy.copy(event) for event in host if event.key == profiling.UNET]
+    for event in device:
+        event.device_type, event.cpu_time_total = torch.autograd.DeviceType.CUDA, 0
+    both = SimpleNamespace(key_averages=lambda: [*host, *device])
+    assert profiling.breakdown(both) == profiling.breakdown(profiled)  # type: ignore[arg-type]
 
 
 def test_profiled_loop_draws_the_same_samples() -> None:
@@ -107,6 +139,19 @@ def test_profile_json_has_the_commands(tmp_path: Path, capsys: pytest.CaptureFix
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["steps"] == STEPS
     assert all(kernel in found["commands"]["ncu"] for kernel in profiling.KERNELS)
+
+
+def test_commands_repeat_the_run() -> None:
+    options = ["--sampler", "ddim", "--dtype", "bfloat16", "--device", "cuda:1", "--compile", "off", "--cuda-graph"]
+    given = build_parser().parse_args([*ARGUMENTS, *options])
+    words = shlex.split(command(given))
+    repeated = build_parser().parse_args(words[words.index("profile") :])
+    assert repeated == given
+
+
+def test_profile_of_a_graph_without_cuda_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGUMENTS, "--cuda-graph"]) == 1
+    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 def test_ranges_only_writes_no_trace(tmp_path: Path) -> None:

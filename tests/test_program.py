@@ -16,10 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastddpm import Sampler, Schedule, ddpm_table
+from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
 from fastddpm import compile_policy as policy
 from fastddpm import network as net
 from fastddpm.program import Plan, Program, TensorSpec
+from fastddpm.unet_inference import UNetInference
 
 TABLE = ddpm_table(Schedule.linear(50, 1e-3, 0.2), steps=4)
 SHAPE = (3, 8, 8)
@@ -79,6 +80,38 @@ def test_step_on_cuda_reads_nothing_back_and_touches_no_host_tensor(plan: str, d
     assert record.devices == {"cuda"}
     assert "aten::_local_scalar_dense" not in record.operations
     assert record.operations["aten::conv2d"] + record.operations["aten::convolution"] == 1
+    assert record.operations["fastddpm::p_sample_out"] == 1
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="fake CUDA tensors need a CUDA build of PyTorch")
+@pytest.mark.parametrize("learned", [False, True])
+def test_step_with_our_unet_on_cuda_reads_nothing_back(learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = UNetConfig(
+        sample_size=8,
+        in_channels=3,
+        out_channels=6 if learned else 3,
+        block_out_channels=(32,),
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
+        layers_per_block=1,
+        num_class_embeds=11,
+        null_class=10,
+    )
+    table = ddpm_table(Schedule.linear(50, 1e-3, 0.2), steps=5, variance_type="learned" if learned else "fixed_small")
+    table.rows  # noqa: B018
+    # Labels are counted when a run is loaded, not in its steps.
+    monkeypatch.setattr(UNetInference, "load", lambda self, labels: None)
+    device = torch.device("cuda:0")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), device:
+        unet = UNet(config).eval()
+        source = net.NetworkSource(unet, table.timesteps.to(device), compile_model=False, strict=True)
+        plan = Plan(2, guided=True, labels=True)
+        step = Program(plan, source.for_batch(plan.network_batch), table, (3, 8, 8), device=device).step
+        step()  # Makes the network's form for this size.
+        with Record() as record:
+            step()
+    assert record.devices == {"cuda"}
+    assert "aten::_local_scalar_dense" not in record.operations
     assert record.operations["fastddpm::p_sample_out"] == 1
 
 

@@ -389,6 +389,17 @@ def test_model_error_is_chained_with_its_step_and_the_sampler_goes_on() -> None:
     assert torch.equal(s.sample(seeds=[1]), sampler().sample(seeds=[1]))
 
 
+def test_call_that_fails_leaves_graphs_on(caplog: pytest.LogCaptureFixture) -> None:
+    s = with_tape(sampler())
+    with pytest.raises(SamplingError, match="unexpected keyword argument 'shfit'"):
+        s.sample(seeds=[1], model_kwargs={"shfit": 1.0})
+    assert s.uses_graph
+    assert "no CUDA graph" not in caplog.text
+    s.sample(seeds=[1])
+    ((_, engine),) = (entry for entries in s._programs.values() for entry in entries)
+    assert isinstance(engine, TapeEngine)
+
+
 def test_failed_program_is_not_kept() -> None:
     def lose(m: Tensor) -> Tensor:
         raise KeyError("lost")
@@ -406,7 +417,7 @@ def test_failed_program_is_not_kept() -> None:
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (lambda m: (m, m), "returned tuple"),
+        (lambda m: (m, m), r"^step 0 of 6 \(t = 49\): the model returned tuple"),
         (lambda m: None, "returned NoneType"),
         (lambda m: {"sample": m}, "returned dict"),
         (lambda m: m[:1], r"returned shape \(1, 3, 5, 7\) for x of shape \(2, 3, 5, 7\)"),
@@ -432,16 +443,39 @@ def test_learned_table_needs_twice_the_channels() -> None:
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_out_of_memory_names_the_sizes_and_the_next_call_works(error: Exception) -> None:
-    s = sampler(Breaks(1, error).eval())
+    model = Breaks(-1, error).eval()
+    s = sampler(model)
+    others = s.steps(seeds=[0])
+    next(others)
+    s.warmup(seeds=[1])
+    model.at = len(model.seen) + 1
     with pytest.raises(torch.OutOfMemoryError, match=r"step 1 of 6 .*\[4, 3, 5, 7\].*smaller batch") as caught:
         s.sample(seeds=range(4))
     assert caught.value.__cause__ is error
-    assert not any(s._programs.values())
+    assert not s._programs
+    assert len(list(others)) == 5
     assert s.sample(seeds=range(2)).shape == (2, *SHAPE)
 
 
 def test_cuda_error_says_to_start_a_new_process() -> None:
     s = sampler(Breaks(1, RuntimeError("CUDA error: an illegal memory access was encountered")).eval())
+    with pytest.raises(SamplingError, match="start a new one"):
+        s.sample(seeds=[1])
+
+
+def test_cuda_error_is_reported_though_cuda_fails_in_clearing_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail(*args: Any) -> None:
+        raise lost
+
+    s = sampler(Breaks(1, lost).eval())
+    monkeypatch.setattr(LoopEngine, "reset", fail)
+    with pytest.raises(SamplingError, match=r"step 1 of 6 .*start a new one") as caught:
+        s.sample(seeds=[1])
+    assert caught.value.__cause__ is lost
+    s._last_use = SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=fail))
     with pytest.raises(SamplingError, match="start a new one"):
         s.sample(seeds=[1])
 
@@ -464,12 +498,13 @@ def test_infinite_prediction_is_clipped_as_in_the_peers() -> None:
     assert x.isfinite().all()
 
 
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_changed_weights_are_noticed(dtype: torch.dtype) -> None:
+def test_changed_weights_are_noticed(dtype: torch.dtype, captured: bool) -> None:
     model, other = Pointwise().eval(), Pointwise().eval()
     with torch.no_grad():
         other.weight.fill_(-0.5)
-    s = sampler(model, dtype=dtype)
+    s = with_tape(sampler(model, dtype=dtype)) if captured else sampler(model, dtype=dtype)
     s.sample(seeds=[1])
     model.load_state_dict(other.state_dict())
     expected = sampler(other, dtype=dtype).sample(seeds=[1])
@@ -477,6 +512,11 @@ def test_changed_weights_are_noticed(dtype: torch.dtype) -> None:
     with torch.no_grad():
         model.weight.add_(0.25)
     assert not torch.equal(s.sample(seeds=[1]), expected)
+    # Another tensor in the place of the captured one.
+    model.weight = other.weight
+    assert torch.equal(s.sample(seeds=[1]), expected)
+    model.double()
+    assert torch.equal(s.sample(seeds=[1]), expected)
 
 
 def test_refresh_takes_weights_that_were_changed_without_a_trace() -> None:

@@ -26,6 +26,7 @@ from fastddpm.unet_inference import (
     UNetInference,
     in_slices,
     inference_form,
+    is_plain,
     slice_rows,
     time_table,
     time_widths,
@@ -334,12 +335,63 @@ def test_form_refuses_what_the_unet_refuses() -> None:
         Sampler(small_unet(), TABLE, SHAPE, compile=False).sample(seeds=[1], model_kwargs={"shift": 1})
 
 
-def test_torch_without_freezing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_freezing_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import torch._inductor
 
     monkeypatch.setattr(torch._inductor, "config", SimpleNamespace())
-    with pytest.raises(RuntimeError, match="no Inductor setting `freezing`"):
+    with pytest.raises(BackendUnavailable, match="no Inductor setting `freezing`"):
         Compiled(torch.neg, strict=True, constant=True)(torch.ones(2))
+    assert Compiled(torch.neg, strict=False, constant=True)(torch.ones(1)).item() == -1.0
+    assert "no Inductor setting `freezing`" in caplog.text
+
+
+def test_form_is_not_taken_with_a_part_in_training() -> None:
+    model = small_unet(out_channels=2, dropout=0.5).eval()
+    sampler = Sampler(model, TABLE, SHAPE, compile=False)
+    assert torch.equal(sampler.sample(seeds=[1]), sampler.sample(seeds=[1]))
+    model.mid_block.train()
+    assert not is_plain(model)
+    assert not torch.equal(sampler.sample(seeds=[1]), sampler.sample(seeds=[1]))
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo alone: it traces, and PyTorch runs what it found."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options, backend="eager"))
+
+
+def test_any_number_of_sizes_and_samplers_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiler(monkeypatch)
+    model, options = small_unet(out_channels=2), {"compile": True, "dtype": torch.bfloat16}
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for batch in (1, 2, 3):
+            assert Sampler(model, TABLE, SHAPE, **options).sample(seeds=range(batch)).shape == (batch, *SHAPE)
+        sampler = Sampler(model, TABLE, SHAPE, **options)
+        for batch in (1, 2, 3):
+            assert sampler.sample(seeds=range(batch)).shape == (batch, *SHAPE)
+
+
+def test_model_of_too_many_forms_runs_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_compiler(monkeypatch)
+
+    def scale(x: Tensor, by: int) -> Tensor:
+        return x * by
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for strict in (False, True):
+            call = Compiled(scale, strict=strict, dynamic=False)
+            torch._dynamo.reset()
+            assert call(torch.ones(1), 2).item() == 2.0
+            if strict:
+                with pytest.raises(BackendUnavailable, match="recompile"):
+                    call(torch.ones(1), 3)
+            else:
+                assert call(torch.ones(1), 3).item() == 3.0
+    assert "the model runs uncompiled" in caplog.text
 
 
 def test_constant_function_is_run_by_one_call_into_cpp() -> None:

@@ -117,7 +117,7 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     process = schedule().respaced(timesteps(case)) if own is None else own
     tolerance = provider.tolerance or gate.network(provider.dtype, case.device)
     state = gate.STATE["bfloat16" if "16-bit state" in found else "float32"]
-    worst = 0.0
+    worst, step = 0.0, 0
     for i, t in enumerate(visited):
         eps = reference_eps(case, x[i], t).double()
         k = case.steps - 1 - i
@@ -127,10 +127,11 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
             allowed += slope * _input_rounding(x[i], float(process.alphas_cumprod[k]), provider.dtype)
         error = float((x[i + 1].double() - expected).norm()) / allowed
         # Not max(), which would pass over a NaN.
-        worst = error if not error <= worst else worst
+        if not error <= worst:
+            worst, step = error, i
         if not worst <= 1.0:
             break
-    return Check.of(worst * tolerance, tolerance, f"x_{{t-1}} of {len(visited)} steps, along the chain (step {i})")
+    return Check.of(worst * tolerance, tolerance, f"x_{{t-1}} of {len(visited)} steps, along the chain (step {step})")
 
 
 def _input_rounding(x: Tensor, alpha_cumprod: float, dtype: str) -> float:

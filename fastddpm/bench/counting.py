@@ -33,7 +33,6 @@ class Counts:
         large: those among them that touch a tensor of at least `threshold` elements.
         bytes_read: of the large tensors that the operations take.
         bytes_written: of the large tensors that they return or write.
-        elements_computed: elements of their floating-point and integer results, a measure of arithmetic.
         host_reads: values read back from a tensor (`.item()`, a branch).
         by_name: operations by name.
     """
@@ -43,7 +42,6 @@ class Counts:
     large: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    elements_computed: int = 0
     host_reads: int = 0
     by_name: Counter[str] = field(default_factory=Counter)
 
@@ -98,7 +96,6 @@ class OpCounter(TorchDispatchMode):
         counts.bytes_read += reads
         counts.bytes_written += writes
         counts.large += bool(reads or writes)
-        counts.elements_computed += sum(tensor.numel() for tensor in outputs)
 
     def _bytes(self, tensors: list[Tensor]) -> int:
         return sum(t.numel() * t.element_size() for t in tensors if t.numel() >= self.threshold)

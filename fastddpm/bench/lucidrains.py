@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from fastddpm.bench.case import Case
 from fastddpm.schedule import Schedule
@@ -32,7 +33,7 @@ def diffusion(
     """GaussianDiffusion, its progress bar off (ours as well)."""
     original: Any = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
     ours: Any = importlib.import_module("fastddpm.integrations.lucidrains")
-    original.tqdm = ours.tqdm = functools.partial(original.tqdm, disable=True)
+    original.tqdm = ours.tqdm = functools.partial(tqdm, disable=True)
     return original.GaussianDiffusion(
         _Adapter(model, case.shape[0]),
         image_size=case.shape[-1],

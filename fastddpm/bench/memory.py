@@ -1,20 +1,19 @@
-"""Memory of this process: what it holds, and the most that it held since a reset."""
+"""Memory of this process: what it holds, and the most that it held since a reset. Linux only."""
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 _MB = 1e6
 
 
-def resident_mb() -> float:
-    """Resident memory in MB."""
-    return _status("VmRSS") or _high_water_mb()
+def resident_mb() -> float | None:
+    """Resident memory in MB; None where the system does not say."""
+    return _status("VmRSS")
 
 
 def reset_peak() -> bool:
-    """Start counting the peak anew; False where the system cannot (it then counts from the process's start)."""
+    """Start counting the peak anew; False where the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -22,9 +21,9 @@ def reset_peak() -> bool:
     return True
 
 
-def peak_mb() -> float:
-    """The most resident memory since `reset_peak`, in MB."""
-    return _status("VmHWM") or _high_water_mb()
+def peak_mb() -> float | None:
+    """The most resident memory since `reset_peak`, in MB; None where the system does not say."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> float | None:
@@ -34,7 +33,3 @@ def _status(field: str) -> float | None:
         return None
     kib = next((line.split()[1] for line in lines if line.startswith(f"{field}:")), None)
     return None if kib is None else int(kib) * 1024 / _MB
-
-
-def _high_water_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB

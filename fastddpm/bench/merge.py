@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastddpm.bench.report import by_case
+
 Results = Mapping[str, Any]
 
 # What is counted rather than timed, and so may come from any of the runs.
@@ -12,9 +14,7 @@ _COUNTED = ("step_counts", "cuda", "offline")
 
 
 def merge(runs: Sequence[Results]) -> dict[str, Any]:
-    """Join runs of one machine. A later row replaces an earlier one of the same case and provider.
-
-    Ratios stay those of their own run, since times of different runs do not compare.
+    """Join runs of one machine. All rows of a case are from one run, the last that has it: others do not compare.
 
     Args:
         runs: what `suite.run` returned, at least one.
@@ -35,7 +35,7 @@ def merge(runs: Sequence[Results]) -> dict[str, Any]:
             raise ValueError("a smoke run measures nothing; leave it out of the merge")
         if (differs := _differs(first, run)) is not None:
             raise ValueError(f"cannot merge runs of different {differs}; run them again on one machine, set up alike")
-    rows = {(row["id"], row["provider"]): row for run in timed for row in run["rows"]}
+    cases = {case[0]["id"]: case for run in timed for case in by_case(run["rows"])}
     busiest = max(timed, key=lambda run: run["machine"]["load_average"] or [0.0])
     return {
         **first,
@@ -44,7 +44,7 @@ def merge(runs: Sequence[Results]) -> dict[str, Any]:
         "seconds": sum(run["seconds"] for run in runs),
         "machine": busiest["machine"],
         "load_average_after": max(run["load_average_after"] or [0.0] for run in timed),
-        "rows": list(rows.values()),
+        "rows": [row for case in cases.values() for row in case],
     }
 
 

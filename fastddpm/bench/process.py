@@ -77,11 +77,18 @@ class ProcessRunner:
         return self._ask("warm")["how"]
 
     def time(self) -> float:
-        """Seconds per call."""
-        return self._ask("time")["seconds"]
+        """Seconds per call.
+
+        Raises:
+            WorkerError: the process died, or its work raised.
+        """
+        try:
+            return self._ask("time")["seconds"]
+        except WorkerError as error:
+            raise WorkerError(f"{self.name}: {error}") from error
 
     def peak_memory_mb(self) -> float | None:
-        """Peak memory over the rounds, without Python and its libraries."""
+        """Peak memory over the rounds, without Python and its libraries; None where the system does not say."""
         return self._ask("memory")["peak_mb"]
 
     def close(self) -> None:

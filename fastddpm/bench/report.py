@@ -113,6 +113,7 @@ def _case_remark(case: Row, timed: Sequence[Row]) -> str:
     parts = [networks.TITLES[case["network"]]] if case["network"] else []
     if timed:
         parts.append(f"rounds: {max(row['n'] for row in timed)}")
+        parts += sorted({row["how"] for row in timed} - {"wall time"})
     return textwrap.fill("; ".join(parts), WIDTH)
 
 
@@ -185,14 +186,14 @@ def step_counts_section(rows: Sequence[Row]) -> str:
         ("one step beside the network", [row["who"] for row in counted]),
         ("calls", [str(row["calls"]) for row in counted]),
         ("large", [str(row["large"]) for row in counted]),
-        ("read", [f"{row['images_read']:.1f}" for row in counted]),
-        ("written", [f"{row['images_written']:.1f}" for row in counted]),
+        ("read", [_optional(row["images_read"], "{:.1f}") for row in counted]),
+        ("written", [_optional(row["images_written"], "{:.1f}") for row in counted]),
         ("host reads", [str(row["host_reads"]) for row in counted]),
     ]
     remark = (
         "ATen calls, those on image-sized tensors, images read and written; counted by a TorchDispatchMode on the CPU, "
-        "inside our operator too. It sees nothing of code that Inductor generated. On CUDA our step is one kernel, a "
-        "timestep's lookup and a counter's increment, in one graph replay."
+        "inside our operator too; what code of Inductor's reads and writes is not seen (-). On CUDA our step is one "
+        "kernel, a timestep's lookup and a counter's increment, in one graph replay."
     )
     notes = [f"- {row['who']}: {row['note']}" for row in rows if "note" in row]
     return "\n\n".join(["## Work of a step", table(columns), textwrap.fill(remark, WIDTH), *notes])
@@ -208,7 +209,9 @@ def cuda_section(cuda: Row) -> str:
         ("kernels/step", [f"{row['kernels_per_step']:.1f}" for row in cuda["rows"]]),
         ("host syncs/step", [f"{row['syncs_per_step']:.2f}" for row in cuda["rows"]]),
     ]
-    return "\n\n".join(["## CUDA: launches", table(columns)])
+    waiting = [row["who"] for row in cuda["rows"] if row["syncs_per_step"] and row["who"].startswith("fastddpm")]
+    remarks = [f"**The host waits for the GPU** in each step of {', '.join(waiting)}."] if waiting else []
+    return "\n\n".join(["## CUDA: launches", table(columns), *remarks])
 
 
 def offline_section(offline: Row) -> str:

@@ -31,6 +31,7 @@ def run(
     chosen: Sequence[str] = (),
     providers: Sequence[str] = (),
     say: Say = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Run the suite.
 
@@ -43,6 +44,7 @@ def run(
         chosen: only cases whose id has all the parts of one of these, such as "cifar10-B16"; empty for all.
         providers: only providers whose name contains one of these, and the baselines; empty for all.
         say: told what happens.
+        keep: given the results so far after every case: the suite takes hours.
 
     Returns:
         "machine", "bandwidth", "rows" and how they were taken, as plain types.
@@ -60,22 +62,28 @@ def run(
     say(f"measuring this machine: {machine.summary(facts)}")
     limits = bandwidth.measure(device, rounds, smoke=smoke)
     rows: list[dict[str, Any]] = []
+
+    def results() -> dict[str, Any]:
+        return {
+            "date": started.isoformat(timespec="seconds"),
+            "seconds": (datetime.datetime.now(datetime.UTC) - started).total_seconds(),
+            "device": device,
+            "smoke": smoke,
+            "rounds": rounds,
+            "machine": facts,
+            "load_average_after": machine.load_average(),
+            "bandwidth": limits,
+            "rows": rows,
+        }
+
     with torch.compiler.set_stance("force_eager" if smoke else "default"):
         for subject, case in todo:
-            rows += run_case(subject, case, rounds, smoke=smoke, providers=providers, say=say)
-    for row in rows:
-        _add_bandwidth(row, limits["copy_gb_per_s"])
-    return {
-        "date": started.isoformat(timespec="seconds"),
-        "seconds": (datetime.datetime.now(datetime.UTC) - started).total_seconds(),
-        "device": device,
-        "smoke": smoke,
-        "rounds": rounds,
-        "machine": facts,
-        "load_average_after": machine.load_average(),
-        "bandwidth": limits,
-        "rows": rows,
-    }
+            found = run_case(subject, case, rounds, smoke=smoke, providers=providers, say=say)
+            for row in found:
+                _add_bandwidth(row, limits["copy_gb_per_s"])
+            rows += found
+            keep(results())
+    return results()
 
 
 def choose(cases: Sequence[Case], chosen: Sequence[str]) -> list[Case]:
@@ -103,6 +111,11 @@ def run_case(
         timings = {t.name: t for t in compare(ready, rounds, pause=0.0 if smoke else _PAUSE)}
         for runner in ready:
             _add_timing(rows[runner.name], timings[runner.name], rounds, runner.peak_memory_mb())
+    except WorkerError as error:
+        # Rounds that one of them left compare nobody.
+        timings = {}
+        for runner in ready:
+            rows[runner.name] |= {"checked": False, "note": f"failed: a round was not finished: {error}"}
     finally:
         for runner in ready:
             runner.close()

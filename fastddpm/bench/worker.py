@@ -19,7 +19,8 @@ class Worker:
     def __init__(self) -> None:
         self._work: Any = None
         self._clock: Any = None
-        self._base_mb = 0.0
+        self._base_mb: float | None = None
+        self._peak_is_reset = False
 
     def build(self, subject: str, provider: str, case: dict[str, Any], threads: int) -> dict[str, Any]:
         """Make the provider ready and call it once."""
@@ -61,26 +62,32 @@ class Worker:
         from fastddpm.bench.clock import make_clock
 
         self._clock = make_clock(self._work.run, self._case.device, small=not self._case.network)
-        counted = memory.reset_peak()
+        self._peak_is_reset = memory.reset_peak()
         if self._case.device == "cuda":
             import torch
 
             torch.cuda.reset_peak_memory_stats()
-        return {"how": self._clock.how, "peak_from_start": not counted}
+        return {"how": self._clock.how}
 
     def time(self) -> dict[str, Any]:
         """Measure once."""
         return {"seconds": self._clock.time()}
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory since `warm`, less what Python and its libraries took before the provider was built."""
+        """Peak memory since `warm`, less what Python and its libraries took before the provider was built.
+
+        None where the system cannot count from `warm`: the compilation's memory would be in it.
+        """
         from fastddpm.bench import memory
 
         if self._case.device == "cuda":
             import torch
 
             return {"peak_mb": torch.cuda.max_memory_allocated() / 1e6}
-        return {"peak_mb": memory.peak_mb() - self._base_mb}
+        peak = memory.peak_mb()
+        if not self._peak_is_reset or peak is None or self._base_mb is None:
+            return {"peak_mb": None}
+        return {"peak_mb": peak - self._base_mb}
 
     def _synchronize(self) -> None:
         if self._case.device == "cuda":

@@ -11,13 +11,14 @@ from typing import Any
 
 # Not a subject: what is counted rather than timed.
 COUNTS = "counts"
+RESULTS = "bench.json"
 DESCRIPTION = """Run the benchmark suite and write bench.json, bench.md and plots. Providers take turns in interleaved
 rounds; each passes a correctness gate before it is timed. Peers (diffusers, denoising-diffusion-pytorch, openvino) take
 part where they are installed. Without a GPU the CPU is measured, and the compiled GPU code is counted."""
 
 EPILOG = """The full suite takes hours on two cores: most of it is diffusers in float32, and compilation. Choose less by
-name, --case and --provider, and join the runs' bench.json with --from-json. Run it on a machine that does nothing
-else."""
+name, --case and --provider, and join the runs' bench.json with --from-json; an interrupted run leaves the cases that
+it finished there. Run it on a machine that does nothing else."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -78,9 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run what was asked for."""
+    """Run what was asked for; the results so far are in the output folder after every case."""
+    from fastddpm.atomic import write_files
     from fastddpm.bench import cuda, offline, step_counts, subjects, suite
     from fastddpm.bench.compare import MIN_ROUNDS
+    from fastddpm.offline import check_arch
 
     only = args.only or (*subjects.NAMES, COUNTS)
     names = [name for name in only if name != COUNTS]
@@ -89,6 +92,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     no_gpu = cuda.why_skipped()
     if args.device == "cuda" and no_gpu is not None:
         raise ValueError(f"--device cuda: {no_gpu}; use --device cpu")
+    if COUNTS in only and not args.no_offline:
+        check_arch(args.arch)
     device = "cpu" if args.device == "cpu" or no_gpu is not None else "cuda"
     results = suite.run(
         names,
@@ -98,6 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         chosen=args.case,
         providers=args.provider,
         say=_say(args),
+        keep=lambda results: write_files({args.outdir / RESULTS: _encode(results)}),
     )
     if COUNTS in only:
         results["step_counts"] = step_counts.measure(smoke=args.smoke)
@@ -106,6 +112,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             _say(args)(f"compiling the kernels for {args.arch}")
             results["offline"] = offline.measure(args.arch, smoke=args.smoke)
     return results
+
+
+def _encode(results: dict[str, Any]) -> bytes:
+    return json.dumps(results, indent=1).encode()
 
 
 def _say(args: argparse.Namespace) -> Any:
@@ -117,8 +127,7 @@ def write(args: argparse.Namespace, results: dict[str, Any], text: str) -> None:
     from fastddpm.atomic import write_files
     from fastddpm.bench import plots
 
-    contents = {"bench.json": json.dumps(results, indent=1), "bench.md": text}
-    write_files({args.outdir / name: content.encode() for name, content in contents.items()})
+    write_files({args.outdir / RESULTS: _encode(results), args.outdir / "bench.md": text.encode()})
     if importlib.util.find_spec("matplotlib") is None:
         _say(args)("no plots: pip install matplotlib")
         return

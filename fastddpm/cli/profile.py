@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     args.trace.parent.mkdir(parents=True, exist_ok=True)
     profiled.export_chrome_trace(str(args.trace))
     if args.cuda_graph:
-        print(f"wrote {args.trace}; the parts of a step are inside the graph, so there is no breakdown")
+        # The parts of a step are inside the graph, so there is no breakdown.
+        print(json.dumps(_files(args)) if args.json else f"timeline: {args.trace} (open in ui.perfetto.dev)")
         return 0
     found = profiling.breakdown(profiled)
     if args.json:
@@ -91,7 +92,7 @@ def _sampler(args: argparse.Namespace, model: Any) -> Sampler:
         device=device,
         dtype=getattr(torch, args.dtype),
         compile=_COMPILE[args.compile],
-        cuda_graph=bool(args.cuda_graph and str(device).startswith("cuda")),
+        cuda_graph=args.cuda_graph,
         samples_ahead=args.batch,
     )
 
@@ -107,13 +108,13 @@ def to_dict(found: Breakdown, args: argparse.Namespace) -> dict[str, Any]:
     """Plain types, for JSON."""
     import dataclasses
 
+    return {**dataclasses.asdict(found), **_files(args)}
+
+
+def _files(args: argparse.Namespace) -> dict[str, Any]:
     from fastddpm import profiling
 
-    return {
-        **dataclasses.asdict(found),
-        "trace": str(args.trace),
-        "commands": profiling.nsight_commands(command(args)),
-    }
+    return {"trace": str(args.trace), "commands": profiling.nsight_commands(command(args))}
 
 
 def command(args: argparse.Namespace) -> str:
@@ -122,6 +123,7 @@ def command(args: argparse.Namespace) -> str:
 
     parts = [machine.executable(), "-m", "fastddpm", "profile", "--model", args.model]
     parts += ["--batch", str(args.batch), "--steps", str(args.steps), "--dtype", args.dtype, "--sampler", args.sampler]
+    parts += ["--device", args.device, "--compile", args.compile, *(["--cuda-graph"] if args.cuda_graph else [])]
     return shlex.join(parts)
 
 

