@@ -2,9 +2,9 @@
 
 What does not depend on x_t (the time embedding and its projections in every residual block) is computed once per run
 and looked up by row and label; q, k and v are one projection; images and weights are channels last; and where the
-network is compiled on a CPU, weights are constants that oneDNN packs, groups are normalised channel by channel, 3x3
-convolutions with enough pixels run by Winograd's algorithm, upsampling included, and a large batch runs in slices whose
-activations stay in the cache.
+network is compiled on a CPU, weights are constants that oneDNN packs, groups are normalised channel by channel, pixels
+are convolved before they are upsampled, 3x3 convolutions with enough of them run by Winograd's algorithm, and a large
+batch runs in slices whose activations stay in the cache.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional
 from fastddpm import winograd
 from fastddpm.compiled_call import Compiled, own_code
 from fastddpm.group_norm import ChannelsLastGroupNorm
+from fastddpm.subpixel import SubpixelUpsample
 from fastddpm.unet import UNet
 from fastddpm.unet_blocks import Attention, ResnetBlock, Upsample, timestep_embedding
 
@@ -72,6 +73,7 @@ class UNetForms:
             # oneDNN lays the weights out itself.
             use_channels_last_norms(form)
             use_winograd(form, x.shape[0], x.shape[2], x.shape[3])
+            use_subpixels(form)
         else:
             use_channels_last(form)
         widths = time_widths(self.unet)
@@ -291,6 +293,14 @@ def use_winograd(form: UNet, batch: int, height: int, width: int) -> None:
                     setattr(parent, name, winograd.WinogradUpsample(child.conv))
                 elif isinstance(child, nn.Conv2d) and not isinstance(parent, Upsample) and _pays(child, batch, h, w):
                     setattr(parent, name, winograd.WinogradConv2d(child))
+
+
+def use_subpixels(form: UNet) -> None:
+    """Replace what upsampling a network from `inference_form` has left by `SubpixelUpsample`."""
+    for parent in list(form.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Upsample):
+                setattr(parent, name, SubpixelUpsample(child.conv))
 
 
 def _pays(conv: nn.Conv2d, batch: int, height: int, width: int) -> bool:

@@ -130,6 +130,14 @@ def test_run_case_says_who_is_missing() -> None:
     assert not row["checked"]
 
 
+def test_run_case_says_who_was_left_out() -> None:
+    names = ("base", "fast", "slow, one", "slow, two")
+    subject, chosen = subject_of(*map(provider, names)), ["fast"]
+    rows = suite.run_case(subject, CASE, 1, smoke=True, providers=chosen, say=lambda text: None)
+    assert [row["checked"] for row in rows] == [True, True, False, False]
+    assert "- slow, one; slow, two: left out of this run" in report.case_section(rows)
+
+
 def test_run_case_outlives_a_provider_that_raises() -> None:
     def build(case: Case) -> Work:
         raise RuntimeError("no kernel for this shape")

@@ -32,6 +32,7 @@ from fastddpm.unet_inference import (
     time_widths,
     use_channels_last,
     use_channels_last_norms,
+    use_subpixels,
     use_winograd,
 )
 from test_sampler import with_tape
@@ -99,7 +100,20 @@ def test_form_with_channels_last_norms_matches_the_unet(name: str) -> None:
     assert relative_l2(form.denoise(x, time), model(x, t, labels)) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
+def test_subpixel_form_matches_the_unet(name: str) -> None:
+    model = small_unet(**VARIANTS[name])
+    x, t, labels = random_inputs(model.config)
+    form = inference_form(model)
+    use_subpixels(form)
+    replaced = [type(module).__name__ for module in form.modules()]
+    assert replaced.count("SubpixelUpsample") == len(model.config.block_out_channels) - 1
+    assert "Upsample" not in replaced
+    time = model.project_time(model.embed(t, labels))
+    assert relative_l2(form.denoise(x, time), model(x, t, labels)) < TOLERANCE
+
+
 def test_winograd_is_left_out_where_it_does_not_pay() -> None:
     form = inference_form(small_unet())
     use_winograd(form, 2, 16, 16)

@@ -89,14 +89,16 @@ def by_case(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def case_section(rows: Sequence[Row]) -> str:
-    """One case: a table of those who were timed, and a line for each who was not."""
+    """One case: a table of those who were timed, and why the others were not."""
     case = rows[0]["case"]
     timed = [row for row in rows if row["checked"]]
     columns = _loop_columns(timed) if case["network"] else _op_columns(timed)
+    silent: dict[str, list[str]] = {}
+    for row in rows:
+        if row["note"]:
+            silent.setdefault(row["note"], []).append(row["provider"])
     notes = [
-        textwrap.fill(f"- {row['provider']}: {row['note']}", WIDTH, subsequent_indent="  ")
-        for row in rows
-        if row["note"]
+        textwrap.fill(f"- {'; '.join(who)}: {note}", WIDTH, subsequent_indent="  ") for note, who in silent.items()
     ]
     parts = [f"### {_case_title(case)}", _case_remark(case, timed), table(columns) if timed else "", "\n".join(notes)]
     return "\n\n".join(part for part in parts if part)

@@ -101,9 +101,10 @@ def run_case(
     timings: dict[str, Timing] = {}
     try:
         for i, provider in enumerate(subject.providers):
-            if i and providers and not any(part in provider.name for part in providers):
-                continue
             rows[provider.name] = row = _row(subject, case, provider)
+            if i and providers and not any(part in provider.name for part in providers):
+                row["note"] = provider.why_not(case) or "left out of this run"
+                continue
             say(f"{case.id}: {provider.name}")
             runner = _prepare(subject, case, provider, row, smoke=smoke)
             if runner is not None:
