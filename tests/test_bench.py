@@ -281,6 +281,16 @@ def test_offline_part_fails_softly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Inductor is not as known here" in report.offline_section(found)
 
 
+def test_offline_part_counts_our_kernel() -> None:
+    pytest.importorskip("triton")
+    found = offline.measure(smoke=True)
+    (row,) = found["rows"]
+    assert (row["who"], row["kernel"], row["variant"]) == ("fastddpm", "p_sample", "float32")
+    assert 60 < row["executed"] < 80
+    assert row["bytes_per_element"] == 12
+    assert "fastddpm p_sample: float32" in report.offline_section(found)
+
+
 def test_inductor_kernel_says_what_it_needs() -> None:
     with pytest.raises(BackendUnavailable, match="no data sheet on file for sm_99"):
         inductor_kernel.measure("sm_99")

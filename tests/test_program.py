@@ -134,9 +134,19 @@ def allocations(run: Callable[[], None]) -> list[int]:
 
 
 @pytest.mark.skipif(not policy.has_cpp_compiler(), reason="compiles on the CPU: needs a C++ compiler")
-def test_compiled_step_takes_no_memory_beyond_the_network() -> None:
+@pytest.mark.parametrize(
+    ("plan", "dtype"),
+    [
+        ("counter", torch.float32),
+        ("counter", torch.bfloat16),
+        ("guided", torch.bfloat16),
+        ("x0", torch.float32),
+        ("given", torch.float32),
+    ],
+)
+def test_compiled_step_takes_no_memory_beyond_the_network(plan: str, dtype: torch.dtype) -> None:
     model = net.ModelNetwork(Small(), compile_model=False, strict=False)
-    p = Program(Plan(4), model, TABLE, SHAPE, device=torch.device("cpu"), compiled=True)
+    p = Program(PLANS[plan], model, TABLE, SHAPE, device=torch.device("cpu"), dtype=dtype, compiled=True)
     m = torch.ones_like(p.x_in)
     p.network = lambda x, t, row, kwargs: m  # type: ignore[assignment]
     with torch.inference_mode():

@@ -40,8 +40,8 @@ def render(results: Results) -> str:
     origin = (
         f"Measured {results['date'][:10]} {kind}: {machine.summary(facts)}. Interleaved rounds; milliseconds "
         "(median), and how many times faster than diffusers as people run it (median of the rounds' ratios, 20th-80th "
-        "percentile) and, '2nd', than diffusers' best settings. '1st s': the first call, with what it compiles. ~: the "
-        "rounds spread over more than 10 %."
+        "percentile) and, '2nd', than diffusers' best settings. '1st s': the first call, with what it compiles and "
+        "torch has not kept from an earlier run. ~: the rounds spread over more than 10 %."
     )
     parts = [textwrap.fill(origin, report.WIDTH), *report.warnings(results)]
     for name in SUBJECTS:
