@@ -37,7 +37,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figure, axes = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 5), layout="constrained")
         if plot(axes, results):
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            figure.legend(fontsize=8, loc="outside right upper")
             figure.text(0.995, 0.005, _footnote(results), ha="right", va="bottom", fontsize=6, color="#666666")
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=120)
