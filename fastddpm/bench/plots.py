@@ -38,7 +38,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         if plot(axes, results):
             axes.grid(alpha=0.3)
             figure.legend(fontsize=8, loc="outside right upper")
-            figure.text(0.995, 0.005, _footnote(results), ha="right", va="bottom", fontsize=6, color="#666666")
+            figure.supxlabel(_footnote(results), x=0.995, ha="right", fontsize=6, color="#666666")
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=120)
             drawn.append(path)
