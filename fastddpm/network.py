@@ -19,7 +19,8 @@ class Network(Protocol):
 
     A model may bring its own, made for sampling: it then has a method `sampling_networks(timesteps, *, compile_model,
     strict)`, with timesteps [R] on the model's device, which returns a function: rows of x -> Network. Every program
-    has its own network, because it holds the labels of a run.
+    has its own network, because it holds the labels of a run. One that knows its timesteps by row may set `reads_t` to
+    False: t is then not looked up for it, and holds nothing.
     """
 
     memory_format: torch.memory_format

@@ -32,6 +32,7 @@ class _RangedNetwork:
     def __init__(self, inner: network.Network, named: Callable[[str], Any]) -> None:
         self._inner, self._named = inner, named
         self.memory_format = inner.memory_format
+        self.reads_t = getattr(inner, "reads_t", True)
 
     def load(self, class_labels: Tensor | None) -> None:
         self._inner.load(class_labels)

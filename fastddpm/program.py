@@ -91,6 +91,7 @@ class Program:
         compiled: bool = False,
     ) -> None:
         self.plan, self.network, self.table, self.shape = plan, network, table, shape
+        self._reads_t = getattr(network, "reads_t", True)
         self._backend, self._compiled = backend, compiled
         B, n = plan.batch, plan.network_batch
 
@@ -130,7 +131,8 @@ class Program:
         """Replace x_t by x_{t-1} ~ p_theta(x_{t-1} | x_t) and go on to the next row (Ho et al. 2020, Algorithm 2)."""
         if self.plan.guided:
             self.x_in[self.plan.batch :].copy_(self.x_in[: self.plan.batch])
-        torch.index_select(self.timesteps, 0, self._index, out=self.t)
+        if self._reads_t:
+            torch.index_select(self.timesteps, 0, self._index, out=self.t)
         m = self._checked(unwrap(self.network(self.x_in, self.t, self.row, self.kwargs)))
         self._p_sample(m)
         if self.first_bad is not None:

@@ -90,6 +90,7 @@ class UNetInference:
     """A `Network`: one UNet, one batch size, and its run's timesteps and labels."""
 
     memory_format = torch.channels_last
+    reads_t = False
 
     def __init__(self, forms: UNetForms, batch: int) -> None:
         self._forms, self._batch = forms, batch

@@ -113,6 +113,8 @@ def test_step_with_our_unet_on_cuda_reads_nothing_back(learned: bool, monkeypatc
     assert record.devices == {"cuda"}
     assert "aten::_local_scalar_dense" not in record.operations
     assert record.operations["fastddpm::p_sample_out"] == 1
+    # That of its time projections: it does not need t.
+    assert record.operations["aten::index_select.out"] == 1
 
 
 def test_step_around_the_network_is_three_operations() -> None:

@@ -195,7 +195,7 @@ def step_counts_section(rows: Sequence[Row]) -> str:
     remark = (
         "ATen calls, those on image-sized tensors, images read and written; counted by a TorchDispatchMode on the CPU, "
         "inside our operator too; what code of Inductor's reads and writes is not seen (-). On CUDA our step is one "
-        "kernel, a timestep's lookup and a counter's increment, in one graph replay."
+        "kernel and a counter's increment, in one graph replay, and for a network that is not our UNet t's lookup."
     )
     notes = [f"- {row['who']}: {row['note']}" for row in rows if "note" in row]
     return "\n\n".join(["## Work of a step", table(columns), textwrap.fill(remark, WIDTH), *notes])
