@@ -372,6 +372,8 @@ def test_form_is_not_taken_with_a_part_in_training() -> None:
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo alone: it traces, and PyTorch runs what it found."""
+    # The fused operations stay as they are: once compiled, they are kept for the tests to come.
+    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options, backend="eager"))
 
