@@ -12,8 +12,8 @@ sample: $(VENV)/.core
 # The workers share the cores, and threads beyond these wait for each other.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore tests/interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/interpreter
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore tests/kernels/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/interpreter
 
 bench: $(VENV)/.bench $(VENV)/.peers
 	$(BIN)/fastddpm bench

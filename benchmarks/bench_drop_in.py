@@ -1,13 +1,171 @@
-"""drop_in, provider by provider: `fastddpm.bench.drop_in` under pytest-benchmark."""
+"""Benchmark: each drop-in beside its original, one step and a whole loop, on the same draws of torch's generators."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from fastddpm.bench.case import Case, Provider
-from fastddpm.bench.drop_in import SUBJECT
-from fastddpm.bench.pytest_row import measure
+import torch
+from fastddpm.benchmarks.harness import gate
+from fastddpm.benchmarks.harness.case import NOT_ASKED, Case, Check, Provider, Subject, Work, not_installed
+from fastddpm.benchmarks.harness.inputs import MIDDLE, T, gaussian
+from fastddpm.benchmarks.peers import lucidrains, networks
+from torch import Tensor, nn
+
+from fastddpm.integrations.acceleration import accelerate
+
+# One call of the original, or of what `accelerate` made of it; the seed is that of the generator it draws from.
+Call = Callable[[int], Tensor]
+# The fast form of an object: itself for the original.
+Form = Callable[[Any], Any]
+
+_DIFFUSERS = {"diffusers": "diffusers"}
+# prev_sample of one step; a loop's images, whose network rounds differently where it is compiled.
+_STEP_TOLERANCE, _LOOP_TOLERANCE = 1e-6, 1e-3
 
 
-def test_drop_in(benchmark: Any, case: Case, provider: Provider) -> None:
-    measure(benchmark, SUBJECT, case, provider)
+def _given(case: Case) -> tuple[Tensor, Tensor]:
+    """x_t and the network's output."""
+    return gaussian(1, case.full_shape, case.device), gaussian(2, case.full_shape, case.device)
+
+
+def _scheduler_step(case: Case, form: Form) -> Call:
+    x_t, m = _given(case)
+    kind = getattr(importlib.import_module("diffusers"), case.original.removesuffix(".step"))
+    scheduler = form(kind(num_train_timesteps=T))
+    scheduler.set_timesteps(T)
+    t = scheduler.timesteps[T - 1 - MIDDLE]
+    generator = torch.Generator(case.device)
+    return lambda seed: scheduler.step(m, t, x_t, generator=generator.manual_seed(seed)).prev_sample
+
+
+def _pipeline(case: Case, form: Form) -> Call:
+    diffusers: Any = importlib.import_module("diffusers")
+    unet: Any = networks.build_diffusers(case.network).to(case.device)
+    networks.fix_labels(unet, networks.labels(case.network, case.batch, case.device))
+    scheduler = getattr(diffusers, case.original.replace("Pipeline", "Scheduler"))(
+        num_train_timesteps=T, prediction_type="v_prediction"
+    )
+    pipe = form(getattr(diffusers, case.original)(unet=unet, scheduler=scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator(case.device)
+
+    def call(seed: int) -> Tensor:
+        return pipe(
+            batch_size=case.batch,
+            generator=generator.manual_seed(seed),
+            num_inference_steps=case.steps,
+            output_type="pt",
+        ).images
+
+    return call
+
+
+def _lucidrains_step(case: Case, form: Form) -> Call:
+    x_t, m = _given(case)
+
+    class Given(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return m
+
+    diffusion = form(lucidrains.diffusion(case, Given(), T))
+
+    def call(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return diffusion.p_sample(x_t, MIDDLE)[0]
+
+    return call
+
+
+def _lucidrains_loop(case: Case, form: Form) -> Call:
+    labels = networks.labels(case.network, case.batch, case.device)
+    network = networks.WithLabels(networks.build(case.network).to(case.device), labels).eval()
+    diffusion = form(lucidrains.diffusion(case, network, case.steps, "sigmoid", "pred_v").eval())
+
+    def call(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return diffusion.p_sample_loop(case.full_shape)
+
+    return call
+
+
+@dataclass(frozen=True)
+class _Original:
+    build: Callable[[Case, Form], Call]
+    needs: dict[str, str]
+    loop: bool = False
+
+
+_ORIGINALS = {
+    "DDPMScheduler.step": _Original(_scheduler_step, _DIFFUSERS),
+    "DDIMScheduler.step": _Original(_scheduler_step, _DIFFUSERS),
+    "lucidrains.p_sample": _Original(_lucidrains_step, lucidrains.NEEDS),
+    "DDPMPipeline": _Original(_pipeline, _DIFFUSERS, loop=True),
+    "DDIMPipeline": _Original(_pipeline, _DIFFUSERS, loop=True),
+    "lucidrains.p_sample_loop": _Original(_lucidrains_loop, lucidrains.NEEDS, loop=True),
+}
+OPENAI = "guided-diffusion.p_sample"
+
+
+def cases(device: str, smoke: bool) -> list[Case]:
+    """A step of small images, and the shipped model's whole loop."""
+    network, batch, steps = ("tiny", 2, 3) if smoke else ("digits", 16, 20)
+    found = []
+    for name, original in _ORIGINALS.items():
+        if original.loop:
+            shape, sampler = networks.shape(network), "ddim" if name == "DDIMPipeline" else "ddpm"
+            found.append(Case("drop_in", batch, shape, network, steps, sampler, device, original=name))
+        else:
+            found.append(Case("drop_in", batch, (3, 32, 32), device=device, original=name))
+    return [*found, Case("drop_in", batch, (3, 32, 32), device=device, original=OPENAI)]
+
+
+def _work(case: Case, form: Form) -> Work:
+    call = _ORIGINALS[case.original].build(case, form)
+    return Work(lambda: call(0), lambda: {"x": call(1).float().cpu()})
+
+
+def _compiled(case: Case) -> Work:
+    return _work(case, functools.partial(accelerate, compile=True))
+
+
+def _why_not(case: Case) -> str | None:
+    if case.original == OPENAI:
+        return "improved-diffusion and guided-diffusion are on no package index: nothing to stand beside"
+    return not_installed(_ORIGINALS[case.original].needs) or networks.unavailable(case.network)
+
+
+def _fast(case: Case) -> str | None:
+    return NOT_ASKED if case.original == OPENAI else _why_not(case)
+
+
+def _compiles(case: Case) -> str | None:
+    return _fast(case) if case.network else NOT_ASKED
+
+
+@functools.lru_cache(maxsize=2)
+def _expected(case: Case) -> Tensor:
+    with torch.random.fork_rng():
+        return _work(case, lambda original: original).evaluate()["x"]
+
+
+def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
+    """The original's result from the same generator."""
+    tolerance = _LOOP_TOLERANCE if case.network else _STEP_TOLERANCE
+    return gate.close(found["x"], _expected(case), tolerance, "result against the original's from the same generator")
+
+
+SUBJECT = Subject(
+    name="drop_in",
+    title="Drop-ins beside their originals",
+    providers=(
+        Provider("original", lambda case: _work(case, lambda original: original), skips=_why_not),
+        Provider("fastddpm", lambda case: _work(case, accelerate), skips=_fast),
+        Provider("fastddpm, compiled", _compiled, compiled=True, skips=_compiles),
+    ),
+    cases=cases,
+    check=check,
+)

@@ -1,13 +1,217 @@
-"""sampling, provider by provider: `fastddpm.bench.sampling` under pytest-benchmark."""
+"""Benchmark: the whole sampling loop, from seeds or a generator to a batch of images.
+
+Every case uses Ho et al.'s linear betas and takes the network's output as epsilon, whatever it was trained for: what is
+timed is the same, and so is what the gate follows.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
-from fastddpm.bench.case import Case, Provider
-from fastddpm.bench.pytest_row import measure
-from fastddpm.bench.sampling import SUBJECT
+import torch
+from fastddpm.benchmarks.harness import loop_gate as chain
+from fastddpm.benchmarks.harness.case import NOT_ASKED, Case, Provider, Subject, Work
+from fastddpm.benchmarks.harness.inputs import T, schedule
+from fastddpm.benchmarks.harness.loop_gate import Predict, Recorder
+from fastddpm.benchmarks.peers import lucidrains, networks, openvino
+from fastddpm.benchmarks.peers.compiled import compile_frozen
+from torch import Tensor
+
+from fastddpm.noise import v1 as noise
+from fastddpm.noise.seeds import resolve_seeds
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.tables.ddim import ddim_table
+from fastddpm.tables.ddpm import ddpm_table
+
+_BF16 = torch.bfloat16
 
 
-def test_sampling(benchmark: Any, case: Case, provider: Provider) -> None:
-    measure(benchmark, SUBJECT, case, provider)
+def _plain(case: Case, predict: Predict) -> Work:
+    """The plain loop around any network."""
+    generator = torch.Generator(case.device).manual_seed(0)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return chain.plain_loop(case, predict, generator)
+
+    def evaluate() -> dict[str, Tensor]:
+        recorder = Recorder(case)
+        with torch.no_grad():
+            chain.plain_loop(case, predict, torch.Generator(case.device).manual_seed(1), recorder)
+        return recorder.found()
+
+    return Work(run, evaluate)
+
+
+def _labelled(case: Case) -> torch.nn.Module:
+    labels = networks.labels(case.network, case.batch, case.device)
+    return networks.WithLabels(networks.build(case.network).to(case.device), labels).eval()
+
+
+def _pytorch(case: Case) -> Work:
+    return _plain(case, _labelled(case))
+
+
+def _compiled(case: Case) -> Work:
+    network = compile_frozen(_labelled(case))
+    return _plain(case, lambda x, t: network(x.contiguous(memory_format=torch.channels_last), t))
+
+
+def _openvino(case: Case, precision: str) -> Work:
+    return _plain(case, openvino.compile_network(case, precision))
+
+
+def _diffusers(case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = False) -> Work:
+    """DDPMPipeline or DDIMPipeline; tuned: its documented fast settings (dtype, channels_last, torch.compile)."""
+    diffusers: Any = importlib.import_module("diffusers")
+    unet: Any = networks.build_diffusers(case.network).to(case.device, dtype)
+    networks.fix_labels(unet, networks.labels(case.network, case.batch, case.device))
+    if tuned:
+        unet.to(memory_format=torch.channels_last)
+        unet.forward = compile_frozen(unet.forward)
+    kind = case.sampler.upper()
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=T, timestep_spacing=chain.spacing(case))
+    pipe = getattr(diffusers, f"{kind}Pipeline")(unet=unet, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(seed: int = 0) -> Tensor:
+        generator = torch.Generator(case.device).manual_seed(seed)
+        # "pt": the bfloat16 pipeline cannot return arrays.
+        return pipe(batch_size=case.batch, generator=generator, num_inference_steps=case.steps, output_type="pt").images
+
+    return Work(run, lambda: _record_pipeline(case, pipe, run, dtype))
+
+
+def _record_pipeline(case: Case, pipe: Any, run: Callable[[int], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Run with the scheduler's step under observation, then draw the generator's numbers once more."""
+    recorder, step = Recorder(case), pipe.scheduler.step
+    first = True
+
+    def observed(output: Tensor, t: Any, x: Tensor, **kwargs: Any) -> Any:
+        nonlocal first
+        if first:
+            recorder.state(x)
+            first = False
+        result = step(output, t, x, **kwargs)
+        recorder.state(result.prev_sample)
+        return result
+
+    # DDIMPipeline looks the parameters of `step` up.
+    observed.__signature__ = importlib.import_module("inspect").signature(step)  # type: ignore[attr-defined]
+    pipe.scheduler.step = observed
+    try:
+        run(1)
+    finally:
+        del pipe.scheduler.step
+    generator = torch.Generator(case.device).manual_seed(1)
+    for i in range(case.steps if case.sampler == "ddpm" else 0):
+        z = torch.randn(case.full_shape, generator=generator, device=case.device, dtype=dtype)
+        if i:
+            recorder.noise(z)
+    found = recorder.found()
+    return found if dtype == torch.float32 else {**found, "16-bit state": torch.ones(())}
+
+
+def _lucidrains(case: Case) -> Work:
+    """p_sample_loop; lucidrains takes every timestep of its process, so that the process has `steps` of them."""
+    diffusion = lucidrains.diffusion(case, _labelled(case), case.steps, "sigmoid")
+
+    def run() -> Tensor:
+        return diffusion.p_sample_loop(case.full_shape)
+
+    def evaluate() -> dict[str, Tensor]:
+        recorder = Recorder(case)
+        torch.manual_seed(1)
+        x = diffusion.p_sample_loop(case.full_shape, return_all_timesteps=True)
+        for i in range(case.steps + 1):
+            recorder.state(x[:, i])
+        torch.manual_seed(1)
+        for i in range(case.steps):
+            z = torch.randn(case.full_shape, device=case.device)
+            if i:
+                recorder.noise(z)
+        return {**recorder.found(), "betas": lucidrains.schedule_of(diffusion).betas}
+
+    return Work(run, evaluate)
+
+
+def _fastddpm(case: Case, dtype: torch.dtype) -> Work:
+    if case.sampler == "ddim":
+        table = ddim_table(schedule(), steps=case.steps, spacing=chain.spacing(case), rederive_eps=False)
+    else:
+        table = ddpm_table(schedule(), steps=case.steps, spacing=chain.spacing(case))
+    model = networks.build(case.network)
+    sampler = Sampler(model, table, case.shape, device=case.device, dtype=dtype, compile=True)
+    labels = networks.labels(case.network, case.batch)
+    seeds = list(range(case.batch))
+
+    def run() -> Tensor:
+        return sampler.sample(seeds=seeds, class_labels=labels)
+
+    def evaluate() -> dict[str, Tensor]:
+        recorder = Recorder(case)
+        recorder.state(noise.randn(case.full_shape, seeds=seeds, stream=noise.STREAM_X_T))
+        sampler.sample(seeds=seeds, class_labels=labels, callback=lambda result: recorder.state(result.x_t))
+        key, sample_id = resolve_seeds(seeds=seeds)
+        n = case.n_elements // case.batch
+        for i in range(case.steps if case.sampler == "ddpm" else 0):
+            z = noise.normals(key, sample_id, torch.tensor([i]), noise.STREAM_REVERSE, n)
+            recorder.noise(z.reshape(case.full_shape))
+        return recorder.found()
+
+    return Work(run, evaluate)
+
+
+def cases(device: str, smoke: bool) -> list[Case]:
+    """The bars' cases, DDIM, and a series over the number of steps."""
+
+    def case(network: str, batch: int, steps: int = 20, sampler: str = "ddpm", *, sweep: bool = False) -> Case:
+        return Case("sampling", batch, networks.shape(network), network, steps, sampler, device, sweep)
+
+    if smoke:
+        return [case("tiny", 2, 3), case("tiny", 1, 3, "ddim")]
+    batches = (1, 4, 16) if device == "cpu" else (1, 16, 64, 256)
+    series = [case("digits", 16, steps, sweep=True) for steps in (5, 10, 50)]
+    return [*(case("cifar10", batch) for batch in batches), case("cifar10", 1, 20, "ddim"), case("digits", 16), *series]
+
+
+def _ours(case: Case) -> str | None:
+    return networks.unavailable(case.network)
+
+
+def _ddpm_only(case: Case) -> str | None:
+    return NOT_ASKED if case.sampler != "ddpm" else _ours(case)
+
+
+_PEER = {"diffusers": "diffusers"}
+_F32 = torch.float32
+
+SUBJECT = Subject(
+    name="sampling",
+    title="Whole sampling loop",
+    providers=(
+        Provider("diffusers", _diffusers, needs=_PEER, skips=_ours, sweep=True),
+        Provider("diffusers, tuned", lambda c: _diffusers(c, _F32, tuned=True), "float32", _PEER, True, _ours),
+        Provider("diffusers, tuned, bf16", lambda c: _diffusers(c, _BF16, tuned=True), "bfloat16", _PEER, True, _ours),
+        Provider("PyTorch", _pytorch, skips=_ddpm_only),
+        Provider("PyTorch, compiled", _compiled, compiled=True, skips=_ddpm_only),
+        Provider("lucidrains", _lucidrains, needs=lucidrains.NEEDS, skips=_ddpm_only),
+        Provider("OpenVINO", lambda c: _openvino(c, "f32"), "float32", openvino.NEEDS, skips=openvino.skips),
+        Provider(
+            "OpenVINO, bf16",
+            lambda c: _openvino(c, "bf16"),
+            "bfloat16",
+            openvino.NEEDS,
+            skips=openvino.skips,
+            tolerance=openvino.BF16_TOLERANCE,
+        ),
+        Provider("fastddpm", lambda c: _fastddpm(c, _F32), compiled=True, skips=_ours, sweep=True),
+        Provider("fastddpm, bf16", lambda c: _fastddpm(c, _BF16), "bfloat16", compiled=True, skips=_ours, sweep=True),
+    ),
+    cases=cases,
+    check=chain.check,
+    isolated=True,
+    second={"float32": "diffusers, tuned", "bfloat16": "diffusers, tuned, bf16"},
+)

@@ -1,13 +1,154 @@
-"""unet, provider by provider: `fastddpm.bench.unet` under pytest-benchmark."""
+"""Benchmark: one call of the network."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from fastddpm.bench.case import Case, Provider
-from fastddpm.bench.pytest_row import measure
-from fastddpm.bench.unet import SUBJECT
+import torch
+from fastddpm.benchmarks.harness import gate
+from fastddpm.benchmarks.harness import loop_gate as chain
+from fastddpm.benchmarks.harness.case import Case, Check, Provider, Subject, Work
+from fastddpm.benchmarks.harness.inputs import gaussian
+from fastddpm.benchmarks.peers import networks, openvino
+from fastddpm.benchmarks.peers.compiled import compile_frozen
+from torch import Tensor
+
+from fastddpm.sampling import model as network
+
+# The network's output at row i of the chain's timesteps, float32 or lower.
+Call = Callable[[int], Tensor]
 
 
-def test_unet(benchmark: Any, case: Case, provider: Provider) -> None:
-    measure(benchmark, SUBJECT, case, provider)
+def _work(case: Case, call: Call) -> Work:
+    """Time a row in the middle; evaluate every row."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return call(case.steps // 2)
+
+    def evaluate() -> dict[str, Tensor]:
+        with torch.no_grad():
+            rows = [call(i)[chain.kept(case)].float().cpu().clone() for i in range(case.steps)]
+        return {"eps": torch.stack(rows)}
+
+    return Work(run, evaluate)
+
+
+def _input(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
+    return gaussian(1, case.full_shape, case.device, dtype)
+
+
+def _module(case: Case, model: Any, dtype: torch.dtype = torch.float32, *, frozen: bool = False) -> Work:
+    """A module, eager as it is, or compiled."""
+    model, x = model.to(case.device, dtype), _input(case, dtype)
+    labels = networks.labels(case.network, case.batch, case.device)
+    kwargs = {} if labels is None else {"class_labels": labels}
+    if frozen:
+        x, model = x.to(memory_format=torch.channels_last), compile_frozen(model)
+    ts = [torch.full((case.batch,), t, device=case.device) for t in chain.timesteps(case).tolist()]
+    return _work(case, lambda i: network.unwrap(model(x, ts[i], **kwargs)))
+
+
+def _pytorch(case: Case) -> Work:
+    return _module(case, networks.build(case.network))
+
+
+def _compiled(case: Case, dtype: torch.dtype) -> Work:
+    return _module(case, networks.build(case.network), dtype, frozen=True)
+
+
+def _diffusers(case: Case) -> Work:
+    return _module(case, networks.build_diffusers(case.network))
+
+
+def _tuned(case: Case, dtype: torch.dtype) -> Work:
+    return _module(case, networks.build_diffusers(case.network), dtype, frozen=True)
+
+
+def _openvino(case: Case, precision: str) -> Work:
+    predict, x = openvino.compile_network(case, precision), _input(case)
+    ts = [torch.full((case.batch,), t) for t in chain.timesteps(case).tolist()]
+    return _work(case, lambda i: predict(x, ts[i]))
+
+
+def _fastddpm(case: Case, dtype: torch.dtype) -> Work:
+    """The network as the sampler calls it."""
+    timesteps = chain.timesteps(case).to(case.device)
+    model = network.place(networks.build(case.network), torch.device(case.device), dtype)
+    form = network.NetworkSource(model, timesteps, compile_model=True, strict=True).for_batch(case.batch)
+    labels = networks.labels(case.network, case.batch, case.device)
+    form.load(labels)
+    kwargs = {} if labels is None else {"class_labels": labels}
+    x = _input(case, dtype).to(memory_format=form.memory_format)
+    t = torch.empty(case.batch, dtype=timesteps.dtype, device=case.device)
+    row = torch.zeros(1, dtype=torch.int64, device=case.device)
+
+    def call(i: int) -> Tensor:
+        row.fill_(i)
+        torch.index_select(timesteps, 0, row.expand(case.batch), out=t)
+        return network.unwrap(form(x, t, row, kwargs))
+
+    return _work(case, call)
+
+
+def cases(device: str, smoke: bool) -> list[Case]:
+    """Ho et al.'s CIFAR-10 network, and the small one."""
+    if smoke:
+        return [Case("unet", 2, networks.shape("tiny"), "tiny", 3, device=device)]
+    sizes = [("cifar10", 1), ("cifar10", 4), ("cifar10", 16), ("digits", 16)]
+    return [Case("unet", batch, networks.shape(name), name, 20, device=device) for name, batch in sizes]
+
+
+@functools.lru_cache(maxsize=4)
+def _expected(case: Case) -> Tensor:
+    x = _input(case).cpu()[chain.kept(case)]
+    return torch.stack([chain.reference_eps(case, x, t) for t in chain.timesteps(case).tolist()])
+
+
+def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
+    """eps at every timestep against the plain float32 network on the CPU; the worst one counts."""
+    expected, tolerance = _expected(case), provider.tolerance or gate.network(provider.dtype, case.device)
+    errors = [gate.relative_l2(value, eps) for value, eps in zip(found["eps"], expected, strict=True)]
+    # max() would pass over a NaN.
+    worst = max(range(len(errors)), key=lambda i: errors[i] if errors[i] == errors[i] else float("inf"))
+    return Check.of(errors[worst], tolerance, f"eps at {len(errors)} timesteps against float32")
+
+
+def needs_network(case: Case) -> str | None:
+    """Say if the network is not there."""
+    return networks.unavailable(case.network)
+
+
+_PEER = {"diffusers": "diffusers"}
+_BF16 = torch.bfloat16
+
+SUBJECT = Subject(
+    name="unet",
+    title="The network alone",
+    providers=(
+        Provider("diffusers", _diffusers, needs=_PEER, skips=needs_network),
+        Provider(
+            "diffusers, tuned", lambda c: _tuned(c, torch.float32), needs=_PEER, compiled=True, skips=needs_network
+        ),
+        Provider("diffusers, tuned, bf16", lambda c: _tuned(c, _BF16), "bfloat16", _PEER, True, needs_network),
+        Provider("PyTorch", _pytorch, skips=needs_network),
+        Provider("PyTorch, compiled", lambda c: _compiled(c, torch.float32), compiled=True, skips=needs_network),
+        Provider("OpenVINO", lambda c: _openvino(c, "f32"), needs=openvino.NEEDS, skips=openvino.skips),
+        Provider(
+            "OpenVINO, bf16",
+            lambda c: _openvino(c, "bf16"),
+            "bfloat16",
+            openvino.NEEDS,
+            skips=openvino.skips,
+            tolerance=openvino.BF16_TOLERANCE,
+        ),
+        Provider("fastddpm", lambda c: _fastddpm(c, torch.float32), compiled=True, skips=needs_network),
+        Provider("fastddpm, bf16", lambda c: _fastddpm(c, _BF16), "bfloat16", compiled=True, skips=needs_network),
+    ),
+    cases=cases,
+    check=check,
+    isolated=True,
+    second={"float32": "diffusers, tuned", "bfloat16": "diffusers, tuned, bf16"},
+)

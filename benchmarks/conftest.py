@@ -2,6 +2,7 @@
 
     pytest benchmarks                                   this machine's sizes
     pytest benchmarks --smoke                           tiny sizes, nothing compiled: does everything work?
+    pytest benchmarks -k randn                          one subject
     pytest benchmarks --benchmark-autosave              keep the numbers; --benchmark-compare shows what changed
 
 Ratios between providers come from `fastddpm bench`, whose rounds are interleaved: these are not.
@@ -10,34 +11,29 @@ Ratios between providers come from `fastddpm bench`, whose rounds are interleave
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from fastddpm.benchmarks.harness import subjects
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--smoke", action="store_true", help="tiny sizes, nothing compiled")
 
 
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """Benchmarks are called bench_*.py, which pytest does not look for by itself."""
-    explicit = any(str(argument).split("::")[0].endswith(file_path.name) for argument in parent.config.args)
-    if file_path.name.startswith("bench_") and file_path.suffix == ".py" and not explicit:
-        return pytest.Module.from_parent(parent, path=file_path)
-    return None
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every provider with every case of the module's SUBJECT."""
+    """Every subject with each of its cases and providers."""
     if "provider" not in metafunc.fixturenames:
         return
-    subject = metafunc.module.SUBJECT
+    smoke = metafunc.config.getoption("--smoke")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = subject.cases(device, metafunc.config.getoption("--smoke"))
-    pairs = [(case, provider) for case in cases for provider in subject.providers]
-    ids = [f"{case.id}-{provider.name}".replace(", ", "-").replace(" ", "_") for case, provider in pairs]
-    metafunc.parametrize(("case", "provider"), pairs, ids=ids)
+    rows = [
+        pytest.param(subject, case, provider, id=f"{subject.name}-{case.id}-{provider.name}".replace(", ", "-"))
+        for subject in map(subjects.find, subjects.NAMES)
+        for case in subject.cases(device, smoke)
+        for provider in subject.providers
+    ]
+    metafunc.parametrize(("subject", "case", "provider"), rows)
 
 
 @pytest.fixture(autouse=True)

@@ -10,46 +10,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastddpm.acceleration import accelerate as accelerate
-    from fastddpm.ddim import ddim_inversion_table as ddim_inversion_table
-    from fastddpm.ddim import ddim_table as ddim_table
-    from fastddpm.ddpm import ddpm_table as ddpm_table
-    from fastddpm.diffusion import DiffusionConfig as DiffusionConfig
-    from fastddpm.dpm_solver import dpm_solver_table as dpm_solver_table
     from fastddpm.errors import BackendUnavailable as BackendUnavailable
-    from fastddpm.likelihood import bits_per_dim as bits_per_dim
-    from fastddpm.loss import ddpm_loss as ddpm_loss
-    from fastddpm.noise import randn as randn
-    from fastddpm.sampler import Sampler as Sampler
-    from fastddpm.sampling import sample as sample
-    from fastddpm.schedule import Schedule as Schedule
-    from fastddpm.table import Table as Table
-    from fastddpm.unet import UNet as UNet
-    from fastddpm.unet import UNetConfig as UNetConfig
-    from fastddpm.weights import load as load
-    from fastddpm.weights import save_pretrained as save_pretrained
+    from fastddpm.integrations.acceleration import accelerate as accelerate
+    from fastddpm.noise.v1 import randn as randn
+    from fastddpm.sampling.sample import sample as sample
+    from fastddpm.sampling.sampler import Sampler as Sampler
+    from fastddpm.schedules.diffusion import DiffusionConfig as DiffusionConfig
+    from fastddpm.schedules.schedule import Schedule as Schedule
+    from fastddpm.tables.ddim import ddim_inversion_table as ddim_inversion_table
+    from fastddpm.tables.ddim import ddim_table as ddim_table
+    from fastddpm.tables.ddpm import ddpm_table as ddpm_table
+    from fastddpm.tables.dpm_solver import dpm_solver_table as dpm_solver_table
+    from fastddpm.tables.table import Table as Table
+    from fastddpm.training.likelihood import bits_per_dim as bits_per_dim
+    from fastddpm.training.loss import ddpm_loss as ddpm_loss
+    from fastddpm.unet.load import load as load
+    from fastddpm.unet.load import save_pretrained as save_pretrained
+    from fastddpm.unet.unet import UNet as UNet
+    from fastddpm.unet.unet import UNetConfig as UNetConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BackendUnavailable": "errors",
-    "DiffusionConfig": "diffusion",
-    "Sampler": "sampler",
-    "Schedule": "schedule",
-    "Table": "table",
-    "UNet": "unet",
-    "UNetConfig": "unet",
-    "accelerate": "acceleration",
-    "bits_per_dim": "likelihood",
-    "ddim_inversion_table": "ddim",
-    "ddim_table": "ddim",
-    "ddpm_loss": "loss",
-    "ddpm_table": "ddpm",
-    "dpm_solver_table": "dpm_solver",
-    "load": "weights",
-    "randn": "noise",
-    "sample": "sampling",
-    "save_pretrained": "weights",
+    "DiffusionConfig": "schedules.diffusion",
+    "Sampler": "sampling.sampler",
+    "Schedule": "schedules.schedule",
+    "Table": "tables.table",
+    "UNet": "unet.unet",
+    "UNetConfig": "unet.config",
+    "accelerate": "integrations.acceleration",
+    "bits_per_dim": "training.likelihood",
+    "ddim_inversion_table": "tables.ddim",
+    "ddim_table": "tables.ddim",
+    "ddpm_loss": "training.loss",
+    "ddpm_table": "tables.ddpm",
+    "dpm_solver_table": "tables.dpm_solver",
+    "load": "unet.load",
+    "randn": "noise.v1",
+    "sample": "sampling.sample",
+    "save_pretrained": "unet.load",
 }
 
 __all__ = sorted(_HOME)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.gaussians import discretized_log_likelihood, mean_flat, normal_kl
-from fastddpm.schedule import Schedule
+from fastddpm.schedules.schedule import Schedule
 
 Model = Callable[[Tensor, Tensor], Any]
 

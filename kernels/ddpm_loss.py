@@ -1,6 +1,6 @@
 """The training loss: squared residuals of a network's output, against noise that is drawn again instead of read.
 
-``fastddpm/step.py`` has the twin of a residual; :func:`ddpm_loss_variant` describes every variant for offline
+``fastddpm/ops/twins.py`` has the twin of a residual; :func:`ddpm_loss_variant` describes every variant for offline
 compilation.
 """
 

@@ -1,6 +1,6 @@
 """noise-v1 on the device: Philox4x32-10 and Box-Muller, and the kernel that stores a draw.
 
-The contract (counter words, constants and their fits) is written down in ``fastddpm/noise.py``, the twin of this file.
+The contract (counter words, constants and their fits) is in ``fastddpm/noise/v1.py``, the twin of this file.
 Allowed operations: integer ops, integer-to-float casts, float32 add, sub and mul, selects, bit casts; compile with
 ``enable_fp_fusion=False``, since a contracted multiply-add would change bits.
 """
@@ -137,7 +137,7 @@ def _randn_kernel(
     Output    out: [batch, n] contiguous, fp32/fp16/bf16
     Grid      ``tiles.launch_grid``; count: n in groups of four (in elements if not ALIGNED)
     Traffic   1 write = 4 B/element at fp32; about 50 instructions an element, so issue binds inside the L2
-    Numerics  bit-equal to ``fastddpm/noise.py``
+    Numerics  bit-equal to ``fastddpm/noise/v1.py``
     """
     n = count.to(tl.int64)
     groups = count

@@ -1,6 +1,6 @@
 """The reverse step: one table row per sample, executed in one pass over memory.
 
-``fastddpm/step.py`` is the twin; ``p_sample_variant`` describes every variant for offline
+``fastddpm/ops/twins.py`` is the twin; ``p_sample_variant`` describes every variant for offline
 compilation.
 """
 
@@ -56,7 +56,7 @@ RUNTIME = (
 
 @triton.jit
 def _exp(y):
-    """e**y by the project's polynomial (``fastddpm/step.py``); y is held to [-87, 88], NaN stays."""
+    """e**y by the project's polynomial (``fastddpm/ops/twins.py``); y is held to [-87, 88], NaN stays."""
     y = tl.minimum(tl.maximum(y, -87.0, propagate_nan=NAN), 88.0, propagate_nan=NAN)
     shifted = y * 1.4426950216293335 + 12582912.0
     n = shifted - 12582912.0
@@ -123,7 +123,7 @@ def _p_sample_kernel(
     Counts    n = CHANNELS * plane, CHANNELS = 1 if nothing is channels-last; count: the plane in groups of four (in
               elements if not ALIGNED); repeat: tiles that a program walks
     Traffic   2 reads + 1 write = 12 B/element at fp32; coefficients from L1; memory bound
-    Numerics  fp32 inside, no contraction, one rounding at each store; bit-equal to ``step.p_sample``
+    Numerics  fp32 inside, no contraction, one rounding at each store; bit-equal to ``twins.p_sample``
     Noise     noise-v1, or z, or none; not added where sigma is 0
     """
     LOOP: tl.constexpr = (M_NHWC or LOW_NHWC) and ALIGNED

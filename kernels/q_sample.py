@@ -1,6 +1,6 @@
 """The forward process: q(x_t | x_0), or q(x_t | x_{t-1}), in one pass over memory.
 
-``fastddpm/step.py`` is the twin; :func:`q_sample_variant` describes every variant for offline compilation.
+``fastddpm/ops/twins.py`` is the twin; :func:`q_sample_variant` describes every variant for offline compilation.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def test_commands_help_needs_no_torch(tmp_path: Path) -> None:
 def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Build the wheel from a copy of the tree and list what it holds."""
     copy = tmp_path_factory.mktemp("wheel")
-    for folder in ("fastddpm", "kernels"):
+    for folder in ("fastddpm", "kernels", "benchmarks"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.tmp"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
@@ -59,8 +59,12 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 def shipped_files() -> set[str]:
     """List the files of the tree that a user needs, under the names they are imported by."""
     library = {str(path.relative_to(ROOT)) for path in (ROOT / "fastddpm").rglob("*") if path.is_file()}
-    kernels = {"fastddpm/" + str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
-    return {name for name in library | kernels if "__pycache__" not in name and not name.endswith(".tmp")}
+    mapped = {
+        "fastddpm/" + str(path.relative_to(ROOT))
+        for folder in ("kernels", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    return {name for name in library | mapped if "__pycache__" not in name and not name.endswith(".tmp")}
 
 
 def test_wheel_holds_the_tree_and_nothing_else(wheel_names: set[str]) -> None:

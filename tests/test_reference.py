@@ -11,7 +11,7 @@ import torch
 from torch.distributions import Normal
 
 from fastddpm import reference
-from fastddpm.schedule import Schedule
+from fastddpm.schedules.schedule import Schedule
 
 SCHEDULE = Schedule.cosine(50)
 T = SCHEDULE.num_timesteps
@@ -33,7 +33,10 @@ def test_reference_reads_like_the_paper():
         for node in ast.walk(ast.parse(source))
         if isinstance(node, (ast.Import, ast.ImportFrom))
     ]
-    assert {name for name in imported if name.startswith("fastddpm")} == {"fastddpm.gaussians", "fastddpm.schedule"}
+    assert {name for name in imported if name.startswith("fastddpm")} == {
+        "fastddpm.gaussians",
+        "fastddpm.schedules.schedule",
+    }
     assert not {name for name in imported if name.startswith("triton")}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fastddpm import train_log
 from fastddpm.cli import COMMANDS, main
+from fastddpm.training import log as train_log
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -58,7 +58,8 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print."""
-    from fastddpm.bench import merge, readme, report
+    from fastddpm.benchmarks.report import markdown as report
+    from fastddpm.benchmarks.report import merge, readme
 
     if args.from_json:
         results = merge.merge([json.loads(path.read_text()) for path in args.from_json])
@@ -80,10 +81,11 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run what was asked for; the results so far are in the output folder after every case."""
-    from fastddpm.atomic import write_files
-    from fastddpm.bench import cuda, offline, step_counts, subjects, suite
-    from fastddpm.bench.compare import MIN_ROUNDS
-    from fastddpm.offline import check_arch
+    from fastddpm.benchmarks.counts import cuda, offline, step_counts
+    from fastddpm.benchmarks.harness import subjects, suite
+    from fastddpm.benchmarks.harness.compare import MIN_ROUNDS
+    from fastddpm.diagnostics.compile_offline import check_arch
+    from fastddpm.files.atomic import write_files
 
     only = args.only or (*subjects.NAMES, COUNTS)
     names = [name for name in only if name != COUNTS]
@@ -124,8 +126,8 @@ def _say(args: argparse.Namespace) -> Any:
 
 def write(args: argparse.Namespace, results: dict[str, Any], text: str) -> None:
     """Write JSON, Markdown and, where matplotlib is installed, plots."""
-    from fastddpm.atomic import write_files
-    from fastddpm.bench import plots
+    from fastddpm.benchmarks.report import plots
+    from fastddpm.files.atomic import write_files
 
     write_files({args.outdir / RESULTS: _encode(results), args.outdir / "bench.md": text.encode()})
     if importlib.util.find_spec("matplotlib") is None:

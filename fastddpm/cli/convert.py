@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert, write and say what it was."""
     import torch
 
-    from fastddpm.convert import convert
-    from fastddpm.convert_openai import OpenAIFlags
+    from fastddpm.integrations.convert import convert
+    from fastddpm.integrations.openai.unet_weights import OpenAIFlags
 
     flags = OpenAIFlags(
         num_heads=args.num_heads,

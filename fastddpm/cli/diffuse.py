@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastddpm.sampler import Sampler
-    from fastddpm.story import Request, Story
+    from fastddpm.pictures.recording import Request, Story
+    from fastddpm.sampling.sampler import Sampler
 
 DESCRIPTION = """Draw the forward process of data in T steps, panel by panel, with alpha_bar_t and the signal-to-noise
 ratio, and beneath it a reverse process: for points that of a small network trained on the spot, or of the exact
@@ -61,9 +61,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compute the process, draw it, and say whether it ended Gaussian."""
-    from fastddpm import animation, drawing
-    from fastddpm.atomic import write_files
-    from fastddpm.story import tell
+    from fastddpm.files.atomic import write_files
+    from fastddpm.pictures import gif as animation
+    from fastddpm.pictures import strip as drawing
+    from fastddpm.pictures.recording import tell
 
     request = _request(args)
     paths = _free_paths(args)
@@ -79,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> Request:
-    from fastddpm.drawing import MAX_PANELS
-    from fastddpm.options import resolve_device
-    from fastddpm.points import DATA_SETS
-    from fastddpm.story import Request
+    from fastddpm.data.points import DATA_SETS
+    from fastddpm.pictures.recording import Request
+    from fastddpm.pictures.strip import MAX_PANELS
+    from fastddpm.sampling.options import resolve_device
 
     if args.model is not None and args.schedule is not None:
         raise ValueError(f"--schedule {args.schedule} and --model {args.model}: a model brings its own schedule")
@@ -149,7 +150,7 @@ class _progress:  # noqa: N801 - used like a function
 def _measured(args: argparse.Namespace, request: Request, sampler: Sampler) -> dict[str, float]:
     if not args.measure:
         return {}
-    from fastddpm.points import compare
+    from fastddpm.data.points import compare
 
     of_samples, of_data = compare(
         request.data, lambda n, seed: sampler.sample(seed=seed, batch_size=n), first_seed=request.seed + 1

@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts."""
-    from fastddpm import machine
+    from fastddpm.machine import hardware as machine
 
     facts = machine.facts()
     print(json.dumps(facts, indent=1) if args.json else render(facts))

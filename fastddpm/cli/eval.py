@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from fastddpm.cli import sampling_options
 
 if TYPE_CHECKING:
-    from fastddpm.data import Dataset
+    from fastddpm.data.datasets import Dataset
     from fastddpm.evaluation.classifier import Classifier
     from fastddpm.evaluation.measures import Measures
-    from fastddpm.evaluation.reference import Reference
-    from fastddpm.sampling import Run
-    from fastddpm.unet import UNet
+    from fastddpm.evaluation.real_images import Reference
+    from fastddpm.sampling.sample import Run
+    from fastddpm.unet.unet import UNet
 
 DESCRIPTION = """Draw samples and measure them beside real images: how often a small classifier sees the digit that was
 asked for, the Frechet distance of its features, how near samples come to training images, and how much they differ.
@@ -61,14 +61,14 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate a model, or train the classifier that it takes."""
     if args.train_classifier is not None:
         return _train_classifier(args)
-    from fastddpm.atomic import write_files
     from fastddpm.evaluation.bits import real_bits
     from fastddpm.evaluation.guidance_plot import guidance_plot
-    from fastddpm.evaluation.reference import load_reference
+    from fastddpm.evaluation.real_images import load_reference
     from fastddpm.evaluation.report import PLOT, REPORT, text_report
-    from fastddpm.outputs import locked
-    from fastddpm.sampling import shape_of
-    from fastddpm.weights import load
+    from fastddpm.files.atomic import write_files
+    from fastddpm.sampling.outputs import locked
+    from fastddpm.sampling.sample import shape_of
+    from fastddpm.unet.load import load
 
     model = load(args.model)
     reference = load_reference(args.data, shape_of(model))
@@ -100,9 +100,9 @@ def _result(
     """Draw the samples of one guidance weight, and measure them."""
     from fastddpm.evaluation.measures import measure
     from fastddpm.evaluation.report import PICTURE, SPEED
-    from fastddpm.images import make_grid, save_png
-    from fastddpm.outputs import Outputs
-    from fastddpm.sample_run import describe, draw_missing
+    from fastddpm.files.images import make_grid, save_png
+    from fastddpm.sampling.outputs import Outputs
+    from fastddpm.sampling.to_files import describe, draw_missing
 
     directory = args.outdir / f"guidance-{planned.guidance:g}"
     outputs = Outputs(directory, "npz", planned.seeds, planned.labels, planned.batches, planned.batches)
@@ -122,10 +122,10 @@ def _samples(path: Path, labels: list[int] | None, model: UNet, reference: Refer
     """Return the samples as the 8-bit images that a viewer shows, with the reference's classes where it has as many."""
     import torch
 
-    from fastddpm.data import Dataset
-    from fastddpm.images import to_uint8
-    from fastddpm.network import num_classes_of
-    from fastddpm.outputs import read_x
+    from fastddpm.data.datasets import Dataset
+    from fastddpm.files.images import to_uint8
+    from fastddpm.sampling.model import num_classes_of
+    from fastddpm.sampling.outputs import read_x
 
     images = to_uint8(torch.from_numpy(read_x(path)))
     if labels is None:
@@ -142,8 +142,8 @@ def _samples(path: Path, labels: list[int] | None, model: UNet, reference: Refer
 
 def _speed(path: Path, drawn: list[tuple[int, float]]) -> float | None:
     """Return images a second of the median batch, which no compilation slows; if none was drawn, of the last run."""
-    from fastddpm.atomic import write_files
-    from fastddpm.safejson import read_object
+    from fastddpm.files.atomic import write_files
+    from fastddpm.files.safejson import read_object
 
     if drawn:
         rate = statistics.median(n / seconds for n, seconds in drawn)
@@ -178,7 +178,7 @@ def _train_classifier(args: argparse.Namespace) -> int:
     from fastddpm.evaluation.classifier import judge, load_classifier, save_classifier
     from fastddpm.evaluation.classifier_training import count_steps, train_classifier
     from fastddpm.evaluation.measures import accuracy
-    from fastddpm.evaluation.reference import built_in
+    from fastddpm.evaluation.real_images import built_in
     from fastddpm.evaluation.report import show
 
     path: Path = args.train_classifier

@@ -8,8 +8,8 @@ import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastddpm.gpus import Gpu
-    from fastddpm.inspect import Report
+    from fastddpm.diagnostics.gpus import Gpu
+    from fastddpm.diagnostics.inspect import Report
 
 WIDTH = 80
 _HEADER = f"{'variant':<34}{'regs':>5}{'spill':>6}{'smem':>6}{'bar':>4}{'i/el':>6}{'B/el':>5}{'binds':>8}{'':>6}"
@@ -35,7 +35,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Compile, measure, print."""
-    from fastddpm import gpus, inspect, kernel_variants
+    from fastddpm.diagnostics import gpus, inspect
+    from fastddpm.diagnostics import variants as kernel_variants
 
     variants = [v for v in kernel_variants.variants() if args.kernel in (None, v.kernel)]
     if not variants:
@@ -75,7 +76,7 @@ def _heading(arch: str, gpu: Gpu | None) -> list[str]:
 
 
 def _row(report: Report) -> list[str]:
-    from fastddpm.inspect import summarise_widths
+    from fastddpm.diagnostics.inspect import summarise_widths
 
     executed = "-" if report.executed is None else f"{report.executed:.1f}"
     share = "" if report.compute_share is None else f"{report.compute_share:.2f}"

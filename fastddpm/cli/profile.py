@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastddpm.profiling import Breakdown, Part
-    from fastddpm.sampler import Sampler
+    from fastddpm.diagnostics.profile import Breakdown, Part
+    from fastddpm.sampling.sampler import Sampler
 
 WIDTH = 80
 _COMPILE: Mapping[str, bool | str] = {"auto": "auto", "on": True, "off": False}
@@ -50,7 +50,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Profile and print."""
-    from fastddpm import profiling
+    from fastddpm.diagnostics import profile as profiling
 
     model = _model(args.model)
     profiled = profiling.run_profile(lambda: _sampler(args, model), _call(args, model), traced=not args.ranges_only)
@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(name: str) -> Any:
-    from fastddpm.bench import networks
-    from fastddpm.weights import load
+    from fastddpm.benchmarks.peers import networks
+    from fastddpm.unet.load import load
 
     return networks.build(name) if name in ("cifar10", "small", "tiny") else load(name)
 
@@ -80,9 +80,9 @@ def _model(name: str) -> Any:
 def _sampler(args: argparse.Namespace, model: Any) -> Sampler:
     import torch
 
-    from fastddpm.sampler import Sampler
-    from fastddpm.samplers import make_table
-    from fastddpm.sampling import diffusion_of, shape_of
+    from fastddpm.sampling.sample import diffusion_of, shape_of
+    from fastddpm.sampling.sampler import Sampler
+    from fastddpm.tables.by_name import make_table
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return Sampler(
@@ -98,7 +98,7 @@ def _sampler(args: argparse.Namespace, model: Any) -> Sampler:
 
 
 def _call(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    from fastddpm.sampling import labels_for
+    from fastddpm.sampling.sample import labels_for
 
     seeds = list(range(args.batch))
     return {"seeds": seeds, "class_labels": labels_for(model, seeds, None)}
@@ -112,14 +112,14 @@ def to_dict(found: Breakdown, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _files(args: argparse.Namespace) -> dict[str, Any]:
-    from fastddpm import profiling
+    from fastddpm.diagnostics import profile as profiling
 
     return {"trace": str(args.trace), "commands": profiling.nsight_commands(command(args))}
 
 
 def command(args: argparse.Namespace) -> str:
     """Return the command line that repeats this run."""
-    from fastddpm import machine
+    from fastddpm.machine import hardware as machine
 
     parts = [machine.executable(), "-m", "fastddpm", "profile", "--model", args.model]
     parts += ["--batch", str(args.batch), "--steps", str(args.steps), "--dtype", args.dtype, "--sampler", args.sampler]
@@ -129,7 +129,7 @@ def command(args: argparse.Namespace) -> str:
 
 def render(found: Breakdown, args: argparse.Namespace, *, on_cuda: bool) -> str:
     """The breakdown, the longest operations, and what to run for more."""
-    from fastddpm import profiling
+    from fastddpm.diagnostics import profile as profiling
 
     where = "device" if on_cuda else "host"
     lines = [

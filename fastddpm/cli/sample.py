@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import sampling_options
-from fastddpm.seed_ranges import format_seeds, parse_seeds
+from fastddpm.noise.seed_ranges import format_seeds, parse_seeds
 
 if TYPE_CHECKING:
-    from fastddpm.sampling import Run
-    from fastddpm.unet import UNet
+    from fastddpm.sampling.sample import Run
+    from fastddpm.unet.unet import UNet
 
 DESCRIPTION = """Draw one sample per seed. A seed gives the same noise in any batch, on any device and with any number
 of processes. Started by torchrun, each process draws its share of the batches (RANK, WORLD_SIZE, LOCAL_RANK)."""
@@ -50,9 +50,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the samples and write them."""
-    from fastddpm.outputs import Outputs, locked
-    from fastddpm.sample_run import describe, draw_missing
-    from fastddpm.weights import load
+    from fastddpm.sampling.outputs import Outputs, locked
+    from fastddpm.sampling.to_files import describe, draw_missing
+    from fastddpm.unet.load import load
 
     rank, world = rank_and_world(os.environ)
     model = load(args.model)
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace, model: UNet) -> Run:
-    from fastddpm.images import has_image_shape
-    from fastddpm.network import null_class_of
+    from fastddpm.files.images import has_image_shape
+    from fastddpm.sampling.model import null_class_of
 
     seeds = list(dict.fromkeys(args.seeds))
     labels = _labels(args.classes, len(seeds), null_class_of(model))

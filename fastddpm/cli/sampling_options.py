@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastddpm.sampling import Run
-    from fastddpm.unet import UNet
+    from fastddpm.sampling.sample import Run
+    from fastddpm.unet.unet import UNet
 
 
 def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
@@ -46,7 +46,7 @@ def plan(
     """
     import torch
 
-    from fastddpm.sampling import plan_run
+    from fastddpm.sampling.sample import plan_run
 
     return plan_run(
         model,

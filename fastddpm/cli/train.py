@@ -71,9 +71,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and return 0, or 128 + the signal that interrupted it."""
-    from fastddpm.train_config import TrainConfig
-    from fastddpm.train_run import read_settings
-    from fastddpm.training import train
+    from fastddpm.training.config import TrainConfig
+    from fastddpm.training.folder import read_settings
+    from fastddpm.training.trainer import train
 
     given = {k: v for k, v in vars(args).items() if k not in ("command", "quiet")}
     quiet = "quiet" in args

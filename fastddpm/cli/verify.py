@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the checks, print each as it ends, and the verdict."""
     import torch
 
-    from fastddpm.options import resolve_device
-    from fastddpm.verify import Result, verify
+    from fastddpm.diagnostics.verify import Result, verify
+    from fastddpm.sampling.options import resolve_device
 
     name = args.device
     if name == "auto":

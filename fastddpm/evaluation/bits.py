@@ -6,13 +6,13 @@ import copy
 
 import torch
 
-from fastddpm.data import Dataset
+from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation.estimate import Estimate, normal
-from fastddpm.evaluation.reference import Reference, subset
-from fastddpm.likelihood import bits_per_dim
-from fastddpm.network import num_classes_of
-from fastddpm.sampling import diffusion_of
-from fastddpm.unet import UNet
+from fastddpm.evaluation.real_images import Reference, subset
+from fastddpm.sampling.model import num_classes_of
+from fastddpm.sampling.sample import diffusion_of
+from fastddpm.training.likelihood import bits_per_dim
+from fastddpm.unet.unet import UNet
 
 
 def real_bits(model: UNet, reference: Reference, n: int, device: torch.device) -> dict[str, Estimate]:

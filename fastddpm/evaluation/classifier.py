@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastddpm.atomic import write_files
-from fastddpm.data import Dataset
-from fastddpm.tensorfile import read_tensors
-from fastddpm.weights import SHIPPED
+from fastddpm.data.datasets import Dataset
+from fastddpm.files.atomic import write_files
+from fastddpm.files.tensors import read_tensors
+from fastddpm.unet.load import SHIPPED
 
 # Trained on `fastddpm.data.mnist("train")` by: fastddpm eval --train-classifier FILE
 SHIPPED_CLASSIFIER = SHIPPED / "digits" / "classifier.safetensors"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm.data import Dataset
+from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation.classifier import Classifier
 
 EPOCHS = 40

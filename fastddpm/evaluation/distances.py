@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.data import Dataset
+from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation.estimate import Array, Estimate, normal
 
 # Numbers of a block of images in float64 (64 MB); at least one image.

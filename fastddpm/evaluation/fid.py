@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm.data import Dataset
-from fastddpm.images import to_uint8
-from fastddpm.tensorfile import sha256
+from fastddpm.data.datasets import Dataset
+from fastddpm.files.images import to_uint8
+from fastddpm.files.tensors import sha256
 
 NAME = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{NAME}"

@@ -6,8 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastddpm.drawing import INK, MUTED, new_figure
 from fastddpm.evaluation.measures import ACCURACY, DIVERSITY
+from fastddpm.pictures.strip import INK, MUTED, new_figure
 
 
 def guidance_plot(results: Sequence[Mapping[str, Any]]) -> bytes:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fastddpm.data import Dataset
+from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation import frechet
 from fastddpm.evaluation.classifier import Classifier, Opinion, judge
 from fastddpm.evaluation.distances import diversity, nearest_distances
 from fastddpm.evaluation.estimate import Estimate, bootstrapped, proportion, ratio
-from fastddpm.evaluation.reference import Reference, comparable, matched, subset
+from fastddpm.evaluation.real_images import Reference, comparable, matched, subset
 
 ACCURACY, FRECHET, NEAREST, DIVERSITY = "accuracy", "frechet", "nearest", "diversity"
 

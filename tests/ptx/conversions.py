@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ptx.floats import canonical
-from ptx.parser import PtxError
-from ptx.scalars import TYPES, Operation, type_bits
+from tests.ptx.floats import canonical
+from tests.ptx.parser import PtxError
+from tests.ptx.scalars import TYPES, Operation, type_bits
 
 _ROUND: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rni": np.rint,

@@ -19,9 +19,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ptx.machine import Grid, Machine
-from ptx.memory import AccessError, Memory, Segment, Traffic
-from ptx.parser import Program, parse
+from tests.ptx.machine import Grid, Machine
+from tests.ptx.memory import AccessError, Memory, Segment, Traffic
+from tests.ptx.parser import Program, parse
 
 _device_indices = itertools.count(1)
 _texts: dict[str, str] = {}

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ptx.parser import PtxError
-from ptx.scalars import TYPES, Operation
+from tests.ptx.parser import PtxError
+from tests.ptx.scalars import TYPES, Operation
 
 _CANONICAL_NAN = {"f16": 0x7FFF, "f32": 0x7FFFFFFF, "f64": 0x7FFFFFFFFFFFFFFF}
 _FLOATS = ("f32", "f64")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ptx.parser import PtxError
-from ptx.scalars import TYPES, UNSIGNED, Operation, type_bits
+from tests.ptx.parser import PtxError
+from tests.ptx.scalars import TYPES, UNSIGNED, Operation, type_bits
 
 _COMPARE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "eq": operator.eq,

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx import conversions, floats, integers
-from ptx.memory import Memory
-from ptx.parser import Address, Immediate, Instruction, Operand, Program, PtxError, Register, Symbol, Vector
-from ptx.registers import Lanes, RegisterFile
-from ptx.scalars import Operation, decode, literal, type_bits
+from tests.ptx import conversions, floats, integers
+from tests.ptx.memory import Memory
+from tests.ptx.parser import Address, Immediate, Instruction, Operand, Program, PtxError, Register, Symbol, Vector
+from tests.ptx.registers import Lanes, RegisterFile
+from tests.ptx.scalars import Operation, decode, literal, type_bits
 
 LANES_AT_ONCE = 1 << 13
 _FLOAT_TYPES = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f32x2", "f64")

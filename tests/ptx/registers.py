@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ptx.memory import AccessError
-from ptx.parser import Immediate, Operand, PtxError, Register, Sink, Symbol
-from ptx.scalars import UNSIGNED, decode, encode, literal, type_bits
+from tests.ptx.memory import AccessError
+from tests.ptx.parser import Immediate, Operand, PtxError, Register, Sink, Symbol
+from tests.ptx.scalars import UNSIGNED, decode, encode, literal, type_bits
 
 Lanes = np.ndarray | None
 """The threads that execute: indices, or None for all of them."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx.parser import PtxError
+from tests.ptx.parser import PtxError
 
 TYPES: dict[str, type[np.generic]] = {
     "pred": np.bool_,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptx.machine import Grid, Machine
-from ptx.memory import Memory, Segment
-from ptx.parser import parse
+from tests.ptx.machine import Grid, Machine
+from tests.ptx.memory import Memory, Segment
+from tests.ptx.parser import parse
 
 _HEADER = """
 .version 8.0

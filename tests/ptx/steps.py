@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm import torch_backend, triton_backend
-from fastddpm.noise import Counter
-from fastddpm.step import Flags
-from ptx.device import PtxDevice
+from fastddpm.noise.v1 import Counter
+from fastddpm.ops import torch_backend, triton_backend
+from fastddpm.ops.twins import Flags
+from tests.ptx.device import PtxDevice
 
 OUTPUTS = ("out_ptr", "x0_out_ptr", "low_ptr", "eps_out_ptr")
 ROWS, TABLE_LENGTH = 12, 6

@@ -47,7 +47,7 @@ Different, and worth knowing:
 
 from __future__ import annotations
 
-from fastddpm.integrations.diffusers.convert import accelerate
+from fastddpm.integrations.diffusers.accelerate import accelerate
 from fastddpm.integrations.diffusers.pipelines import FastDDIMPipeline, FastDDPMPipeline
 from fastddpm.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler
 from fastddpm.integrations.diffusers.unets import native_unet

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.integrations.diffusers.noising import Noising
-from fastddpm.table import COLUMN, Table
+from fastddpm.tables.table import COLUMN, Table
 
 
 class FusedScheduler(Noising):

@@ -10,11 +10,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastddpm import noise as noise_v1
 from fastddpm.errors import SamplingError
-from fastddpm.network import unwrap
-from fastddpm.sampler import Sampler, StepResult
-from fastddpm.table import COLUMN
+from fastddpm.noise import v1 as noise_v1
+from fastddpm.sampling.model import unwrap
+from fastddpm.sampling.sampler import Sampler, StepResult
+from fastddpm.tables.table import COLUMN
 
 Generators = torch.Generator | list[torch.Generator]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from fastddpm.integrations.diffusers.loop import Generators, Noise, Request, step_by_step, whole_loop
 from fastddpm.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler, fast_scheduler
 from fastddpm.integrations.diffusers.unets import native_unet, shares_parameters
-from fastddpm.network import Model
-from fastddpm.sampler import Sampler, StepResult
-from fastddpm.table import Table
+from fastddpm.sampling.model import Model
+from fastddpm.sampling.sampler import Sampler, StepResult
+from fastddpm.tables.table import Table
 
 logger = logging.getLogger("fastddpm")
 

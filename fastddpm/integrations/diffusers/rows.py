@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastddpm.table import COLUMN, K
+from fastddpm.tables.table import COLUMN, K
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 

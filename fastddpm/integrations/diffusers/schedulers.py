@@ -14,7 +14,7 @@ from fastddpm.integrations.diffusers.draws import Draw, draw_like
 from fastddpm.integrations.diffusers.fused import FusedScheduler
 from fastddpm.integrations.diffusers.rows import ddim_rows, ddpm_rows
 from fastddpm.integrations.diffusers.tables import fuses, needs_gradient
-from fastddpm.table import Table
+from fastddpm.tables.table import Table
 
 LEARNED = ("learned", "learned_range")
 

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from fastddpm.unet import UNet, UNetConfig
+from fastddpm.unet.unet import UNet, UNetConfig
 
 logger = logging.getLogger("fastddpm")
 

@@ -1,0 +1,1 @@
+"""Cases, providers and gates; interleaved rounds and their statistics."""

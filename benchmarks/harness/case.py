@@ -1,0 +1,192 @@
+"""What a benchmark measures, and by whom."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastddpm.machine import hardware as machine
+
+# Why a provider has no row at all, not even one that says why.
+NOT_ASKED = "not part of this case"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of sizes.
+
+    Attributes:
+        subject: name of the subject.
+        batch: B.
+        shape: one sample's shape.
+        network: name of the network, see `networks.build`; empty where none runs.
+        steps: network calls per sample; 0 where no loop runs.
+        sampler: "ddpm" or "ddim".
+        device: "cpu" or "cuda".
+        sweep: part of a series over `steps`, which only the providers marked `sweep` run.
+        original: what is replaced, where the subject is a drop-in.
+    """
+
+    subject: str
+    batch: int
+    shape: tuple[int, ...]
+    network: str = ""
+    steps: int = 0
+    sampler: str = "ddpm"
+    device: str = "cpu"
+    sweep: bool = False
+    original: str = ""
+
+    @property
+    def id(self) -> str:
+        """Short name, such as "sampling-cifar10-B16-S20-ddpm"."""
+        size = "x".join(map(str, self.shape)) if not self.network else self.network
+        parts = [self.subject, *([self.original] if self.original else []), size, f"B{self.batch}"]
+        parts += [f"S{self.steps}", self.sampler] if self.steps else []
+        return "-".join(parts)
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """(B, ...)."""
+        return (self.batch, *self.shape)
+
+    @property
+    def n_elements(self) -> int:
+        """Elements of x_t."""
+        total = self.batch
+        for size in self.shape:
+            total *= size
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return dataclasses.asdict(self) | {"shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Case:
+        """Undo `to_dict`."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
+
+
+@dataclass
+class Work:
+    """A provider, ready.
+
+    Attributes:
+        run: one call, which is what gets timed.
+        evaluate: runs once more, on declared inputs, and returns what the gate needs to judge it.
+    """
+
+    run: Callable[[], Any]
+    evaluate: Callable[[], dict[str, Tensor]]
+
+
+def not_installed(needs: Mapping[str, str]) -> str | None:
+    """Say what to install, import name to what pip calls it; None where nothing is missing."""
+    missing = [pip for module, pip in needs.items() if importlib.util.find_spec(module) is None]
+    return f"not installed: pip install {' '.join(missing)}" if missing else None
+
+
+def _everywhere(case: Case) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Somebody who can do the work.
+
+    Attributes:
+        name: unique in its subject.
+        build: makes it ready for a case; may take long.
+        dtype: what the network, or the operation, runs in.
+        needs: packages without which it cannot run: import name to what pip calls it.
+        compiled: its first call compiles.
+        skips: says why a case is not for this provider; None if it is.
+        tolerance: what its gate allows, where that is not its dtype's usual.
+        sweep: takes part in series over the number of steps.
+    """
+
+    name: str
+    build: Callable[[Case], Work]
+    dtype: str = "float32"
+    needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    compiled: bool = False
+    skips: Callable[[Case], str | None] = _everywhere
+    tolerance: float | None = None
+    sweep: bool = False
+
+    def why_not(self, case: Case) -> str | None:
+        """Return why this provider has no number for a case; None if it can run."""
+        if case.sweep and not self.sweep:
+            return NOT_ASKED
+        return not_installed(self.needs) or self.skips(case) or self._emulated(case)
+
+    def _emulated(self, case: Case) -> str | None:
+        """A network in a type that the processor lacks takes twenty times as long, and says nothing."""
+        runs = case.device != "cpu" or case.network in ("", "tiny")
+        if runs or self.dtype != "bfloat16" or machine.cpu()["native_bfloat16"]:
+            return None
+        return "this processor has no bfloat16 instructions"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A gate's verdict.
+
+    Attributes:
+        ok: the provider may be timed.
+        error: what was found, in the unit of `tolerance`.
+        tolerance: what is allowed.
+        what: what was compared with what.
+    """
+
+    ok: bool
+    error: float
+    tolerance: float
+    what: str
+
+    @classmethod
+    def of(cls, error: float, tolerance: float, what: str) -> Check:
+        """Judge an error; NaN fails."""
+        return cls(error <= tolerance, error, tolerance, what)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A thing to measure.
+
+    Attributes:
+        name: the stem of its benchmark.
+        title: heading of its table.
+        providers: the first is the baseline of the ratios.
+        second: a provider whose ratios are printed beside the baseline's, by the dtype of the row.
+        cases: (device, smoke) to the cases.
+        check: the gate: (case, provider, what `Work.evaluate` returned) to a verdict.
+        traffic: bytes that the work must move at least; None where memory is not the question.
+        isolated: each provider runs in a process of its own.
+    """
+
+    name: str
+    title: str
+    providers: tuple[Provider, ...]
+    cases: Callable[[str, bool], list[Case]]
+    check: Callable[[Case, Provider, dict[str, Tensor]], Check]
+    traffic: Callable[[Case, Provider], int] | None = None
+    isolated: bool = False
+    second: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def provider(self, name: str) -> Provider:
+        """Look a provider up.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        for provider in self.providers:
+            if provider.name == name:
+                return provider
+        raise ValueError(f"{self.name} has no provider {name!r}; it has {', '.join(p.name for p in self.providers)}")

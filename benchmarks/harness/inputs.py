@@ -1,0 +1,79 @@
+"""What every provider of a subject is given: the same tensors, from fixed seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from fastddpm.benchmarks.harness.case import Case
+from torch import Tensor
+
+from fastddpm.noise.v1 import Counter
+from fastddpm.schedules.schedule import Schedule
+
+T = 1000
+# Somewhere in the middle, where no coefficient is 0 or 1.
+MIDDLE = 500
+
+
+def gaussian(seed: int, shape: Sequence[int], device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """torch.randn from its own generator, drawn on the CPU so that it does not depend on the device."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def schedule() -> Schedule:
+    """Ho et al.'s linear betas, T = 1000."""
+    return Schedule.linear(T)
+
+
+def counter(case: Case, stream: int, step: int = 0) -> Counter:
+    """noise-v1 of seeds 0, 1, 2, ..."""
+    where = {"device": case.device, "dtype": torch.int64}
+    return Counter(
+        seed=torch.arange(case.batch, **where),  # type: ignore[call-overload]
+        sample_id=torch.zeros(case.batch, **where),  # type: ignore[call-overload]
+        step=torch.full((1,), step, **where),  # type: ignore[call-overload]
+        stream=stream,
+    )
+
+
+def twin_only(case: Case) -> str | None:
+    """Say where there is no eager twin to measure: on CUDA a kernel runs."""
+    return None if case.device == "cpu" else "a kernel runs on CUDA"
+
+
+class Coefficients(NamedTuple):
+    """Float32 [T] tables of Ho et al. 2020 as implementations in plain PyTorch keep them, and the step they make."""
+
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def of(cls, schedule: Schedule, device: str) -> Coefficients:
+        """Tabulate a schedule, fixed_small variance."""
+        columns = [getattr(schedule, name) for name in cls._fields[:-1]]
+        return cls(*(c.to(device, torch.float32) for c in [*columns, schedule.posterior_variance.sqrt()]))
+
+    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Ho et al. 2020, eq. 4; t int64 [B]."""
+        return _at(self.sqrt_alphas_cumprod, t, x_0) * x_0 + _at(self.sqrt_one_minus_alphas_cumprod, t, x_0) * eps
+
+    def mean(self, x_t: Tensor, eps_theta: Tensor, t: Tensor) -> Tensor:
+        """Ho et al. 2020, eqs. 7 and 15, x_0 clipped to [-1, 1]; t int64 [B]."""
+        recip, recipm1 = _at(self.sqrt_recip_alphas_cumprod, t, x_t), _at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+        x_0 = (recip * x_t - recipm1 * eps_theta).clamp(-1, 1)
+        return _at(self.posterior_mean_coef1, t, x_t) * x_0 + _at(self.posterior_mean_coef2, t, x_t) * x_t
+
+    def p_sample(self, x_t: Tensor, eps_theta: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """Ho et al. 2020, Algorithm 2, lines 3 and 4; t int64 [B]."""
+        return self.mean(x_t, eps_theta, t) + _at(self.sigma, t, x_t) * z
+
+
+def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    return table[t].reshape(-1, *(1,) * (like.dim() - 1))

@@ -1,0 +1,202 @@
+"""Run subjects: build, gate, warm up, then interleaved rounds; one row for each provider and case."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from fastddpm.benchmarks.harness import bandwidth, subjects
+from fastddpm.benchmarks.harness.case import NOT_ASKED, Case, Provider, Subject
+from fastddpm.benchmarks.harness.compare import MIN_ROUNDS, Timing, compare, ratio
+from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
+from fastddpm.benchmarks.harness.runner import GateError, LocalRunner
+
+from fastddpm.machine import hardware as machine
+
+Say = Callable[[str], None]
+AnyRunner: TypeAlias = LocalRunner | ProcessRunner
+
+# Between two measurements: idle OpenMP threads spin for a few milliseconds before they sleep.
+_PAUSE = 0.05
+
+
+def run(
+    names: Sequence[str] = subjects.NAMES,
+    *,
+    device: str = "cpu",
+    rounds: int = MIN_ROUNDS,
+    smoke: bool = False,
+    chosen: Sequence[str] = (),
+    providers: Sequence[str] = (),
+    say: Say = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """Run the suite.
+
+    Args:
+        names: subjects, see `subjects.NAMES`.
+        device: "cpu" or "cuda".
+        rounds: interleaved rounds per case.
+        smoke: tiny sizes, one call per measurement, nothing compiled, everybody in this process: that everything
+            works, not how fast.
+        chosen: only cases whose id has all the parts of one of these, such as "cifar10-B16"; empty for all.
+        providers: only providers whose name contains one of these, and the baselines; empty for all.
+        say: told what happens.
+        keep: given the results so far after every case: the suite takes hours.
+
+    Returns:
+        "machine", "bandwidth", "rows" and how they were taken, as plain types.
+
+    Raises:
+        ValueError: no case has the chosen parts.
+    """
+    cases = [(subjects.find(name), subjects.find(name).cases(device, smoke)) for name in names]
+    todo = [(subject, case) for subject, offered in cases for case in choose(offered, chosen)]
+    if chosen and not todo:
+        known = " ".join(case.id for _, offered in cases for case in offered) or "none"
+        raise ValueError(f"no case has the parts of {' or '.join(chosen)}; the cases are: {known}")
+    started = datetime.datetime.now(datetime.UTC)
+    facts = machine.facts()
+    say(f"measuring this machine: {machine.summary(facts)}")
+    limits = bandwidth.measure(device, rounds, smoke=smoke)
+    rows: list[dict[str, Any]] = []
+
+    def results() -> dict[str, Any]:
+        return {
+            "date": started.isoformat(timespec="seconds"),
+            "seconds": (datetime.datetime.now(datetime.UTC) - started).total_seconds(),
+            "device": device,
+            "smoke": smoke,
+            "rounds": rounds,
+            "machine": facts,
+            "load_average_after": machine.load_average(),
+            "bandwidth": limits,
+            "rows": rows,
+        }
+
+    with torch.compiler.set_stance("force_eager" if smoke else "default"):
+        for subject, case in todo:
+            found = run_case(subject, case, rounds, smoke=smoke, providers=providers, say=say)
+            for row in found:
+                _add_bandwidth(row, limits["copy_gb_per_s"])
+            rows += found
+            keep(results())
+    return results()
+
+
+def choose(cases: Sequence[Case], chosen: Sequence[str]) -> list[Case]:
+    """Return the cases whose id has all the parts of one of the given texts; all of them where there is none."""
+    wanted = [set(text.split("-")) for text in chosen]
+    return [case for case in cases if not wanted or any(parts <= set(case.id.split("-")) for parts in wanted)]
+
+
+def run_case(
+    subject: Subject, case: Case, rounds: int, *, smoke: bool, providers: Sequence[str] = (), say: Say
+) -> list[dict[str, Any]]:
+    """Run one case through its providers."""
+    rows: dict[str, dict[str, Any]] = {}
+    ready: list[AnyRunner] = []
+    timings: dict[str, Timing] = {}
+    try:
+        for i, provider in enumerate(subject.providers):
+            rows[provider.name] = row = _row(subject, case, provider)
+            if i and providers and not any(part in provider.name for part in providers):
+                row["note"] = provider.why_not(case) or "left out of this run"
+                continue
+            say(f"{case.id}: {provider.name}")
+            runner = _prepare(subject, case, provider, row, smoke=smoke)
+            if runner is not None:
+                ready.append(runner)
+        timings = {t.name: t for t in compare(ready, rounds, pause=0.0 if smoke else _PAUSE)}
+        for runner in ready:
+            _add_timing(rows[runner.name], timings[runner.name], rounds, runner.peak_memory_mb())
+    except WorkerError as error:
+        # Rounds that one of them left compare nobody.
+        timings = {}
+        for runner in ready:
+            rows[runner.name] |= {"checked": False, "note": f"failed: a round was not finished: {error}"}
+    finally:
+        for runner in ready:
+            runner.close()
+    _add_ratios(subject, rows, timings)
+    return [row for row in rows.values() if row["note"] != NOT_ASKED]
+
+
+def _row(subject: Subject, case: Case, provider: Provider) -> dict[str, Any]:
+    size = (case.batch, *case.shape)
+    return {
+        "op": subject.name,
+        "case": case.to_dict(),
+        "id": case.id,
+        "provider": provider.name,
+        "shape": list(size),
+        "dtype": provider.dtype,
+        "bytes": subject.traffic(case, provider) if subject.traffic else None,
+        "checked": False,
+        "note": "",
+    }
+
+
+def _prepare(subject: Subject, case: Case, provider: Provider, row: dict[str, Any], *, smoke: bool) -> AnyRunner | None:
+    """Build and gate; a provider that cannot run, or computes something wrong, gets a remark instead of a time."""
+    reason = provider.why_not(case)
+    if reason is not None:
+        row["note"] = reason
+        return None
+    runner: AnyRunner | None = None
+    try:
+        if subject.isolated and not smoke:
+            runner = ProcessRunner(subject.name, provider, case)
+        else:
+            runner = LocalRunner(provider, case, smoke=smoke)
+        check = runner.gate(subject)
+        row["how"] = runner.warm()
+    except Exception as error:
+        if runner is not None:
+            runner.close()
+        known = isinstance(error, GateError | WorkerError)
+        row["note"] = "failed: " + ("" if known else f"{type(error).__name__}: ") + " ".join(str(error).split())[:300]
+        return None
+    row["checked"] = True
+    row["check"] = {"error": check.error, "tolerance": check.tolerance, "what": check.what}
+    row["setup_s"], row["first_call_s"] = runner.setup_s, runner.first_call_s
+    return runner
+
+
+def _add_timing(row: dict[str, Any], timing: Timing, rounds: int, peak_mem_mb: float | None) -> None:
+    row.update(
+        p20_ms=timing.p20 * 1e3,
+        p50_ms=timing.p50 * 1e3,
+        p80_ms=timing.p80 * 1e3,
+        min_ms=timing.minimum * 1e3,
+        n=rounds,
+        rounds_ms=[s * 1e3 for s in timing.seconds],
+        spread=timing.spread,
+        noisy=timing.noisy,
+        compile_s=max(0.0, row["first_call_s"] - timing.p50),
+        peak_mem_mb=peak_mem_mb,
+        gb_per_s=None if row["bytes"] is None else row["bytes"] / timing.p50 / 1e9,
+    )
+
+
+def _add_ratios(subject: Subject, rows: dict[str, dict[str, Any]], timings: dict[str, Timing]) -> None:
+    """Ratios to the subject's baseline, and to the second one of the row's dtype."""
+    for name, timing in timings.items():
+        row = rows[name]
+        for key, other in (("ratio", subject.providers[0].name), ("ratio_second", subject.second.get(row["dtype"]))):
+            if other in timings:
+                value = ratio(timings[other], timing)
+                row[key] = {
+                    "to": other,
+                    "median": value.median,
+                    "low": value.low,
+                    "high": value.high,
+                    "verdict": value.verdict,
+                }
+
+
+def _add_bandwidth(row: dict[str, Any], copy_gb_per_s: float) -> None:
+    if row.get("gb_per_s") is not None:
+        row["pct_peak"] = 100 * row["gb_per_s"] / copy_gb_per_s

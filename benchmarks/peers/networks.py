@@ -1,0 +1,118 @@
+"""The networks that benchmarks run, the same weights for every provider."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import torch
+from fastddpm.benchmarks.harness.case import not_installed
+from torch import Tensor, nn
+
+from fastddpm.unet.config import UNetConfig
+from fastddpm.unet.unet import UNet
+
+TITLES = {
+    "cifar10": "google/ddpm-cifar10-32's UNet, 35.7 M parameters, random weights",
+    "digits": "the shipped digits model, 1.7 M parameters",
+    "small": "the digits model's UNet without classes, 1.7 M parameters, random weights",
+    "tiny": "a tiny UNet, for trying out",
+}
+
+# Those whose weights make sense.
+TRAINED = ("digits",)
+
+
+def config(name: str) -> UNetConfig:
+    """The configuration of a named network.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name == "cifar10":
+        return UNetConfig.cifar10()
+    if name == "digits":
+        return UNetConfig.digits()
+    if name == "small":
+        return dataclasses.replace(UNetConfig.digits(), num_class_embeds=None, null_class=None)
+    if name == "tiny":
+        return UNetConfig(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+        )
+    raise ValueError(f"unknown network {name!r}; use one of {', '.join(TITLES)}")
+
+
+def shape(name: str) -> tuple[int, ...]:
+    """One sample's shape."""
+    chosen = config(name)
+    assert isinstance(chosen.sample_size, int)
+    return (chosen.in_channels, chosen.sample_size, chosen.sample_size)
+
+
+def build(name: str) -> UNet:
+    """Build a named network in eval mode, float32 on the CPU: shipped weights, or the same random ones each time."""
+    if name == "digits":
+        from fastddpm.unet.load import load
+
+        return load("digits")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet(config(name), zero_init=False).eval()
+
+
+def build_diffusers(name: str) -> nn.Module:
+    """The same network as diffusers' UNet2DModel, with the same weights."""
+    ours = build(name)
+    diffusers = importlib.import_module("diffusers")
+    values = {key: value for key, value in ours.config.to_dict().items() if key != "null_class"}
+    model = diffusers.UNet2DModel(**values)
+    model.load_state_dict(ours.state_dict())
+    return model.eval()
+
+
+def labels(name: str, batch: int, device: str = "cpu") -> Tensor | None:
+    """Labels 0, 1, 2, ... in turn, int64 [B], for a network with classes; else None."""
+    chosen = config(name)
+    if chosen.num_class_embeds is None:
+        return None
+    classes = chosen.num_class_embeds - (chosen.null_class is not None)
+    return torch.arange(batch, device=device) % classes
+
+
+def unavailable(name: str) -> str | None:
+    """Return why a network cannot be had; None if it can."""
+    if name == "digits":
+        missing = not_installed({"safetensors": "safetensors"})
+        if missing is not None:
+            return missing
+        from fastddpm.unet.load import SHIPPED
+
+        if not (SHIPPED / "digits").is_dir():
+            return "this installation has no models/digits"
+    return None
+
+
+def fix_labels(unet: Any, class_labels: Tensor | None) -> None:
+    """Have diffusers' network take fixed labels, which DDPMPipeline cannot pass."""
+    if class_labels is None:
+        return
+    forward = unet.forward
+    unet.forward = lambda x, t, **kwargs: forward(x, t, class_labels=class_labels, **kwargs)
+
+
+class WithLabels(nn.Module):
+    """A network with fixed labels, for loops that cannot pass them (diffusers' pipelines, lucidrains')."""
+
+    def __init__(self, model: nn.Module, class_labels: Tensor | None) -> None:
+        super().__init__()
+        self.model, self.class_labels = model, class_labels
+
+    def forward(self, x: Tensor, t: Any, *ignored: Any) -> Tensor:
+        output = self.model(x, t) if self.class_labels is None else self.model(x, t, class_labels=self.class_labels)
+        return output if isinstance(output, Tensor) else output.sample

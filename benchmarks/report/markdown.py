@@ -1,0 +1,243 @@
+"""The report: what `suite.run` found, as Markdown that reads at 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastddpm.benchmarks.harness import subjects
+from fastddpm.benchmarks.harness.compare import NOISY
+from fastddpm.benchmarks.peers import networks
+
+from fastddpm.machine import hardware as machine
+
+WIDTH = 80
+Row = Mapping[str, Any]
+Results = Mapping[str, Any]
+
+
+def render(results: Results) -> str:
+    """The whole report."""
+    parts = [heading(results), *warnings(results)]
+    for name in subjects.NAMES:
+        rows = [row for row in results["rows"] if row["op"] == name]
+        if rows:
+            parts.append(f"## {subjects.find(name).title}")
+            parts += [case_section(case_rows) for case_rows in by_case(rows)]
+    if results.get("step_counts"):
+        parts.append(step_counts_section(results["step_counts"]))
+    if results.get("cuda"):
+        parts.append(cuda_section(results["cuda"]))
+    if results.get("offline"):
+        parts.append(offline_section(results["offline"]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def heading(results: Results) -> str:
+    """Date, machine, method."""
+    device = "CPU, not comparable with GPU" if results["device"] == "cpu" else "CUDA"
+    limits, facts = results["bandwidth"], results["machine"]
+    load = facts["load_average"]
+    rates = ", ".join(f"{rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["gflop_per_s"].items())
+    lines = [
+        f"{results['date'][:10]}, {device}. {machine.summary(facts)}.",
+        f"Measured in this run: copying {limits['copy_gb_per_s']:.1f} GB/s (read plus write, "
+        f"{limits['copy_mb']:.0f} MB tensors), multiplying matrices {rates}.",
+        f"Load average {' '.join(map(str, load)) if load else 'unknown'} before, "
+        f"{' '.join(map(str, results['load_average_after'] or ['unknown']))} after. "
+        f"Allocator: {_environment(facts['environment']['allocator'])}. "
+        f"Thread settings: {_environment(facts['environment']['threads'])}.",
+        "Interleaved rounds; a time is their median, a ratio the median of the rounds' own ratios (20th-80th "
+        "percentile in brackets), above 1 faster than the first row; or, in the column '2nd', than diffusers' best "
+        "settings in the same type (loops, network) or torch.compile of plain PyTorch (the others). Every row passed "
+        "its gate before it was timed; 'err' is what the gate found. '1st s' is the first call, with what it "
+        "compiles; torch keeps compiled code on disk, so that a second run's is shorter. MB: the most that the "
+        "process held, Python and its libraries not counted.",
+    ]
+    title = "# fastddpm bench" + (" (SMOKE RUN: no measurement)" if results["smoke"] else "")
+    return "\n\n".join([title, *(textwrap.fill(line, WIDTH) for line in lines)])
+
+
+def _environment(variables: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in variables.items()) or "default"
+
+
+def warnings(results: Results) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    found = []
+    noisy = [row for row in results["rows"] if row.get("noisy")]
+    timed = [row for row in results["rows"] if row["checked"]]
+    if noisy:
+        worst = max(row["spread"] for row in noisy)
+        found.append(
+            f"**Noisy machine**: in {len(noisy)} of {len(timed)} rows the middle rounds spread over more than "
+            f"{100 * NOISY:.0f} % of the median (worst {100 * worst:.0f} %); they are marked ~. Close other programs "
+            "and run again."
+        )
+    cores = results["machine"]["cpu"]["usable_cores"]
+    load = results["machine"]["load_average"]
+    if load and load[0] > 0.5 * cores:
+        found.append(f"**Busy machine**: load average {load[0]} on {cores} cores when the run began.")
+    return [textwrap.fill(text, WIDTH) for text in found]
+
+
+def by_case(rows: Iterable[Row]) -> list[list[Row]]:
+    """Group rows by case, in order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    return list(groups.values())
+
+
+def case_section(rows: Sequence[Row]) -> str:
+    """One case: a table of those who were timed, and why the others were not."""
+    case = rows[0]["case"]
+    timed = [row for row in rows if row["checked"]]
+    columns = _loop_columns(timed) if case["network"] else _op_columns(timed)
+    silent: dict[str, list[str]] = {}
+    for row in rows:
+        if row["note"]:
+            silent.setdefault(row["note"], []).append(row["provider"])
+    notes = [
+        textwrap.fill(f"- {'; '.join(who)}: {note}", WIDTH, subsequent_indent="  ") for note, who in silent.items()
+    ]
+    parts = [f"### {_case_title(case)}", _case_remark(case, timed), table(columns) if timed else "", "\n".join(notes)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _case_title(case: Row) -> str:
+    parts = [case["original"], case["network"], f"batch {case['batch']}", "x".join(map(str, case["shape"]))]
+    if case["steps"] and case["subject"] != "unet":
+        parts.append(f"{case['steps']} {case['sampler'].upper()} steps")
+    return ", ".join(part for part in parts if part)
+
+
+def _case_remark(case: Row, timed: Sequence[Row]) -> str:
+    parts = [networks.TITLES[case["network"]]] if case["network"] else []
+    if timed:
+        parts.append(f"rounds: {max(row['n'] for row in timed)}")
+        parts += sorted({row["how"] for row in timed} - {"wall time"})
+    return textwrap.fill("; ".join(parts), WIDTH)
+
+
+Columns = Sequence[tuple[str, Sequence[str]]]
+
+
+def _loop_columns(rows: Sequence[Row]) -> Columns:
+    return [
+        ("provider", [row["provider"] for row in rows]),
+        ("ms", [_number(row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
+        ("ratio", [ratio(row.get("ratio")) for row in rows]),
+        ("2nd", [_median(row.get("ratio_second")) for row in rows]),
+        ("1st s", [f"{row['first_call_s']:.1f}" for row in rows]),
+        ("MB", [_optional(row["peak_mem_mb"], "{:.0f}") for row in rows]),
+        ("err", [f"{row['check']['error']:.0e}" for row in rows]),
+    ]
+
+
+def _op_columns(rows: Sequence[Row]) -> Columns:
+    return [
+        ("provider", [row["provider"] for row in rows]),
+        ("us", [_number(1e3 * row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
+        ("ratio", [ratio(row.get("ratio")) for row in rows]),
+        ("2nd", [_median(row.get("ratio_second")) for row in rows]),
+        ("1st s", [f"{row['first_call_s']:.1f}" for row in rows]),
+        ("GB/s", [_optional(row["gb_per_s"], "{:.1f}") for row in rows]),
+        ("% copy", [_optional(row.get("pct_peak"), "{:.0f}") for row in rows]),
+    ]
+
+
+def ratio(value: Mapping[str, Any] | None) -> str:
+    """A ratio with its range, and "tie" or "slower" where it is one: nothing is hidden in a digit."""
+    if value is None:
+        return "-"
+    text = f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})"
+    return text if value["verdict"] == "faster" or value["median"] == 1.0 else f"{text} {value['verdict']}"
+
+
+def _median(value: Mapping[str, Any] | None) -> str:
+    return "-" if value is None else f"{value['median']:.2f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def table(columns: Columns) -> str:
+    """A Markdown table, its cells padded; the first column to the left, the others to the right."""
+    widths = [max(map(len, (name, *cells))) for name, cells in columns]
+    count = len(columns[0][1])
+    lines = [[name for name, _ in columns], *([cells[i] for _, cells in columns] for i in range(count))]
+    padded = [
+        "|"
+        + "|".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
+        + "|"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * w if k == 0 else "-" * (w - 1) + ":" for k, w in enumerate(widths)) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]])
+
+
+def step_counts_section(rows: Sequence[Row]) -> str:
+    """Operations of one step beside the network."""
+    counted = [row for row in rows if "note" not in row]
+    columns: Columns = [
+        ("one step beside the network", [row["who"] for row in counted]),
+        ("calls", [str(row["calls"]) for row in counted]),
+        ("large", [str(row["large"]) for row in counted]),
+        ("read", [_optional(row["images_read"], "{:.1f}") for row in counted]),
+        ("written", [_optional(row["images_written"], "{:.1f}") for row in counted]),
+        ("host reads", [str(row["host_reads"]) for row in counted]),
+    ]
+    remark = (
+        "ATen calls, those on image-sized tensors, images read and written; counted by a TorchDispatchMode on the CPU, "
+        "inside our operator too; what code of Inductor's reads and writes is not seen (-). On CUDA our step is one "
+        "kernel and a counter's increment, in one graph replay, and for a network that is not our UNet t's lookup."
+    )
+    notes = [f"- {row['who']}: {row['note']}" for row in rows if "note" in row]
+    return "\n\n".join(["## Work of a step", table(columns), textwrap.fill(remark, WIDTH), *notes])
+
+
+def cuda_section(cuda: Row) -> str:
+    """Launches and synchronisations per step on a GPU; or why there is none."""
+    if "skipped" in cuda:
+        return "## CUDA\n\n" + textwrap.fill(f"Skipped: {cuda['skipped']}", WIDTH)
+    columns: Columns = [
+        ("sampling loop", [row["who"] for row in cuda["rows"]]),
+        ("launches/step", [f"{row['launches_per_step']:.1f}" for row in cuda["rows"]]),
+        ("kernels/step", [f"{row['kernels_per_step']:.1f}" for row in cuda["rows"]]),
+        ("host syncs/step", [f"{row['syncs_per_step']:.2f}" for row in cuda["rows"]]),
+    ]
+    waiting = [row["who"] for row in cuda["rows"] if row["syncs_per_step"] and row["who"].startswith("fastddpm")]
+    remarks = [f"**The host waits for the GPU** in each step of {', '.join(waiting)}."] if waiting else []
+    return "\n\n".join(["## CUDA: launches", table(columns), *remarks])
+
+
+def offline_section(offline: Row) -> str:
+    """Instructions and bytes per element, from compiled code."""
+    parts = [f"## Compiled for {offline['arch']} without a GPU"]
+    rows = offline["rows"]
+    if rows:
+        columns: Columns = [
+            ("kernel", [f"{row['who']} {row['kernel']}: {row['variant']}" for row in rows]),
+            ("instr", [_optional(row["executed"], "{:.1f}") for row in rows]),
+            ("B", [_optional(row["bytes_per_element"], "{:.3g}") for row in rows]),
+            ("regs", [str(row["registers"]) for row in rows]),
+            ("smem", [str(row["shared"]) for row in rows]),
+            ("bar", [str(row["barriers"]) for row in rows]),
+        ]
+        parts.append(table(columns))
+        parts.append(
+            textwrap.fill(
+                "SASS instructions executed and bytes moved per element, registers per thread, shared memory and "
+                "barriers per program. Counts, not times: where DRAM binds, kernels of equal bytes tie.",
+                WIDTH,
+            )
+        )
+    parts += [textwrap.fill(f"- {remark}", WIDTH, subsequent_indent="  ") for remark in offline["remarks"]]
+    return "\n\n".join(parts)

@@ -1,0 +1,67 @@
+"""One report from several runs: the suite takes hours, and a quiet machine may be had for minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastddpm.benchmarks.report.markdown import by_case
+
+Results = Mapping[str, Any]
+
+# What is counted rather than timed, and so may come from any of the runs.
+_COUNTED = ("step_counts", "cuda", "offline")
+
+
+def merge(runs: Sequence[Results]) -> dict[str, Any]:
+    """Join runs of one machine. All rows of a case are from one run, the last that has it: others do not compare.
+
+    Args:
+        runs: what `suite.run` returned, at least one.
+
+    Returns:
+        The same kind of thing; its load is that of the busiest run, its bandwidth that of the first.
+
+    Raises:
+        ValueError: the runs are of different machines, devices, threads or versions, or one of them is a smoke run.
+    """
+    if len(runs) == 1:
+        return dict(runs[0])
+    # A run that only counted says nothing of the machine at rest.
+    timed = [run for run in runs if run["rows"]] or list(runs)
+    first = timed[0]
+    for run in timed:
+        if run["smoke"]:
+            raise ValueError("a smoke run measures nothing; leave it out of the merge")
+        if (differs := _differs(first, run)) is not None:
+            raise ValueError(f"cannot merge runs of different {differs}; run them again on one machine, set up alike")
+    cases = {case[0]["id"]: case for run in timed for case in by_case(run["rows"])}
+    busiest = max(timed, key=lambda run: run["machine"]["load_average"] or [0.0])
+    return {
+        **first,
+        **{key: run[key] for run in runs for key in _COUNTED if key in run},
+        "date": min(run["date"] for run in timed),
+        "seconds": sum(run["seconds"] for run in runs),
+        "machine": busiest["machine"],
+        "load_average_after": max(run["load_average_after"] or [0.0] for run in timed),
+        "rows": [row for case in cases.values() for row in case],
+    }
+
+
+def _differs(a: Results, b: Results) -> str | None:
+    """Name what would make times of two runs incomparable; None if nothing does."""
+    if a["device"] != b["device"]:
+        return "devices"
+    for name in ("cpu", "threads", "versions", "python", "environment", "cuda"):
+        if _settings(a["machine"][name]) != _settings(b["machine"][name]):
+            return name
+    return None
+
+
+def _settings(facts: Any) -> Any:
+    """Leave out what makes no time differ: a GPU's clocks of the moment, and where compiled code is kept."""
+    if not isinstance(facts, Mapping):
+        return facts
+    if "devices" in facts:
+        return [device["name"] for device in facts["devices"]]
+    return {name: _settings(fact) for name, fact in facts.items() if not name.endswith("_CACHE_DIR")}

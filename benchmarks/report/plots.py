@@ -1,0 +1,121 @@
+"""The report's pictures: throughput against batch size, time against steps, the roofline. Needs matplotlib."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastddpm.benchmarks.report.traffic import point
+
+Results = Mapping[str, Any]
+_COLOURS = {
+    "diffusers": "#999999",
+    "diffusers, tuned": "#666666",
+    "diffusers, tuned, bf16": "#333333",
+    "PyTorch": "#c9b37c",
+    "PyTorch, compiled": "#a88b3d",
+    "lucidrains": "#b58fc2",
+    "OpenVINO": "#7fb0d8",
+    "OpenVINO, bf16": "#3f7fb0",
+    "fastddpm": "#e4866b",
+    "fastddpm, bf16": "#c8442a",
+}
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draw what the results hold; pictures without data are left out.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    drawn = []
+    for name, plot in (("throughput", throughput), ("steps", steps), ("roofline", roofline)):
+        figure, axes = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 5), layout="constrained")
+        if plot(axes, results):
+            axes.grid(alpha=0.3)
+            figure.legend(fontsize=8, loc="outside right upper")
+            figure.supxlabel(_footnote(results), x=0.995, ha="right", fontsize=6, color="#666666")
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=120)
+            drawn.append(path)
+        importlib.import_module("matplotlib.pyplot").close(figure)
+    return drawn
+
+
+def _footnote(results: Results) -> str:
+    kind = "CPU, not comparable with GPU" if results["device"] == "cpu" else "CUDA"
+    text = f"{results['date'][:10]}, {kind}, {results['machine']['cpu']['model']}"
+    return text + (" SMOKE RUN: no measurement" if results["smoke"] else "")
+
+
+def throughput(axes: Any, results: Results) -> bool:
+    """Images per second of whole loops against batch size."""
+    rows = [row for row in _loops(results) if row["case"]["network"] != "digits" and not row["case"]["sweep"]]
+    for name, points in _series(rows, lambda row: (row["case"]["batch"], 1e3 * row["case"]["batch"] / row["p50_ms"])):
+        axes.plot(*zip(*points, strict=True), marker="o", label=name, color=_COLOURS.get(name))
+    batches = sorted({row["case"]["batch"] for row in rows})
+    axes.set(xlabel="batch size", ylabel="images per second", xscale="log", yscale="log")
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(f"Sampling, {rows[0]['case']['steps']} steps, {rows[0]['case']['network']}" if rows else "")
+    return bool(rows)
+
+
+def steps(axes: Any, results: Results) -> bool:
+    """Seconds of a whole loop against its number of steps."""
+    series = {row["case"]["network"] for row in _loops(results) if row["case"]["sweep"]}
+    rows = [row for row in _loops(results) if row["case"]["network"] in series]
+    swept = {row["provider"] for row in rows if row["case"]["sweep"]}
+    rows = [row for row in rows if row["provider"] in swept]
+    for name, points in _series(rows, lambda row: (row["case"]["steps"], row["p50_ms"] / 1e3)):
+        axes.plot(*zip(*points, strict=True), marker="o", label=name, color=_COLOURS.get(name))
+    axes.set(xlabel="steps", ylabel="seconds per batch")
+    axes.set_title(f"Sampling, batch {rows[0]['case']['batch']}, {rows[0]['case']['network']}" if rows else "")
+    return bool(rows)
+
+
+def roofline(axes: Any, results: Results) -> bool:
+    """The network's rate against its intensity, under this machine's measured roofs."""
+    placed = [(row, point(row)) for row in results["rows"]]
+    points = [(row, at) for row, at in placed if at is not None]
+    if not points:
+        return False
+    bandwidth = results["bandwidth"]["copy_gb_per_s"]
+    lowest, highest = 0.5, 4 * max(at["flop_per_byte"] for _, at in points)
+    for style, (dtype, peak) in zip(("--", ":"), results["bandwidth"]["gflop_per_s"].items(), strict=False):
+        ridge = max(peak / bandwidth, lowest)
+        axes.plot(
+            [lowest, ridge, max(highest, 2 * ridge)],
+            [lowest * bandwidth, peak, peak],
+            style,
+            color="black",
+            label=f"{dtype}: {peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s",
+        )
+    seen = set()
+    for row, at in points:
+        name = row["provider"]
+        label = None if name in seen else name
+        seen.add(name)
+        size = 20 + 30 * row["case"]["batch"] ** 0.5
+        axes.scatter(at["flop_per_byte"], at["gflop_per_s"], s=size, label=label, color=_COLOURS.get(name), alpha=0.7)
+    axes.set(xlabel="FLOP per byte that must move", ylabel="GFLOP/s", xscale="log", yscale="log")
+    axes.set_title("The network under the roofline (area: batch size)")
+    return True
+
+
+def _loops(results: Results) -> list[Mapping[str, Any]]:
+    rows = results["rows"]
+    return [r for r in rows if r["op"] == "sampling" and r["checked"] and r["case"]["sampler"] == "ddpm"]
+
+
+def _series(rows: Iterable[Mapping[str, Any]], xy: Any) -> list[tuple[str, list[tuple[float, float]]]]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        lines.setdefault(row["provider"], []).append(xy(row))
+    return [(name, sorted(points)) for name, points in lines.items()]

@@ -1,0 +1,184 @@
+"""Compile every kernel variant for an architecture without a GPU and report what it costs.
+
+Registers, spills, shared memory and barriers come from the binary; instructions executed per element from a walk of
+its SASS; access widths from the PTX, by tensor; bytes per element from the tensors' types; and the roofline from a
+GPU's data sheet. Behind ``fastddpm inspect``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastddpm.diagnostics import compile_offline as offline
+from fastddpm.diagnostics.gpus import Gpu, default_gpu
+from fastddpm.diagnostics.ptx import accesses
+from fastddpm.diagnostics.roofline import roofline
+from fastddpm.diagnostics.sass import SassError
+from fastddpm.diagnostics.sass_walk import Walk, walk
+from fastddpm.diagnostics.variants import Variant
+
+Widths = Mapping[str, Mapping[str, tuple[int, ...]]]
+_AMD_ACCESS = re.compile(r"^\s+(?:global|buffer)_(load|store)_(\w+)", re.MULTILINE)
+_AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "byte": 8}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one variant costs on one architecture.
+
+    Attributes:
+        kernel, variant, arch: what was compiled.
+        registers: per thread.
+        spills, shared: bytes per thread and per program.
+        barriers: in the listing.
+        executed: SASS instructions executed per element; None where there is no SASS to walk.
+        classes: the same by class.
+        avoided: rare paths left out of the count.
+        widths: bits of each load or store instruction, by tensor and direction; "x_t" and "load" for instance.
+        bytes_per_element: to and from the tensors that scale with the batch.
+        loads, stores: bits of each global access in the SASS, with how often a thread executes it; coefficients too.
+        gpu: whose data sheet the roofline uses; None where none is on file.
+        roof: what binds outside L2: "DRAM", "issue" or "integer".
+        compute_share: time of the slower of issue and integer as a share of DRAM's.
+        l2_elements: elements up to which the tensors fit into L2.
+        notes: what could not be counted, and why.
+    """
+
+    kernel: str
+    variant: str
+    arch: str
+    registers: int
+    spills: int
+    shared: int
+    barriers: int
+    executed: float | None
+    classes: Mapping[str, float]
+    avoided: tuple[str, ...]
+    widths: Widths
+    bytes_per_element: float
+    loads: Mapping[int, int] = field(default_factory=dict)
+    stores: Mapping[int, int] = field(default_factory=dict)
+    gpu: str | None = None
+    roof: str | None = None
+    compute_share: float | None = None
+    l2_elements: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+
+def inspect_variant(variant: Variant, arch: str, gpu: Gpu | None = None) -> Report:
+    """Compile one variant for an architecture and measure it.
+
+    Args:
+        variant: see ``kernel_variants.variants``.
+        arch: "sm_NN" or "gfxNNN".
+        gpu: data sheet for the roofline; the architecture's default if not given.
+
+    Raises:
+        BackendUnavailable: if Triton or one of its tools is missing.
+    """
+    compiled = offline.compile_kernel(
+        variant.function,
+        variant.signature,
+        variant.constants,
+        arch,
+        options=variant.options,
+    )
+    used = offline.resources(compiled)
+    gpu = gpu or default_gpu(arch)
+    common: dict[str, Any] = {
+        "kernel": variant.kernel,
+        "variant": variant.name,
+        "arch": arch,
+        "registers": used.registers,
+        "spills": used.spills,
+        "shared": used.shared,
+        "bytes_per_element": variant.bytes_per_element,
+    }
+    if not arch.startswith("sm_"):
+        return Report(**common, **_amd_measures(compiled))
+    measures = _nvidia_measures(compiled, variant)
+    if gpu is not None and measures["executed"] is not None:
+        roof = roofline(gpu, variant.bytes_per_element, measures["executed"], measures["classes"])
+        measures |= {
+            "gpu": gpu.name,
+            "roof": roof.binds,
+            "compute_share": roof.compute_share,
+            "l2_elements": roof.l2_elements,
+        }
+    return Report(**common, **measures)
+
+
+def _nvidia_measures(compiled: offline.Compiled, variant: Variant) -> dict[str, Any]:
+    listing = offline.disassemble(compiled)
+    elements = variant.elements_per_program / compiled.threads
+    result: Walk | None = None
+    notes: tuple[str, ...] = ()
+    try:
+        result = walk(listing, compiled.name, variant.trips)
+    except SassError as error:
+        notes = (f"not counted: {error}",)
+    arguments = {name: kind for name, kind in variant.signature.items() if name not in variant.constants}
+    return {
+        "barriers": len(re.findall(r"\bBAR\.", listing)),
+        "executed": result.executed / elements if result else None,
+        "classes": {name: count / elements for name, count in result.classes.items()} if result else {},
+        "avoided": result.avoided if result else (),
+        "loads": _bits(result, "LDG"),
+        "stores": _bits(result, "STG"),
+        "widths": _widths_by_tensor(compiled.assembly, arguments, variant),
+        "notes": notes,
+    }
+
+
+def _bits(result: Walk | None, stem: str) -> dict[int, int]:
+    return {8 * width: count for width, count in result.widths(stem).items()} if result else {}
+
+
+def _widths_by_tensor(
+    ptx: str, arguments: Mapping[str, str], variant: Variant
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    found = accesses(ptx, arguments)
+    widths: dict[str, dict[str, tuple[int, ...]]] = {}
+    for argument, label in variant.tensors.items():
+        access = found.get(argument)
+        if access is not None:
+            directions = {"load": tuple(access.loads), "store": tuple(access.stores)}
+            widths[label] = {direction: bits for direction, bits in directions.items() if bits}
+    return widths
+
+
+def _amd_measures(compiled: offline.Compiled) -> dict[str, Any]:
+    widths: dict[str, tuple[int, ...]] = {}
+    for direction, size in _AMD_ACCESS.findall(compiled.assembly):
+        bits = next((bits for name, bits in _AMD_BITS.items() if size.startswith(name)), 0)
+        widths[direction] = (*widths.get(direction, ()), bits)
+    return {
+        "barriers": len(re.findall(r"^\s+s_barrier", compiled.assembly, re.MULTILINE)),
+        "executed": None,
+        "classes": {},
+        "avoided": (),
+        "widths": {"all": widths},
+        "notes": ("AMD code is compiled and its resources read; its instructions are not walked",),
+    }
+
+
+def summarise_widths(widths: Widths) -> str:
+    """One phrase: each tensor with the widths of its accesses, such as "x_t 128, m 64, x_prev 128"."""
+    parts = []
+    for tensor, directions in widths.items():
+        bits = Counter(bits for values in directions.values() for bits in values)
+        parts.append(f"{tensor} {'/'.join(str(b) for b in sorted(bits, reverse=True))}")
+    return ", ".join(parts)
+
+
+def inspect_all(variants: Iterable[Variant], arch: str, gpu: Gpu | None = None) -> list[Report]:
+    """Measure many variants on one architecture."""
+    return [inspect_variant(variant, arch, gpu) for variant in variants]

@@ -1,0 +1,214 @@
+"""Where a sampling loop's time goes: named ranges around the network and the fused step, and what they add up to.
+
+The ranges cost nothing when nobody profiles: they are put around the two calls of a step for the time of a profile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastddpm.machine.torch_compile import named_kernels
+from fastddpm.sampling import model as network
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.sampling.step import Program
+
+SAMPLE, STEP, UNET, P_SAMPLE = "fastddpm::sample", "fastddpm::step", "fastddpm::unet", "fastddpm::p_sample"
+# Our kernels' symbols, as ncu and nsys see them.
+KERNELS = ("_p_sample_kernel", "_q_sample_kernel", "_randn_kernel")
+
+
+class _RangedNetwork:
+    """A network whose calls are a named range."""
+
+    def __init__(self, inner: network.Network, named: Callable[[str], Any]) -> None:
+        self._inner, self._named = inner, named
+        self.memory_format = inner.memory_format
+        self.reads_t = getattr(inner, "reads_t", True)
+
+    def load(self, class_labels: Tensor | None) -> None:
+        self._inner.load(class_labels)
+
+    def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        with self._named(UNET):
+            return self._inner(x, t, row, kwargs)
+
+
+@contextlib.contextmanager
+def ranges(device: torch.device) -> Iterator[Callable[[str], Any]]:
+    """Name the parts of each step of samplers that are built inside; NVTX ranges too on CUDA.
+
+    Yields:
+        The function that opens a range: name -> context manager.
+    """
+    named = _on_cuda if device.type == "cuda" else record_function
+    for_batch, p_sample, step = network.NetworkSource.for_batch, Program._p_sample, Program.step
+
+    def ranged_for_batch(self: network.NetworkSource, *args: Any, **kwargs: Any) -> network.Network:
+        return _RangedNetwork(for_batch(self, *args, **kwargs), named)
+
+    def ranged_p_sample(self: Program, m: Tensor) -> None:
+        with named(P_SAMPLE):
+            p_sample(self, m)
+
+    def ranged_step(self: Program) -> None:
+        with named(STEP):
+            step(self)
+
+    with (
+        mock.patch.object(network.NetworkSource, "for_batch", ranged_for_batch),
+        mock.patch.object(Program, "_p_sample", ranged_p_sample),
+        mock.patch.object(Program, "step", ranged_step),
+    ):
+        yield named
+
+
+@contextlib.contextmanager
+def _on_cuda(name: str) -> Iterator[None]:
+    torch.cuda.nvtx.range_push(name)
+    try:
+        with record_function(name):
+            yield
+    finally:
+        torch.cuda.nvtx.range_pop()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the breakdown: milliseconds on the host, and on the device where there is one."""
+
+    name: str
+    calls: int
+    host_ms: float
+    device_ms: float
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the time of a profile went.
+
+    Attributes:
+        steps: steps that ran.
+        total, unet, p_sample: whole loop, network calls, fused steps.
+        rest: what a step does beside these two (the timestep's lookup, the counter, Python).
+        gaps: what the loop does between its steps.
+        operations: the longest operations by their own time, longest first.
+    """
+
+    steps: int
+    total: Part
+    unet: Part
+    p_sample: Part
+    rest: Part
+    gaps: Part
+    operations: tuple[Part, ...]
+
+
+def breakdown(profiled: profile, top: int = 8) -> Breakdown:
+    """Add up a profile's ranges.
+
+    Raises:
+        ValueError: the profile holds no sampling loop.
+    """
+    averages = profiled.key_averages()
+    # On CUDA a range is there twice, as the host and as the device saw it; what the device did is added up in both.
+    found = {event.key: event for event in averages if event.device_type == DeviceType.CPU}
+    if SAMPLE not in found or STEP not in found:
+        raise ValueError("the profile holds no sampling steps; were they replayed from a CUDA graph?")
+
+    def part(name: str, label: str) -> Part:
+        event = found.get(name)
+        if event is None:
+            return Part(label, 0, 0.0, 0.0)
+        return Part(label, event.count, event.cpu_time_total / 1e3, event.device_time_total / 1e3)
+
+    total, step = part(SAMPLE, "whole loop"), part(STEP, "step")
+    unet, p_sample = part(UNET, "UNet"), part(P_SAMPLE, "fused step")
+    own = [event for event in averages if event.key not in (SAMPLE, STEP, UNET, P_SAMPLE)]
+    own.sort(key=lambda event: event.self_device_time_total or event.self_cpu_time_total, reverse=True)
+    return Breakdown(
+        steps=step.calls,
+        total=total,
+        unet=unet,
+        p_sample=p_sample,
+        rest=_less("rest of a step", step, unet, p_sample),
+        gaps=_less("between steps", total, step),
+        operations=tuple(
+            Part(e.key, e.count, e.self_cpu_time_total / 1e3, e.self_device_time_total / 1e3) for e in own[:top]
+        ),
+    )
+
+
+def _less(label: str, whole: Part, *parts: Part) -> Part:
+    host = whole.host_ms - sum(p.host_ms for p in parts)
+    device = whole.device_ms - sum(p.device_ms for p in parts)
+    return Part(label, whole.calls, max(0.0, host), max(0.0, device))
+
+
+def run_profile(build: Callable[[], Sampler], call: Mapping[str, Any], *, traced: bool = True) -> profile | None:
+    """Build a sampler, warm it up, and profile one loop.
+
+    Args:
+        build: makes the sampler; inside, so that its network gets its range.
+        call: arguments of `Sampler.sample`.
+        traced: record with torch.profiler; False leaves only ranges, for nsys and ncu, which allow no second profiler.
+
+    Returns:
+        The profile, None if not traced.
+    """
+    with contextlib.ExitStack() as stack:
+        sampler = build()
+        stack.enter_context(named_kernels())
+        named = stack.enter_context(ranges(sampler.device))
+        sampler.sample(**call)
+        if not traced:
+            _run_for_nsight(sampler, call, named)
+            return None
+        activities = [ProfilerActivity.CPU]
+        if sampler.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.synchronize(sampler.device)
+        with profile(activities=activities) as profiled, named(SAMPLE):
+            sampler.sample(**call)
+            _wait(sampler.device)
+        return profiled
+
+
+def _run_for_nsight(sampler: Sampler, call: Mapping[str, Any], named: Callable[[str], Any]) -> None:
+    """Run between cudaProfilerStart and Stop, which nsys waits for."""
+    cuda = sampler.device.type == "cuda"
+    if cuda:
+        torch.cuda.profiler.start()
+    with named(SAMPLE):
+        sampler.sample(**call)
+        _wait(sampler.device)
+    if cuda:
+        torch.cuda.profiler.stop()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def nsight_commands(command: str) -> dict[str, str]:
+    """Return command lines that show the loop in Nsight Systems and single our kernels out in Nsight Compute.
+
+    Args:
+        command: the `fastddpm profile` line to run under them, without --ranges-only.
+    """
+    pattern = "regex:" + "|".join(KERNELS)
+    return {
+        "nsys": "nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi --capture-range-end=stop "
+        f"--output=fastddpm-timeline {command} --ranges-only",
+        "ncu": f"ncu --kernel-name '{pattern}' --launch-skip 5 --launch-count 3 --set full --import-source yes "
+        f"--export fastddpm-kernels {command} --ranges-only",
+    }

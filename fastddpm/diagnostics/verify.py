@@ -1,0 +1,283 @@
+"""The correctness suite that a user runs on their own machine: what is promised to the bit, checked to the bit.
+
+Each check is a function of the device that raises AssertionError with what differed, or Skip with what it would need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddpm import ops, reference
+from fastddpm.noise import v1 as noise
+from fastddpm.noise.known_answers import NOISE_V1
+from fastddpm.noise.seeds import resolve_seeds
+from fastddpm.ops.backend import why_not_triton
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.schedules.schedule import Schedule
+from fastddpm.tables.ddpm import ddpm_table
+from fastddpm.tables.table import K, loss_rows, q_rows
+
+FLAGS = ("clip", "learned", "guided", "use_m", "use_prev", "x0_out", "low_out", "channels_last")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1,), (3,), (2, 5, 5), (3, 32, 32))
+STEPS = 20
+
+
+class Skip(Exception):  # noqa: N818  (not an error)
+    """The check cannot run here; the message says what it needs."""
+
+
+class Result(NamedTuple):
+    """One check's outcome: status "passed", "failed" or "left out", and what was seen."""
+
+    name: str
+    status: str
+    detail: str
+    seconds: float
+
+
+def check_noise(device: torch.device) -> str:
+    """noise-v1 gives the committed digests, in every backend that runs here."""
+    backends = ["torch"] if why_not_triton(device) else ["torch", "triton"]
+    for backend, (case, digest) in itertools.product(backends, NOISE_V1.items()):
+        seed, sample_id, step, stream, n = case
+        counter = noise.counter(resolve_seeds(seed=seed, sample_ids=[sample_id]), step, stream, device)
+        z = ops.randn(counter, (n,), backend=backend).cpu().numpy().astype("<f4")
+        seen = hashlib.sha256(z.tobytes()).hexdigest()
+        assert seen == digest, f"{backend}: {case} gives {seen[:16]}, expected {digest[:16]}"
+    return f"{len(NOISE_V1)} digests, {' and '.join(backends)}"
+
+
+def check_step(device: torch.device) -> str:
+    """A row executed in float32 is the paper's step: the reference in float64, to float32's rounding."""
+    schedule = Schedule.linear()
+    table = ddpm_table(schedule)
+    x_t, eps, z = (_normal(stream, (4, 3, 16, 16), device) for stream in range(3))
+    worst = 0.0
+    for t in (999, 500, 1, 0):
+        row = torch.tensor([999 - t], device=device)
+        fused = ops.p_sample(x_t, eps, table.rows.to(device), row, z, clip=True)
+        paper = reference.p_sample(x_t.double(), eps.double(), t, schedule, z.double())
+        worst = max(worst, float((fused - paper).abs().max()))
+    assert worst < 5e-6, f"the fused step differs from Ho et al.'s by {worst:.1e}"
+    return f"largest difference {worst:.1e}"
+
+
+def check_kernels(device: torch.device) -> str:
+    """Each kernel gives its twin's bits: every flag alone and in pairs, every dtype and noise source."""
+    _require_triton(device)
+    count = 0
+    # Triton's interpreter, the only way to run the kernels on a CPU, truncates to bfloat16 instead of rounding.
+    dtypes = [d for d in DTYPES if d != torch.bfloat16 or device.type != "cpu"]
+    for case in _step_cases(dtypes):
+        twin, kernel = (_run_step(case, device, backend) for backend in ("torch", "triton"))
+        for name, expected in twin.items():
+            assert same_bits(expected, kernel[name]), f"p_sample {case}: {name} differs"
+        count += 1
+    for shape, dtype in itertools.product(SHAPES, dtypes):
+        x_0, rows = _normal(5, (3, *shape), device).to(dtype), q_rows(Schedule.linear()).to(device)
+        t, counter = torch.tensor([0, 500, 999], device=device), _counter(3, device)
+        results = [ops.q_sample(x_0, rows, t, counter, return_eps=True, backend=b) for b in ("torch", "triton")]
+        assert all(map(same_bits, *results)), f"q_sample {shape} {dtype} differs"
+        count += 1
+    return f"{count} cases"
+
+
+def check_loss(device: torch.device) -> str:
+    """The loss kernel gives its twin's gradient to the bit, and its sum to rounding (the order of adding differs)."""
+    _require_triton(device)
+    count = 0
+    t, counter = torch.tensor([0, 500, 999], device=device), _counter(3, device)
+    for target, shape in itertools.product(("epsilon", "x_0", "v"), SHAPES):
+        rows, x_0 = loss_rows(Schedule.linear(), target).to(device), _normal(6, (3, *shape), device)
+        results = []
+        for backend in ("torch", "triton"):
+            m = _normal(7, (3, *shape), device).requires_grad_()
+            operands = (None if target == "x_0" else counter, None if target == "epsilon" else x_0)
+            loss = ops.ddpm_loss(m, rows, t, *operands, backend=backend)
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), m)))
+        (twin, twin_gradient), (fused, gradient) = results
+        assert same_bits(twin_gradient, gradient), f"ddpm_loss {target} {shape}: the gradient differs"
+        assert torch.allclose(twin, fused, rtol=1e-6, atol=0), f"ddpm_loss {target} {shape}: {fused} for {twin}"
+        count += 1
+    return f"{count} cases"
+
+
+def check_batches(device: torch.device) -> str:
+    """A sample is the same alone, in a batch, and in another order."""
+    seeds = [7, 0, 2**64 - 1, 123456789]
+    together = _sampler(device).sample(seeds=seeds)
+    alone = torch.cat([_sampler(device).sample(seeds=[seed]) for seed in seeds])
+    reverse = _sampler(device).sample(seeds=seeds[::-1]).flip(0)
+    assert torch.equal(together, alone), "a sample alone differs from the same one in a batch"
+    assert torch.equal(together, reverse), "samples depend on the order of the seeds"
+    return f"{len(seeds)} seeds, {STEPS} steps"
+
+
+def check_graph(device: torch.device) -> str:
+    """The loop replayed as a CUDA graph gives the eager loop's bits, for new seeds too."""
+    _require_cuda(device)
+    eager, graph = (_sampler(device, cuda_graph=choice) for choice in (False, True))
+    for seeds in ([0, 1, 2], [3, 4, 5]):
+        assert torch.equal(eager.sample(seeds=seeds), graph.sample(seeds=seeds)), f"seeds {seeds}: the loops differ"
+    return "2 runs of one captured graph"
+
+
+def check_synchronisation(device: torch.device) -> str:
+    """No step of the loop waits for the device."""
+    _require_cuda(device)
+    sampler = _sampler(device)
+    steps = sampler.steps(seeds=[0, 1])
+    next(steps)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        count = sum(1 for _ in steps)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return f"{count} steps under sync_debug_mode('error')"
+
+
+def check_recompilation(device: torch.device) -> str:
+    """New seeds, steps, labels and batch sizes compile nothing."""
+    _require_triton(device)
+    _sampler(device).sample(seeds=[0, 1])
+    with _compilations() as compiled:
+        for seeds in ([2], [2**31, 2**63], list(range(5))):
+            _sampler(device).sample(seeds=seeds)
+    assert not compiled, f"compiled again: {', '.join(compiled)}"
+    return "3 batch sizes, seeds up to 2**63"
+
+
+CHECKS: dict[str, Callable[[torch.device], str]] = {
+    "noise-v1 digests": check_noise,
+    "step = paper": check_step,
+    "kernels = twins": check_kernels,
+    "loss kernel = twin": check_loss,
+    "batch invariance": check_batches,
+    "graph = eager loop": check_graph,
+    "no host sync": check_synchronisation,
+    "no recompilation": check_recompilation,
+}
+
+
+def verify(device: torch.device) -> Iterator[Result]:
+    """Run every check on ``device`` and yield its result as it comes."""
+    for name, check in CHECKS.items():
+        start = time.perf_counter()
+        try:
+            status, detail = "passed", check(device)
+        except Skip as reason:
+            status, detail = "left out", str(reason)
+        except Exception as error:
+            status, detail = "failed", f"{type(error).__name__}: {error}"
+        yield Result(name, status, detail, time.perf_counter() - start)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree bit for bit; any NaN equals any other (payloads differ between machines)."""
+    as_int = torch.int32 if a.dtype == torch.float32 else torch.int16
+    nan = a.isnan() & b.isnan()
+    bits_a, bits_b = (v.contiguous().view(as_int).masked_fill(nan, 0) for v in (a, b))
+    return a.shape == b.shape and torch.equal(bits_a, bits_b)
+
+
+def _step_cases(dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:
+    for flags in itertools.chain([()], itertools.combinations(FLAGS, 1), itertools.combinations(FLAGS, 2)):
+        for dtype in dtypes if len(flags) < 2 else dtypes[:1]:
+            for source in ("counter", "given", "none") if not flags else ("counter",):
+                shapes = SHAPES if len(flags) < 2 else SHAPES[-2:]
+                for shape in shapes:
+                    if len(shape) == 3 or not {"learned", "channels_last"} & set(flags):
+                        yield {"flags": flags, "dtype": dtype, "low": dtypes[1], "noise": source, "shape": shape}
+
+
+def _run_step(case: dict[str, Any], device: torch.device, backend: str) -> dict[str, Tensor]:
+    flags, dtype, shape, batch = set(case["flags"]), case["dtype"], case["shape"], 3
+    x_t = _normal(0, (batch, *shape), device).to(dtype)
+    channels = 2 * shape[0] if "learned" in flags else shape[0]
+    m = _normal(1, (2 * batch if "guided" in flags else batch, channels, *shape[1:]), device).to(dtype)
+    layout = torch.contiguous_format
+    if "channels_last" in flags:
+        layout = torch.channels_last
+        m = m.to(memory_format=layout)
+    outputs: dict[str, Any] = {"out": torch.full_like(x_t, torch.nan)}
+    if "x0_out" in flags:
+        outputs["x0_out"] = torch.full_like(x_t, torch.nan)
+    if "low_out" in flags:
+        outputs["low_out"] = torch.full_like(x_t, torch.nan, dtype=case["low"], memory_format=layout)
+    noises: dict[str, Any] = {
+        "counter": _counter(batch, device),
+        "given": _normal(2, x_t.shape, device).to(dtype),
+        "none": None,
+    }
+    rows = _normal(3, (4, K), device)
+    rows[:, 2], rows[:, 3] = -0.5, 0.75
+    switches: dict[str, Any] = {name: name in flags for name in ("clip", "learned", "guided", "use_m", "use_prev")}
+    x0_prev = _normal(4, x_t.shape, device).to(dtype)
+    row = torch.tensor([2, 0, 3], device=device)
+    ops.p_sample(x_t, m, rows, row, noises[case["noise"]], **switches, x0_prev=x0_prev, backend=backend, **outputs)
+    return outputs
+
+
+def _sampler(device: torch.device, cuda_graph: bool = False) -> Sampler:
+    table = ddpm_table(Schedule.linear(), steps=STEPS)
+    return Sampler(_elementwise, table, (3, 8, 8), device=device, compile=False, cuda_graph=cuda_graph)
+
+
+def _elementwise(x: Tensor, t: Tensor) -> Tensor:
+    """A network without rounding that depends on the batch: products and sums of single elements."""
+    return 0.75 * x + 0.001 * t.to(x.dtype)[:, None, None, None]
+
+
+def _counter(batch: int, device: torch.device) -> ops.Counter:
+    seed = torch.arange(batch, device=device) * 977 - 1
+    return ops.Counter(seed, torch.arange(batch, device=device), torch.tensor([5], device=device), 1)
+
+
+def _normal(stream: int, shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
+    zero = torch.zeros(1, dtype=torch.int64)
+    counter = ops.Counter(torch.arange(shape[0]), zero, zero, stream)
+    return ops.randn(counter, shape[1:], backend="torch").to(device)
+
+
+def _require_triton(device: torch.device) -> None:
+    reason = why_not_triton(device)
+    if reason is not None:
+        raise Skip(reason)
+
+
+def _require_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise Skip("needs a CUDA device")
+
+
+@contextmanager
+def _compilations() -> Iterator[list[str]]:
+    """Collect the names of the kernels that Triton compiles meanwhile."""
+    import triton
+
+    names: list[str] = []
+
+    def note(*args: Any, **details: Any) -> None:
+        names.append(str(details.get("repr", "a kernel")))
+
+    runtime: Any = getattr(getattr(triton, "knobs", None), "runtime", None)
+    if not hasattr(runtime, "jit_post_compile_hook"):
+        raise Skip(f"Triton {triton.__version__} has no knobs.runtime.jit_post_compile_hook")
+    if type(triton.jit(_elementwise)).__name__ == "InterpretedFunction":
+        raise Skip("Triton's interpreter compiles nothing")
+    previous = runtime.jit_post_compile_hook
+    runtime.jit_post_compile_hook = note
+    try:
+        yield names
+    finally:
+        runtime.jit_post_compile_hook = previous

@@ -1,0 +1,93 @@
+"""Images from samples: 8-bit values, grids, and files that are either complete or not there."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastddpm.files.atomic import write_files
+
+# Grey, RGB and RGBA.
+_PNG_CHANNELS = (1, 3, 4)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Map [-1, 1] to 0..255: round(255 clamp(x / 2 + 1/2, 0, 1)), halves to even, as diffusers' pipelines do.
+
+    Args:
+        x: floating point, any shape; NaN becomes 0.
+
+    Returns:
+        uint8, same shape.
+    """
+    scaled = (x.to(torch.float32) / 2 + 0.5).clamp(0, 1).nan_to_num(0.0) * 255
+    return scaled.round().to(torch.uint8)
+
+
+def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """Lay images out row by row on a dark ground.
+
+    Args:
+        images: uint8 [N, C, H, W], N >= 1.
+        columns: images per row; default the square root of N, rounded up.
+        gap: pixels between images and around them.
+
+    Returns:
+        uint8 [C, rows * (H + gap) + gap, columns * (W + gap) + gap].
+
+    Raises:
+        ValueError: images of another shape, or no images.
+    """
+    if images.dim() != 4 or len(images) == 0:
+        raise ValueError(f"a grid needs images [N, C, H, W] with N >= 1, got shape {tuple(images.shape)}")
+    N, C, H, W = images.shape
+    columns = min(N, columns or math.ceil(math.sqrt(N)))
+    rows = math.ceil(N / columns)
+    grid = torch.zeros(C, rows * (H + gap) + gap, columns * (W + gap) + gap, dtype=torch.uint8)
+    for i, image in enumerate(images.cpu()):
+        top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
+        grid[:, top : top + H, left : left + W] = image
+    return grid
+
+
+def has_image_shape(shape: tuple[int, ...]) -> bool:
+    """Tell whether one sample of this shape can be written as a PNG: (1, 3 or 4 channels, H, W)."""
+    return len(shape) == 3 and shape[0] in _PNG_CHANNELS
+
+
+def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
+    """Write one image atomically.
+
+    Args:
+        path: the file; a complete one is replaced.
+        image: uint8 [C, H, W] with 1, 3 or 4 channels.
+
+    Raises:
+        ValueError: the shape is no image's, or the dtype not uint8.
+        OSError: the file cannot be written; a previous file is intact.
+    """
+    if not has_image_shape(tuple(image.shape)) or image.dtype != torch.uint8:
+        raise ValueError(f"a PNG needs uint8 [1, 3 or 4 channels, H, W], got {image.dtype} {tuple(image.shape)}")
+    pixels = image.cpu().permute(1, 2, 0).numpy()
+    encoded = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if image.shape[0] == 1 else pixels).save(encoded, format="PNG")
+    write_files({Path(path): encoded.getvalue()})
+
+
+def save_npz(path: str | os.PathLike[str], **arrays: Any) -> None:
+    """Write arrays to an .npz atomically; equal arrays give equal bytes.
+
+    Raises:
+        OSError: the file cannot be written; a previous file is intact.
+    """
+    encoded = io.BytesIO()
+    np.savez(encoded, **arrays)
+    write_files({Path(path): encoded.getvalue()})

@@ -1,0 +1,1 @@
+"""The machine: hardware, devices, torch.compile and the caches of compiled code."""

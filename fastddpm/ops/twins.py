@@ -1,0 +1,185 @@
+"""Row twins: q_sample, p_sample and the loss's residual as plain PyTorch, bit-equal to the kernels.
+
+One table row a step (``table.COLUMNS``), float32 inside whatever the storage, every operation rounded on its own:
+
+    x0     = a * x_t + b * m                                  m: the network's output
+    x0     = min(max(x0, lo), hi)                             if clip; keeps NaN
+    mean   = ((c_x0 * x0 + c_xt * x_t) + c_m * m) + c_prev * x0_prev
+    x_prev = mean + std * z                                   std = sigma, or sigma * exp(h0 + h1 * v)
+
+A term that is switched off is not computed, and no noise is added where sigma is 0: 0 * Inf would be NaN.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddpm.noise import v1 as noise_v1
+from fastddpm.noise.v1 import Counter, horner
+
+ONE_BITS = 0x3F800000
+
+
+class Flags(NamedTuple):
+    """What a step computes; each is a compile-time constant of the kernel."""
+
+    clip: bool = False
+    learned: bool = False
+    guided: bool = False
+    use_m: bool = False
+    use_prev: bool = False
+
+
+def exp(y: Tensor) -> Tensor:
+    """e**y of float32 in the project's own polynomial, relative error 2e-7; y is held to [-87, 88], NaN stays.
+
+    exp(y) = 2**n * P(r), n = round(y / ln 2), r = y - n * ln 2 in two parts of which n times the first is exact.
+    """
+    y = y.clamp(-87.0, 88.0)
+    # Adding and subtracting 1.5 * 2**23 rounds to the nearest integer.
+    shifted = y * 1.4426950216293335 + 12582912.0
+    n = shifted - 12582912.0
+    r = (y - n * 0.693359375) - n * -2.1219444170128554e-4
+    power = ((shifted.view(torch.int32) << 23) + ONE_BITS).view(torch.float32)
+    return _exp_poly(r) * power
+
+
+def _exp_poly(r: Tensor) -> Tensor:
+    """e**r for |r| <= ln 2 / 2: minimax in relative error, at most 3.2e-9."""
+    return horner(
+        (
+            1.0,
+            1.0,
+            0.4999999403953552,
+            0.1666652113199234,
+            0.04166826605796814,
+            0.008368677459657192,
+            0.0013820732710883021,
+        ),
+        r,
+    )
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] or [1] as [B, 1, ..., 1] against ``like``."""
+    return values.reshape(-1, *(1,) * (like.dim() - 1))
+
+
+def columns(rows: Tensor, row: Tensor, like: Tensor) -> list[Tensor]:
+    """The columns of each sample's row, each [B, 1, ...] or [1, 1, ...] against ``like``."""
+    return [_per_sample(column, like) for column in rows.index_select(0, row).unbind(1)]
+
+
+def draw(noise: Counter | Tensor, shape: torch.Size) -> Tensor:
+    """The noise of a step, float32 of ``shape``: drawn from a Counter, or the caller's own."""
+    if isinstance(noise, Tensor):
+        return noise.to(torch.float32)
+    z = noise_v1.normals(noise.seed, noise.sample_id, noise.step, noise.stream, shape[1:].numel())
+    return z.expand(shape[0], -1).reshape(shape)
+
+
+def q_sample(x_0: Tensor, rows: Tensor, row: Tensor, noise: Counter | Tensor) -> tuple[Tensor, Tensor]:
+    """x_t = c_x * x_0 + sigma * eps (Ho et al. 2020, eq. 4; with the rows of q_step, eq. 2).
+
+    Args:
+        x_0: [B, ...], float32, float16 or bfloat16.
+        rows: float32 [R, 2], columns (c_x, sigma).
+        row: int64 [B] or [1].
+        noise: Counter, or eps with x_0's shape.
+
+    Returns:
+        (x_t, eps), float32; the caller rounds them once to the storage type.
+    """
+    c_x, sigma = columns(rows, row, x_0)
+    eps = draw(noise, x_0.shape)
+    return c_x * x_0.to(torch.float32) + sigma * eps, eps
+
+
+def residual(
+    m: Tensor, x_0: Tensor | None, rows: Tensor, row: Tensor, noise: Counter | None, learned: bool = False
+) -> Tensor:
+    """target - m, with target = c_eps * eps + c_x0 * x_0; a term whose tensor is not given is not computed.
+
+    Args:
+        m: the network's output; x_0's shape, or twice the channels if ``learned``, of which the first half counts.
+        x_0: [B, ...], or None for a target without it.
+        rows: [R, 3], see ``table.loss_rows``.
+        row: int64 [B] or [1].
+        noise: Counter, or None for a target without noise.
+
+    Returns:
+        [B, ...] float32, or float64 where m is.
+    """
+    m = m.to(torch.promote_types(m.dtype, torch.float32))
+    if learned:
+        m = m.chunk(2, dim=1)[0]
+    c_eps, c_x0, _ = columns(rows, row, m)
+    terms = []
+    if noise is not None:
+        terms.append(c_eps * draw(noise, m.shape))
+    if x_0 is not None:
+        terms.append(c_x0 * x_0.to(m.dtype))
+    return sum(terms[1:], terms[0]) - m
+
+
+def network_output(m: Tensor, w: Tensor, flags: Flags) -> tuple[Tensor, Tensor | None]:
+    """Split the network's output into the guided prediction and the variance half v, float32.
+
+    Classifier-free guidance: m = m_u + w * (m_c - m_u), the conditional half first along the batch
+    (Ho & Salimans 2022, eq. 6, with their w + 1 as w). v comes from the conditional output.
+    """
+    m = m.to(torch.float32)
+    unconditional = None
+    if flags.guided:
+        m, unconditional = m.chunk(2)
+    v = None
+    if flags.learned:
+        m, v = m.chunk(2, dim=1)
+    if unconditional is not None:
+        m_u = unconditional.chunk(2, dim=1)[0] if flags.learned else unconditional
+        m = m_u + w * (m - m_u)
+    return m, v
+
+
+def p_sample(
+    x_t: Tensor,
+    m: Tensor,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | Tensor | None,
+    flags: Flags,
+    x0_prev: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Execute one row of a table.
+
+    Args:
+        x_t: [B, ...], float32, float16 or bfloat16.
+        m: the network's output: x_t's shape, twice the channels if ``learned``, twice the batch if ``guided``.
+        rows: float32 [R, 12], see ``table.COLUMNS``.
+        row: int64 [B] or [1].
+        noise: Counter, z with x_t's shape, or None for no noise term.
+        flags: what the step computes.
+        x0_prev: x_t's shape, the previous x0; needed if ``use_prev``.
+
+    Returns:
+        (x_prev, x0), float32; the caller rounds them once to the storage type.
+    """
+    a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, w = columns(rows, row, x_t)
+    m, v = network_output(m, w, flags)
+    x = x_t.to(torch.float32)
+    x0 = a * x + b * m
+    if flags.clip:
+        x0 = torch.minimum(torch.maximum(x0, lo), hi)
+    x_prev = c_x0 * x0 + c_xt * x
+    if flags.use_m:
+        x_prev = x_prev + c_m * m
+    if flags.use_prev:
+        assert x0_prev is not None
+        x_prev = x_prev + c_prev * x0_prev.to(torch.float32)
+    if noise is not None:
+        std = sigma if v is None else sigma * exp(h0 + h1 * v)
+        x_prev = torch.where(sigma == 0, x_prev, x_prev + std * draw(noise, x_t.shape))
+    return x_prev, x0

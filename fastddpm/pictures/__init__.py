@@ -1,0 +1,1 @@
+"""The picture of data dissolving into a Gaussian and coming back."""

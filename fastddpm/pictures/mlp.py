@@ -1,0 +1,133 @@
+"""A small network for points: predicts the noise in x_t, and is trained in seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastddpm.schedules.diffusion import DiffusionConfig
+from fastddpm.training.loss import ddpm_loss
+
+# Frequencies of the time embedding; the largest turns once in about 6 of 1000 timesteps.
+_TIME_FEATURES = 32
+
+
+class PointMLP(nn.Module):
+    """eps_theta(x_t, t) for points: residual blocks, each shifted by an embedding of t.
+
+    Args:
+        diffusion: the process that the network is trained for; kept as `.diffusion`, where the sampler looks for it.
+        dimension: coordinates of a point.
+        width: units per layer.
+        depth: residual blocks.
+    """
+
+    def __init__(self, diffusion: DiffusionConfig, dimension: int = 2, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        self.diffusion = diffusion
+        self.first = nn.Linear(dimension, width)
+        self.time = nn.Sequential(nn.Linear(2 * _TIME_FEATURES, width), nn.SiLU())
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.last = nn.Linear(width, dimension)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise in x_t, float32 [B, D] like x, at timesteps t [B] (0-based)."""
+        T = self.diffusion.num_timesteps
+        # What depends on t alone is computed once per timestep where there are fewer of these than points.
+        shared = len(t) >= T
+        emb = self.time(self._embed(torch.arange(T, device=t.device) if shared else t))
+        h = self.first(x)
+        for block in self.blocks:
+            h = block(h, emb, t.long() if shared else None)
+        return self.last(nn.functional.silu(h))
+
+    def _embed(self, t: Tensor) -> Tensor:
+        """Sines and cosines of t * 1000 / T, as in Ho et al. 2020: the same angles whatever T is, [B, 64]."""
+        exponent = torch.arange(_TIME_FEATURES, device=t.device, dtype=torch.float32) / (_TIME_FEATURES - 1)
+        position = t.float() * (1000.0 / self.diffusion.num_timesteps)
+        angles = position[:, None] * torch.exp(-math.log(10_000.0) * exponent)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.shift = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, h: Tensor, emb: Tensor, row: Tensor | None) -> Tensor:
+        """Shift by the embedding, which holds one row per point, or is looked up at `row` [B]."""
+        shift = self.shift(emb)
+        if row is not None:
+            shift = nn.functional.embedding(row, shift)
+        return h + self.outer(nn.functional.silu(self.inner(nn.functional.silu(h)) + shift))
+
+
+def train_points(
+    x_0: Tensor,
+    diffusion: DiffusionConfig,
+    *,
+    steps: int = 4000,
+    batch: int = 1024,
+    lr: float = 3e-3,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    progress: Callable[[int, float], None] | None = None,
+) -> PointMLP:
+    """Train a `PointMLP` by Algorithm 1 of Ho et al. 2020: L_simple, AdamW, the learning rate falling to 0 as a cosine.
+
+    Batch, timesteps and noise of step n are functions of (seed, n).
+
+    Args:
+        x_0: float32 [N, D], the data.
+        diffusion: schedule and T; predicts epsilon.
+        steps: gradient steps.
+        batch: points per step, drawn with replacement.
+        lr: learning rate at the start.
+        seed: of weights, batches, timesteps and noise.
+        device: where to train.
+        backend: of the fused noising and loss.
+        progress: called with step and loss after each step.
+
+    Returns:
+        The trained network, in eval mode.
+
+    Raises:
+        ValueError: steps or batch is not positive, or the diffusion does not predict epsilon.
+        FloatingPointError: the loss became infinite or NaN.
+    """
+    if steps < 1 or batch < 1:
+        raise ValueError(f"steps and batch must be at least 1, got {steps} and {batch}")
+    if diffusion.prediction_type != "epsilon":
+        raise ValueError(f"the points' network predicts epsilon, got prediction_type {diffusion.prediction_type!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        model = PointMLP(diffusion, x_0.shape[1]).to(device)
+    data, schedule = x_0.to(device), diffusion.schedule()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    for n in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * n / steps))
+        k = _draw_batch(len(data), batch, seed, n)
+        # Timesteps and noise go by the place in the batch, as a point may come twice.
+        loss = ddpm_loss(model, data[k.to(device)], schedule, seed=seed, step=n, backend=backend)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if progress is not None:
+            progress(n, loss.item())
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the loss is {loss.item()} after {steps} steps; use a smaller learning rate")
+    return model.eval()
+
+
+def _draw_batch(n_points: int, batch: int, seed: int, n: int) -> Tensor:
+    """Return the points of step n, int64 [batch]."""
+    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, n]))
+    return torch.from_numpy(generator.integers(0, n_points, batch))

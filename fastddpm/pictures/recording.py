@@ -1,0 +1,236 @@
+"""What the picture of a process tells: states along the forward process and, beside them, along a reverse process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddpm.data import datasets as data
+from fastddpm.data import points
+from fastddpm.pictures.mlp import train_points
+from fastddpm.pictures.process import ExactDenoiser, Process, forward_walk, reverse_walk
+from fastddpm.sampling.model import Model
+from fastddpm.sampling.sample import diffusion_of, labels_for, shape_of
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.schedules.diffusion import DiffusionConfig
+from fastddpm.schedules.schedule import Schedule
+from fastddpm.tables.by_name import make_table
+from fastddpm.tables.ddpm import ddpm_table
+from fastddpm.unet.load import load
+
+# Points of a built-in set that the network is trained on: enough that their own scatter is far below a sample's.
+N_TRAIN = 1 << 16
+
+# A single image larger than this is shrunk; a picture shows it at about this size.
+MAX_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Story:
+    """Everything that the picture shows.
+
+    Attributes:
+        name: what the data are.
+        process: the forward process.
+        indices: K states that were recorded, ascending, the first 0 and the last `process.steps`.
+        x_0: [N, ...] the data set, whose exact moments are drawn.
+        forward: [K, n, ...] the same n of its points or images at each of these states.
+        reverse: [K, m, ...] m samples at each of these states.
+        x0_estimates: [K, m, ...] what the network took for x_0 at each of them.
+        model: what the reverse process was predicted by.
+    """
+
+    name: str
+    process: Process
+    indices: tuple[int, ...]
+    x_0: Tensor
+    forward: Tensor
+    reverse: Tensor
+    x0_estimates: Tensor
+    model: str
+
+
+def spread(steps: int, most: int) -> tuple[int, ...]:
+    """Return at most `most` states of 0..steps, equally far apart up to rounding, both ends among them.
+
+    Raises:
+        ValueError: most is below 2.
+    """
+    if most < 2:
+        raise ValueError(f"a process is shown by at least its 2 ends, got most = {most}")
+    count = min(steps + 1, most)
+    return tuple(round(k * steps / (count - 1)) for k in range(count))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be told.
+
+    Attributes:
+        data: a name of `points.DATA_SETS` or `data.BUILT_IN`, a file of points, an image, or a file of images.
+        steps: T.
+        schedule: a name of `Schedule.named`.
+        exact: let the exact denoiser of the data predict the reverse process; so it does for images without a model.
+        model: a model for images, by name or directory; it brings schedule and T, and `steps` are the network calls.
+        shown: points, or images, that are drawn.
+        train_steps: gradient steps of the points' network.
+        states: how many states are recorded at most.
+        seed: of data, weights and noise.
+        device: where to compute.
+        backend: of the fused operations.
+    """
+
+    data: str = "swiss-roll"
+    steps: int = 8
+    schedule: str = "cosine"
+    exact: bool = False
+    model: str | None = None
+    shown: int | None = None
+    train_steps: int = 4000
+    states: int = 9
+    seed: int = 0
+    device: str = "cpu"
+    backend: str = "auto"
+
+
+def tell(request: Request, progress: Callable[[int, float], None] | None = None) -> tuple[Story, Sampler]:
+    """Compute the story of a request, training the points' network on the way.
+
+    Args:
+        request: what to tell.
+        progress: called with step and loss while training.
+
+    Returns:
+        The story, and the sampler of its reverse process.
+
+    Raises:
+        ValueError: the data, the schedule or T are unusable, or do not suit the model.
+    """
+    if request.shown is not None and request.shown < 1:
+        raise ValueError(f"the number of points or images shown must be at least 1, got {request.shown}")
+    x_0 = load_x_0(request)
+    with warnings.catch_warnings():
+        # The picture itself says whether the process ends Gaussian.
+        warnings.filterwarnings("ignore", "the schedule does not end near a Gaussian", UserWarning)
+        return _tell_points(request, x_0, progress) if x_0.dim() == 2 else _tell_images(request, x_0)
+
+
+def load_x_0(request: Request) -> Tensor:
+    """Load the data: points float32 [N, 2] of the scale of N(0, I), or images float32 [N, C, H, W] in [-1, 1]."""
+    name, path = request.data, Path(request.data)
+    if name in points.DATA_SETS:
+        return points.draw(name, _n_points(request) if request.exact else N_TRAIN, request.seed)
+    if name not in data.BUILT_IN:
+        if path.suffix.lower() in data.IMAGE_SUFFIXES and path.is_file():
+            return _all_x_0(data.image_file(path, resolution=MAX_SIDE))
+        if not path.is_dir():
+            array = points.read_array(path)
+            if array.ndim == 2:
+                return points.standardised(array, name)
+    return _all_x_0(data.load_data(name))
+
+
+def _all_x_0(images: data.Dataset) -> Tensor:
+    return images.x_0(torch.arange(len(images)))
+
+
+def _n_points(request: Request) -> int:
+    return 2000 if request.shown is None else request.shown
+
+
+def _tell_points(request: Request, x_0: Tensor, progress: Callable[[int, float], None] | None) -> tuple[Story, Sampler]:
+    if request.model is not None:
+        raise ValueError(
+            f"--model goes with images, and {request.data} are points; their network is trained on the spot"
+        )
+    diffusion = point_diffusion(x_0, request.schedule, request.steps)
+    model: Model
+    if request.exact:
+        model, name = ExactDenoiser(x_0, diffusion.schedule(), request.device), r"exact $\epsilon^*$"
+    else:
+        model = train_points(
+            x_0,
+            diffusion,
+            steps=request.train_steps,
+            seed=request.seed,
+            device=request.device,
+            backend=request.backend,
+            progress=progress,
+        )
+        name = "small MLP"
+    sampler = point_sampler(model, diffusion, device=request.device, backend=request.backend)
+    story = _walk(request, x_0, x_0[: _n_points(request)], Process.of(diffusion.schedule()), sampler, name)
+    return story, sampler
+
+
+def point_diffusion(x_0: Tensor, schedule: str, steps: int) -> DiffusionConfig:
+    """Return the process for points: epsilon, fixed_large, and x_0 clipped to the square that holds the data.
+
+    With few steps the true posteriors are wide, and sigma^2 = beta_t comes closer to them than beta_tilde_t (Ho et al.
+    2020, section 3.2: it is the optimum for x_0 ~ N(0, I)).
+    """
+    return DiffusionConfig(
+        beta_schedule=schedule,
+        num_timesteps=steps,
+        variance_type="fixed_large",
+        clip_range=float(x_0.abs().max()),
+    )
+
+
+def point_sampler(model: Model, diffusion: DiffusionConfig, *, device: str = "cpu", backend: str = "auto") -> Sampler:
+    """Return the ancestral sampler of points, all T steps."""
+    table = ddpm_table(diffusion.schedule(), variance_type=diffusion.variance_type, clip_range=diffusion.clip_range)
+    return Sampler(model, table, (2,), device=device, backend=backend, compile=False)
+
+
+def _tell_images(request: Request, x_0: Tensor) -> tuple[Story, Sampler]:
+    shown = x_0[_picked(len(x_0), 2 if request.shown is None else request.shown, request.seed)]
+    if request.model is not None:
+        return _tell_model(request, x_0, shown)
+    schedule = Schedule.named(request.schedule, request.steps)
+    exact = ExactDenoiser(x_0, schedule, request.device)
+    table = ddpm_table(schedule)
+    sampler = Sampler(exact, table, tuple(x_0.shape[1:]), device=request.device, backend=request.backend, compile=False)
+    return _walk(request, x_0, shown, Process.of(schedule), sampler, r"exact $\epsilon^*$"), sampler
+
+
+def _tell_model(request: Request, x_0: Tensor, shown: Tensor) -> tuple[Story, Sampler]:
+    model = load(request.model or "")
+    shape = shape_of(model)
+    if shape != tuple(x_0.shape[1:]):
+        raise ValueError(
+            f"model {request.model} makes images {list(shape)} and {request.data} holds {list(x_0.shape[1:])}; "
+            "choose data of the model's shape"
+        )
+    diffusion = diffusion_of(model)
+    table = make_table("ddpm", diffusion, steps=request.steps)
+    process = Process.visiting(diffusion.schedule(), table.timesteps)
+    sampler = Sampler(model, table, shape, device=request.device, backend=request.backend, compile=False)
+    return _walk(request, x_0, shown, process, sampler, f"model {_label(str(request.model))}"), sampler
+
+
+def _label(source: str) -> str:
+    """Name a source as it is written in the picture: without its folder, and with no sign of mathtext."""
+    return Path(source).name.replace("$", r"\$")
+
+
+def _picked(n: int, count: int, seed: int) -> Tensor:
+    """Choose `count` of n images, the same for the same seed."""
+    generator = np.random.Generator(np.random.Philox(key=seed % 2**64))
+    return torch.from_numpy(generator.permutation(n)[:count])
+
+
+def _walk(request: Request, x_0: Tensor, shown: Tensor, process: Process, sampler: Sampler, model: str) -> Story:
+    indices = spread(process.steps, request.states)
+    forward = forward_walk(
+        shown.to(request.device), process.schedule, indices, seed=request.seed, backend=request.backend
+    )
+    labels = labels_for(sampler.model, range(len(shown)), None)
+    reverse, x0_estimates = reverse_walk(sampler, len(shown), indices, seed=request.seed, class_labels=labels)
+    return Story(_label(request.data), process, indices, x_0, forward, reverse, x0_estimates, model)

@@ -1,0 +1,266 @@
+"""The picture of a `Story` as a strip of panels; matplotlib is loaded when the first one is drawn."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fastddpm.files.images import to_uint8
+from fastddpm.pictures.process import GAUSSIAN_END, Process, marginal
+from fastddpm.pictures.recording import Story, spread
+
+# Panels that stay legible side by side at the width of a README.
+MAX_PANELS = 9
+DPI = 100
+# Points are drawn to three standard deviations of N(0, I): all but 0.5 %.
+LIMIT = 3.0
+COLOURS = 160
+
+INK, MUTED, FRAME, GOOD, BAD = "#1d2433", "#6b7487", "#d5d9e2", "#1a7f4b", "#c0392b"
+TARGET = "#8e97a8"
+
+# Inches. What stands below the panels takes two lines where the picture is narrow.
+_SIDE, _GAP, _LEFT, _TOP, _BOTTOM = 1.9, 0.04, 0.72, 1.58, 0.72
+_MIN_WIDTH, _ONE_LINE = 7.0, 14.0
+
+
+def strip(story: Story) -> bytes:
+    """Draw a story as a PNG (see `strip_figure`).
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    stream = io.BytesIO()
+    picture = pixels(strip_figure(story))
+    if is_points(story):
+        # The points' soft edges make the file three times as large as a palette does.
+        picture = picture.quantize(COLOURS, dither=Image.Dither.NONE)
+    picture.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
+
+
+def strip_figure(story: Story) -> Any:
+    """Lay the states of a story out side by side: the forward process, and beneath it the reverse, column by column."""
+    columns = spread(len(story.indices) - 1, MAX_PANELS)
+    rows = _rows(story)
+    heights = [_SIDE * _aspect(states) for _, states in rows]
+    content = _LEFT + _SIDE * len(columns) + 0.08
+    width = max(content, _MIN_WIDTH)
+    left = _LEFT + (width - content) / 2
+    height = _TOP + sum(heights) + (_BOTTOM if width >= _ONE_LINE else 1.5 * _BOTTOM)
+    figure = new_figure(width, height)
+    _text(figure, width / 2, height - 0.32, headline(story), size=_fitting(21, headline(story), width), weight="bold")
+    for c, k in enumerate(columns):
+        _titles(figure, story.process, story.indices[k], left + _SIDE * (c + 0.5), height - 0.80)
+    top = height - _TOP
+    for (label, states), row_height in zip(rows, heights, strict=True):
+        top -= row_height
+        _text(figure, left - 0.38, top + row_height / 2, label, rotation=90, size=15, linespacing=1.5)
+        for c, k in enumerate(columns):
+            axes = add_axes(figure, left + _SIDE * c + _GAP, top + _GAP, _SIDE - 2 * _GAP, row_height - 2 * _GAP)
+            _panel(axes, story, states, k)
+    _footer(figure, story, width)
+    return figure
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of this many inches.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the picture is drawn with matplotlib: pip install 'fastddpm[train]'") from error
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def add_axes(figure: Any, x: float, y: float, width: float, height: float) -> Any:
+    """Add an empty frame; all in inches, from the lower left corner."""
+    w, h = figure.get_size_inches()
+    axes = figure.add_axes((x / w, y / h, width / w, height / h))
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=FRAME, linewidth=1.0)
+    return axes
+
+
+def _text(figure: Any, x: float, y: float, text: str, **style: Any) -> Any:
+    w, h = figure.get_size_inches()
+    return figure.text(x / w, y / h, text, **{"ha": "center", "va": "center", "color": INK, **style})
+
+
+def _fitting(size: float, text: str, width: float) -> float:
+    """Shrink a font until the text is no wider than the figure; a bold letter is 0.65 of its size wide."""
+    return min(size, 72 * (width - 0.2) / (0.65 * len(text)))
+
+
+def _rows(story: Story) -> list[tuple[str, Tensor]]:
+    rows = [
+        ("forward $\\rightarrow$\n$q(x_t\\,|\\,x_{t-1})$", story.forward),
+        (f"$\\leftarrow$ reverse\n{story.model}", story.reverse),
+        (f"$\\hat{{x}}_0$ from $x_t$\n{story.model}", story.x0_estimates),
+    ]
+    return rows[:2] if is_points(story) else rows
+
+
+def is_points(story: Story) -> bool:
+    """Tell whether the story is about points, not images."""
+    return story.x_0.dim() == 2
+
+
+def _aspect(states: Tensor) -> float:
+    """Height over width of a row's panels."""
+    if states.dim() == 3:
+        return 1.0
+    height, width = mosaic(states[0]).shape[:2]
+    return height / width
+
+
+def headline(story: Story) -> str:
+    """Say in one line what is seen."""
+    process, n = story.process, story.forward.shape[1]
+    steps = f"{process.steps:,}" if process.t[-1] == process.steps else f"{process.steps:,} of {process.t[-1]:,}"
+    steps += " step" if process.steps == 1 else " steps"
+    one = n == 1 and not is_points(story)
+    if is_points(story):
+        what, back = f"{n:,} points", "come back"
+    else:
+        what, back = ("an image", "a sample comes back") if one else (f"{n} images", "samples come back")
+    if not process.ends_gaussian():
+        return f"{story.name}: {what} after {steps} of noise {'is' if one else 'are'} not Gaussian"
+    return f"{story.name}: {what} {'dissolves' if one else 'dissolve'} into a Gaussian in {steps}, and {back}"
+
+
+def _titles(figure: Any, process: Process, i: int, x: float, y: float) -> None:
+    _text(figure, x, y, rf"$t = {process.t[i]}$" + (" (data)" if i == 0 else ""), size=17)
+    _text(figure, x, y - 0.28, rf"$\bar{{\alpha}}_t = {number(process.alpha_bar(i))}$", size=15)
+    _text(figure, x, y - 0.55, rf"SNR ${number(process.snr(i))}$", size=15, color=MUTED)
+
+
+def number(value: float) -> str:
+    """Write a number to three digits for mathtext: 1, 0.958, 0.9999, 22.7, 3.7 x 10^-5, infinity."""
+    if math.isinf(value):
+        return r"\infty"
+    if value == round(value) and abs(value) < 1e4:
+        return f"{value:.0f}"
+    if 0.9995 <= value < 1.0:
+        # Enough digits to tell it from 1.
+        return f"{value:.{math.ceil(-math.log10(1.0 - value) - 1e-6)}f}"
+    exponent = int(f"{value:.2e}".split("e")[1])
+    if -2 <= exponent <= 3:
+        return f"{value:.{max(0, 2 - exponent)}f}"
+    mantissa, power = f"{value:.1e}".split("e")
+    return rf"{mantissa}\cdot 10^{{{int(power)}}}".replace(r"1.0\cdot ", "")
+
+
+def _panel(axes: Any, story: Story, states: Tensor, k: int) -> None:
+    if not is_points(story):
+        axes.imshow(mosaic(states[k]), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        return
+    axes.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
+    points = states[k].numpy()
+    axes.scatter(points[:, 0], points[:, 1], s=3.2, c=colours(states[0]), alpha=0.75, linewidths=0)
+    axes.add_patch(ellipse(np.zeros(2), np.eye(2), edgecolor=TARGET, linewidth=1.2, linestyle=(0, (3, 2))))
+    mean, covariance = (m.numpy() for m in marginal(story.x_0, story.process.alpha_bar(story.indices[k])))
+    axes.add_patch(ellipse(mean, covariance, edgecolor=INK, linewidth=1.5))
+    axes.plot(*mean, marker="+", markersize=8, markeredgewidth=1.5, color=INK)
+
+
+def ellipse(mean: np.ndarray, covariance: np.ndarray, **style: Any) -> Any:
+    """Return the points two standard deviations from the mean, as a patch."""
+    from matplotlib.patches import Ellipse
+
+    variances, axes = np.linalg.eigh(covariance)
+    width, height = 4.0 * np.sqrt(variances.clip(min=0.0))
+    angle = math.degrees(math.atan2(axes[1, 0], axes[0, 0]))
+    return Ellipse(tuple(mean), width, height, angle=angle, facecolor="none", **style)
+
+
+def colours(points: Tensor) -> np.ndarray:
+    """Colour points by the direction in which they lie, float [N, 3] in [0, 1].
+
+    The hues are a circle in OKLab (Ottosson 2020, "A perceptual color space for image processing"), so that all look
+    equally light.
+    """
+    x, y = points.double().numpy().T
+    hue = np.arctan2(y, x)
+    lab = np.stack([np.full(len(hue), 0.66), 0.155 * np.cos(hue), 0.155 * np.sin(hue)])
+    to_lms = np.array(
+        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.291485548]]
+    )
+    to_rgb = np.array(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.707614701],
+        ]
+    )
+    linear = (to_rgb @ (to_lms @ lab) ** 3).T.clip(0.0, 1.0)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def mosaic(states: Tensor) -> np.ndarray:
+    """Stack images [m, C, H, W] in [-1, 1] above each other, uint8 [m (H + gap) - gap, W] or [..., W, 3]."""
+    pixels = to_uint8(states).permute(0, 2, 3, 1).numpy()
+    gap = max(1, pixels.shape[1] // 24)
+    padded = np.pad(pixels, ((0, 0), (0, gap), (0, 0), (0, 0)), constant_values=255)
+    stacked = padded.reshape(-1, *padded.shape[2:])[:-gap]
+    return stacked[:, :, 0] if stacked.shape[2] == 1 else stacked
+
+
+def verdict(process: Process) -> str:
+    """Say whether the process ends Gaussian, with the number that decides, in mathtext."""
+    alpha_bar, bound = number(process.alpha_bar(process.steps)), number(GAUSSIAN_END)
+    name = rf"\bar{{\alpha}}_{{{process.t[-1]}}}"
+    if process.ends_gaussian():
+        return rf"ends Gaussian: ${name} = {alpha_bar} < {bound}$"
+    return rf"does NOT end Gaussian: ${name} = {alpha_bar} \geq {bound}$"
+
+
+def verdict_colour(process: Process) -> str:
+    """Return green for a process that ends Gaussian, else red."""
+    return GOOD if process.ends_gaussian() else BAD
+
+
+def _footer(figure: Any, story: Story, width: float) -> None:
+    process = story.process
+    text = verdict(process)
+    if width >= _ONE_LINE:
+        L_T = number(process.prior_term(story.x_0))
+        text += rf",   $\mathrm{{KL}}(q(x_T|x_0)\,\|\,\mathcal{{N}}(0, I)) = {L_T}$ nats"
+    _text(figure, width - 0.1, 0.34, text, ha="right", size=16, color=verdict_colour(process))
+    if is_points(story):
+        _legend(figure, 0.34 if width >= _ONE_LINE else 0.72)
+
+
+def _legend(figure: Any, y: float) -> None:
+    from matplotlib.lines import Line2D
+
+    exact = Line2D([], [], color=INK, linewidth=1.8, marker="+", markersize=9)
+    target = Line2D([], [], color=TARGET, linewidth=1.6, linestyle=(0, (3, 2)))
+    width, height = figure.get_size_inches()
+    figure.legend(
+        handles=[exact, target],
+        labels=[r"exact mean and $2\sigma$ of $q(x_t)$", r"$2\sigma$ of $\mathcal{N}(0, I)$"],
+        loc="center left",
+        bbox_to_anchor=(0.54 / width, y / height),
+        ncols=2,
+        frameon=False,
+        fontsize=15,
+    )
+
+
+def pixels(figure: Any) -> Image.Image:
+    """Render a figure as an RGB image."""
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3])

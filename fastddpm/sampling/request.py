@@ -1,0 +1,243 @@
+"""A sampling call, checked: what `Sampler.sample` was asked for, in the form that a program loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.noise.v1 import resolve_seeds
+from fastddpm.sampling.step import COUNTER, GIVEN, NONE, Plan, TensorSpec
+from fastddpm.tables.table import COLUMN, Table
+
+Noise = Tensor | Callable[[int], Tensor]
+Generators = torch.Generator | Sequence[torch.Generator]
+Labels = int | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a sampler knows of its model: the label for "no class", and how many labels there are."""
+
+    null_class: int | None = None
+    num_labels: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's data.
+
+    Attributes:
+        plan: the program that can run it.
+        seed: int64 [B], keys of the noise (0 where it comes from elsewhere).
+        sample_id: int64 [B].
+        x_T: [B, ...] where the call brings it, else None: drawn from the seeds.
+        draw: returns z of a step [B, ...], where the caller provides it.
+        class_labels: int64, [B], or [2B] with guidance (the second half is the null class).
+        guidance: the weight w.
+        kwargs: further keyword arguments of the model, tensors repeated for the two halves of guidance.
+        seeded: x_T or the noise comes from `seed` and `sample_id`.
+    """
+
+    plan: Plan
+    seed: Tensor
+    sample_id: Tensor
+    x_T: Tensor | None  # noqa: N815
+    draw: Callable[[int], Tensor] | None
+    class_labels: Tensor | None
+    guidance: float
+    kwargs: dict[str, Any]
+    seeded: bool
+
+    def name(self, i: int) -> str:
+        """Name sample i for a message."""
+        if not self.seeded:
+            return f"sample {i}"
+        return f"sample {i} (seed {int(self.seed[i]) % 2**64}, sample id {int(self.sample_id[i])})"
+
+
+def resolve_call(
+    table: Table,
+    shape: tuple[int, ...],
+    limits: ModelLimits,
+    *,
+    x0_out: bool = False,
+    check_finite: bool = False,
+    seeds: int | Sequence[int] | Tensor | None = None,
+    seed: int | None = None,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    generator: Generators | None = None,
+    noise: Noise | None = None,
+    x_T: Tensor | None = None,
+    batch_size: int | None = None,
+    class_labels: Labels | None = None,
+    guidance: float = 1.0,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Call:
+    """Check the arguments of `Sampler.sample` and complete them.
+
+    Raises:
+        ValueError: two sources of noise, or none; a size, label, seed or weight that does not fit.
+    """
+    if isinstance(seeds, int):
+        # A bool is refused as an element.
+        seeds = [seeds]
+    stochastic = bool((table.rows[:, COLUMN["sigma"]] != 0).any())
+    source = _only_source(seeds, seed, generator, noise)
+    if x_T is not None and tuple(x_T.shape[1:]) != shape:
+        raise ValueError(f"x_T must have shape [B, {', '.join(map(str, shape))}], got {list(x_T.shape)}")
+    draw: Callable[[int], Tensor] | None = None
+    if source == "seeds":
+        key, sample_id = resolve_seeds(seeds=seeds, seed=seed, sample_ids=sample_ids, batch=_batch(x_T, batch_size))
+    else:
+        if source is None and (stochastic or x_T is None):
+            raise ValueError("no noise: pass seeds=, seed= with sample_ids=, generator=, or noise= with x_T=")
+        B = _given_batch(generator, noise, x_T, batch_size, class_labels)
+        key = sample_id = torch.zeros(B, dtype=torch.int64)
+        draw = _drawer(generator, noise, B, shape, len(table))
+        if x_T is None:
+            if generator is None:
+                raise ValueError("noise= is the noise of the steps only; pass x_T= too")
+            assert draw is not None
+            # The generator's first numbers are x_T, as in diffusers' pipelines.
+            x_T = draw(-1)
+    B = len(key)
+    if x_T is not None and len(x_T) != B:
+        raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
+    w = check_guidance(guidance)
+    guided = w != 1.0
+    labels = _labels(class_labels, B, limits)
+    if guided:
+        labels = _with_null_half(labels, B, limits)
+    kwargs = _model_kwargs(model_kwargs, B, guided)
+    plan = Plan(
+        batch=B,
+        noise=NONE if not stochastic else COUNTER if source == "seeds" else GIVEN,
+        guided=guided,
+        labels=labels is not None,
+        x0_out=x0_out,
+        check_finite=check_finite,
+        kwargs=tuple((name, _spec(value)) for name, value in sorted(kwargs.items())),
+    )
+    return Call(plan, key, sample_id, x_T, draw if stochastic else None, labels, w, kwargs, source == "seeds")
+
+
+def _only_source(seeds: Any, seed: Any, generator: Any, noise: Any) -> str | None:
+    given = {"seeds": seeds, "seed": seed, "generator": generator, "noise": noise}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"noise comes from one source, got {' and '.join(names)}; pass one of them")
+    if not names:
+        return None
+    return "seeds" if names[0] == "seed" else names[0]
+
+
+def _batch(x_T: Tensor | None, batch_size: int | None) -> int | None:
+    return len(x_T) if x_T is not None else batch_size
+
+
+def _given_batch(generator: Any, noise: Any, x_T: Any, batch_size: int | None, class_labels: Any) -> int:
+    if isinstance(generator, Sequence):
+        return len(generator)
+    if isinstance(noise, Tensor) and noise.dim() > 1:
+        return noise.shape[1]
+    if x_T is not None:
+        return len(x_T)
+    if batch_size is not None:
+        return batch_size
+    if class_labels is not None and not isinstance(class_labels, int):
+        return len(class_labels)
+    raise ValueError(
+        "how many samples? pass batch_size= (or x_T=, a list of class_labels, or one generator per sample)"
+    )
+
+
+def _drawer(
+    generator: Generators | None, noise: Noise | None, B: int, shape: tuple[int, ...], steps: int
+) -> Callable[[int], Tensor] | None:
+    expected = (B, *shape)
+    if generator is not None:
+        # One call of randn per sample for a list, one for all otherwise: what diffusers' randn_tensor draws.
+        parts = [(g, (1, *shape)) for g in generator] if isinstance(generator, Sequence) else [(generator, expected)]
+        return lambda i: torch.cat([torch.randn(size, generator=g, device=g.device) for g, size in parts])
+    if isinstance(noise, Tensor):
+        if tuple(noise.shape) != (steps, *expected):
+            raise ValueError(f"noise must have shape {[steps, *expected]} (one z per step), got {list(noise.shape)}")
+        return noise.__getitem__
+    if noise is None:
+        return None
+
+    def checked(i: int) -> Tensor:
+        z = noise(i)
+        if not isinstance(z, Tensor) or tuple(z.shape) != expected:
+            got = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"noise({i}) must return a tensor of shape {list(expected)}, got {got}")
+        return z
+
+    return checked
+
+
+def check_guidance(guidance: float) -> float:
+    """Return the weight of classifier-free guidance as a float.
+
+    Raises:
+        ValueError: it is not finite, or no number.
+    """
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number (1.0 means none), got {guidance!r}")
+    return float(guidance)
+
+
+def _labels(class_labels: Labels | None, B: int, limits: ModelLimits) -> Tensor | None:
+    if class_labels is None:
+        return None
+    labels = torch.as_tensor(class_labels)
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() > 1:
+        raise ValueError(
+            f"class_labels must be integers, one per sample or one for all; got {labels.dtype} "
+            f"of shape {list(labels.shape)}"
+        )
+    labels = labels.to(torch.int64)
+    if labels.dim() == 1 and len(labels) != B:
+        raise ValueError(f"class_labels holds {len(labels)} labels for {B} samples")
+    labels = labels.expand(B)
+    # An index outside the embedding is memory corruption or a device assert, far from here.
+    bad = (labels < 0) if limits.num_labels is None else (labels < 0) | (labels >= limits.num_labels)
+    if bad.any():
+        known = "0 or more" if limits.num_labels is None else f"0 to {limits.num_labels - 1}"
+        raise ValueError(f"class label {int(labels[bad][0])} is out of range; labels are {known}")
+    return labels
+
+
+def _with_null_half(labels: Tensor | None, B: int, limits: ModelLimits) -> Tensor:
+    if labels is None:
+        raise ValueError("guidance needs class_labels; pass them, or guidance=1.0")
+    if limits.null_class is None:
+        raise ValueError("guidance needs the label that means 'no class': pass Sampler(..., null_class=)")
+    return torch.cat([labels, torch.full_like(labels, limits.null_class)])
+
+
+def _model_kwargs(model_kwargs: Mapping[str, Any] | None, B: int, guided: bool) -> dict[str, Any]:
+    kwargs = dict(model_kwargs or {})
+    if "class_labels" in kwargs:
+        raise ValueError("pass class_labels= itself, not inside model_kwargs")
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            if guided and value.dim() > 0 and len(value) == B:
+                kwargs[name] = torch.cat([value, value])
+        else:
+            try:
+                hash(value)
+            except TypeError:
+                raise ValueError(
+                    f"model_kwargs[{name!r}] is a {type(value).__name__}; pass tensors and hashable values only"
+                ) from None
+    return kwargs
+
+
+def _spec(value: Any) -> Any:
+    return TensorSpec(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value

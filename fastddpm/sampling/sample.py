@@ -1,0 +1,229 @@
+"""The front door: samples from a model, by name or as a module, in one call."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastddpm.noise.v1 import resolve_seeds
+from fastddpm.sampling import model as net
+from fastddpm.sampling.options import resolve_device
+from fastddpm.sampling.request import check_guidance
+from fastddpm.sampling.sampler import Sampler, StepResult
+from fastddpm.schedules.diffusion import DiffusionConfig
+from fastddpm.tables.by_name import make_table
+from fastddpm.unet.load import load
+
+logger = logging.getLogger("fastddpm")
+
+# Elements of x_t per batch when the caller names no batch size: 16 images of 32x32 on a CPU, whose caches are then
+# full; enough to keep the largest GPU busy.
+_ELEMENTS_PER_BATCH = {"cpu": 2**14, "cuda": 2**20}
+
+
+def sample(
+    model: net.Model | str | os.PathLike[str],
+    shape: Sequence[int] | None = None,
+    *,
+    seeds: int | Sequence[int] = 0,
+    steps: int | None = None,
+    sampler: str = "ddpm",
+    class_labels: int | Sequence[int] | Tensor | None = None,
+    guidance: float = 1.0,
+    batch_size: int | None = None,
+    progress: bool = False,
+    diffusion: DiffusionConfig | None = None,
+    sampler_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Draw one sample per seed.
+
+    The noise of a sample depends on its seed alone, not on the batch that it is drawn in.
+
+    Args:
+        model: a module or callable that keeps `Sampler`'s model contract; or what `fastddpm.load` takes: the name of a
+            shipped model ("digits") or a directory.
+        shape: one sample's shape, (C, H, W) or (D,); default from the model's config.
+        seeds: one seed per sample; an int is one sample.
+        steps: network calls per sample; default all timesteps of the model's diffusion.
+        sampler: the name of a sampler, see `fastddpm.tables.by_name`.
+        class_labels: one label per sample or one for all. By default a class-conditional model draws class
+            seed % number of classes; pass its null class for samples of no class.
+        guidance: weight of classifier-free guidance; 1.0 means none.
+        batch_size: the most samples per batch; default by size and device. Batches are made equally large.
+        progress: show a progress bar on stderr.
+        diffusion: what the model was trained for; default `model.diffusion`, else Ho et al.'s (linear schedule of 1000
+            steps, epsilon, fixed_small).
+        sampler_options: further arguments of the sampler's table (eta, spacing, ...).
+        **options: further arguments of `Sampler`: device, dtype, compile, cuda_graph, backend, check_finite, ...
+
+    Returns:
+        float32 [N, *shape] on the sampler's device.
+
+    Raises:
+        ValueError: the shape is not known, or an argument does not fit.
+    """
+    run = plan_run(
+        model,
+        shape,
+        seeds=[seeds] if isinstance(seeds, int) else seeds,
+        steps=steps,
+        sampler=sampler,
+        class_labels=class_labels,
+        guidance=guidance,
+        batch_size=batch_size,
+        diffusion=diffusion,
+        sampler_options=sampler_options,
+        **options,
+    )
+    out = torch.empty(len(run.seeds), *run.sampler.shape, device=run.sampler.device)
+    with tqdm(total=run.total_steps, unit="step", disable=not progress) as bar:
+        for batch in run.batches:
+            out[batch.start : batch.stop] = run.draw(batch, lambda _: bar.update() and None)
+    return out
+
+
+@dataclass(frozen=True)
+class Run:
+    """A sampler, and what it is to draw.
+
+    Attributes:
+        sampler: ready to be called.
+        seeds: one per sample.
+        labels: one per sample, or None.
+        guidance: weight of classifier-free guidance.
+        batches: ranges of indices into seeds; which samples share a batch depends on nothing but seeds and batch size.
+    """
+
+    sampler: Sampler
+    seeds: list[int]
+    labels: list[int] | None
+    guidance: float
+    batches: list[range]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all batches together."""
+        return len(self.batches) * len(self.sampler.table)
+
+    def draw(self, batch: range, callback: Callable[[StepResult], None] | None = None) -> Tensor:
+        """Draw the samples of one batch, float32 [len(batch), ...]."""
+        indices = list(batch)
+        if self.sampler.compiles or self.sampler.uses_graph:
+            # Another size would mean another compilation or capture; the last seed fills the place.
+            indices += indices[-1:] * (len(self.batches[0]) - len(indices))
+        x = self.sampler.sample(
+            seeds=[self.seeds[i] for i in indices],
+            class_labels=None if self.labels is None else [self.labels[i] for i in indices],
+            guidance=self.guidance,
+            callback=callback,
+        )
+        return x[: len(batch)]
+
+
+def plan_run(
+    model: net.Model | str | os.PathLike[str],
+    shape: Sequence[int] | None = None,
+    *,
+    seeds: Sequence[int],
+    steps: int | None = None,
+    sampler: str = "ddpm",
+    class_labels: int | Sequence[int] | Tensor | None = None,
+    guidance: float = 1.0,
+    batch_size: int | None = None,
+    diffusion: DiffusionConfig | None = None,
+    sampler_options: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Run:
+    """Load the model, build its sampler and split the seeds into batches; arguments as in `sample`."""
+    if isinstance(model, (str, os.PathLike)):
+        model = load(model)
+    seeds = list(seeds)
+    resolve_seeds(seeds=seeds)
+    shape = shape_of(model) if shape is None else tuple(shape)
+    table = make_table(sampler, diffusion or diffusion_of(model), steps=steps, **(sampler_options or {}))
+    device = net.device_of(model) if device is None else resolve_device(device)
+    if batch_size is None:
+        batch_size = max(1, _ELEMENTS_PER_BATCH.get(device.type, 2**14) // math.prod(shape))
+    batches = split_evenly(len(seeds), batch_size)
+    options.setdefault("samples_ahead", len(seeds))
+    return Run(
+        Sampler(model, table, shape, device=device, **options),
+        seeds,
+        labels_for(model, seeds, class_labels),
+        check_guidance(guidance),
+        batches,
+    )
+
+
+def split_evenly(n: int, batch_size: int) -> list[range]:
+    """Split range(n) into the fewest ranges of at most batch_size, equally long up to one.
+
+    Raises:
+        ValueError: batch_size is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    count = math.ceil(n / batch_size)
+    return list(_ranges(n, count)) if count else []
+
+
+def _ranges(n: int, count: int) -> Iterator[range]:
+    size, larger = divmod(n, count)
+    start = 0
+    for i in range(count):
+        stop = start + size + (i < larger)
+        yield range(start, stop)
+        start = stop
+
+
+def shape_of(model: net.Model) -> tuple[int, ...]:
+    """Return one sample's shape from the model's config: (in_channels, *sample_size).
+
+    Raises:
+        ValueError: the config does not say.
+    """
+    config = getattr(model, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if not isinstance(channels, int) or size is None:
+        raise ValueError("the model's config does not name a shape: pass shape=(C, H, W), or (D,) for points")
+    height, width = (size, size) if isinstance(size, int) else size
+    return (channels, height, width)
+
+
+def diffusion_of(model: net.Model) -> DiffusionConfig:
+    """Return `model.diffusion`, else Ho et al.'s, saying so at INFO."""
+    config = getattr(model, "diffusion", None)
+    if config is None:
+        logger.info("the model names no diffusion: taking Ho et al.'s (linear betas, 1000 timesteps, epsilon)")
+        return DiffusionConfig()
+    return config
+
+
+def labels_for(
+    model: net.Model, seeds: Sequence[int], class_labels: int | Sequence[int] | Tensor | None
+) -> list[int] | None:
+    """Return one label per seed: those given, or seed % classes for a class-conditional model, else None.
+
+    Raises:
+        ValueError: the number of labels is not that of the seeds.
+    """
+    if class_labels is None:
+        classes = net.num_classes_of(model)
+        return None if not classes else [seed % classes for seed in seeds]
+    if isinstance(class_labels, int):
+        return [class_labels] * len(seeds)
+    labels = torch.as_tensor(class_labels).tolist()
+    labels = [labels] * len(seeds) if isinstance(labels, int) else labels
+    if len(labels) != len(seeds):
+        raise ValueError(f"class_labels holds {len(labels)} labels for {len(seeds)} seeds")
+    return labels

@@ -1,0 +1,82 @@
+"""A sampling run that writes files: what decides their bytes, and the drawing of those that are missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from fastddpm.files.run_folder import config_hash, model_digest, table_digest
+from fastddpm.noise.seed_ranges import format_seeds
+from fastddpm.noise.v1 import NOISE_VERSION
+from fastddpm.sampling.outputs import Outputs
+from fastddpm.sampling.sample import Run
+from fastddpm.unet.unet import UNet
+
+
+def describe(model: UNet, planned: Run, *, sampler: str, classes: Any, file_format: str) -> dict[str, Any]:
+    """Return everything that decides the bytes of a run's output, for its manifest.
+
+    Args:
+        model: the network.
+        planned: the run.
+        sampler: name of the sampler.
+        classes: the classes asked for, as JSON.
+        file_format: see `Outputs`.
+    """
+    engine = planned.sampler
+    return {
+        "noise": NOISE_VERSION,
+        "model": config_hash(dataclasses.asdict(model.config)),
+        "weights": model_digest(model),
+        "sampler": sampler,
+        "steps": len(engine.table),
+        "table": table_digest(engine.table),
+        "shape": list(engine.shape),
+        "seeds": format_seeds(planned.seeds),
+        "batch": len(planned.batches[0]),
+        "classes": classes,
+        "guidance": planned.guidance,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "device": engine.device.type,
+        "backend": "triton" if engine.uses_triton else "torch",
+        "compile": engine.compiles,
+        "format": file_format,
+    }
+
+
+def draw_missing(planned: Run, outputs: Outputs, *, quiet: bool) -> list[tuple[int, float]]:
+    """Draw and save the batches that are not complete, with a progress bar on a terminal.
+
+    Returns:
+        For each batch drawn, its number of samples and the seconds that it took.
+
+    Raises:
+        ValueError: a sample is not finite; its batch is not saved.
+        OSError: a file cannot be written.
+    """
+    todo = [batch for batch in outputs.mine if not outputs.complete(batch)]
+    total = len(todo) * len(planned.sampler.table)
+    drawn = []
+    with tqdm(total=total, unit="step", file=sys.stderr, disable=quiet or not sys.stderr.isatty()) as bar:
+        for batch in todo:
+            started = time.perf_counter()
+            x = planned.draw(batch, lambda _: bar.update() and None)
+            _refuse_non_finite(x, [planned.seeds[i] for i in batch])
+            drawn.append((len(batch), time.perf_counter() - started))
+            outputs.save(batch, x)
+    return drawn
+
+
+def _refuse_non_finite(x: Tensor, seeds: list[int]) -> None:
+    finite = x.isfinite().flatten(1).all(dim=1).tolist()
+    bad = [seed for seed, good in zip(seeds, finite, strict=True) if not good]
+    if bad:
+        raise ValueError(
+            f"the sample of seed {bad[0]} is not finite ({len(bad)} of {len(seeds)} in its batch); "
+            "check the model, or use --dtype float32"
+        )

@@ -1,0 +1,1 @@
+"""Noise schedules, the timesteps to visit, and what a network was trained for."""

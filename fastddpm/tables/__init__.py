@@ -1,0 +1,1 @@
+"""A sampler is a table: one builder for each sampler, a pure function from a schedule to rows."""

@@ -1,0 +1,131 @@
+"""DDPM's ancestral sampler as a table (Ho et al. 2020, Algorithm 2; Nichol & Dhariwal 2021 for learned variances)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastddpm.schedules.schedule import Schedule
+from fastddpm.schedules.spacing import resolve_timesteps
+from fastddpm.tables.table import Table, make_rows
+
+PREDICTION_TYPES = ("epsilon", "x_0", "v")
+LEARNED = ("learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED)
+
+
+def ddpm_table(
+    schedule: Schedule,
+    *,
+    steps: int | None = None,
+    timesteps: Sequence[int] | Tensor | None = None,
+    spacing: str = "linspace",
+    steps_offset: int = 0,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip_range: float | None = 1.0,
+) -> Table:
+    """Tabulate x_{t-1} = mu_tilde(x_t, x_0) + sigma_t z (Ho et al. 2020, eqs. 7 and 11) over the visited timesteps.
+
+    With fewer than T timesteps the betas are those of the respaced process (Nichol & Dhariwal 2021, eq. 19).
+
+    Args:
+        schedule: the schedule the network was trained with.
+        steps: how many timesteps to visit, chosen by `spacing`; all T by default.
+        timesteps: the timesteps themselves, strictly descending, instead of `steps`.
+        spacing: "linspace", "leading" or "trailing".
+        steps_offset: added to "leading" timesteps, as in diffusers.
+        prediction_type: what the network returns: "epsilon", "x_0" or "v".
+        variance_type: "fixed_small" (sigma^2 = beta_tilde), "fixed_large" (sigma^2 = beta), "learned" (the second half
+            of the output is log sigma^2) or "learned_range" (it interpolates between the logs of the first two).
+        clip_range: x_0 is clipped to [-clip_range, clip_range]; None switches clipping off.
+
+    Returns:
+        A table of one row per timestep; sigma is 0 on the last row.
+
+    Raises:
+        ValueError: an argument is unknown or out of range, or epsilon is predicted where alpha_bar = 0.
+    """
+    visited = resolve_timesteps(
+        schedule.num_timesteps, steps=steps, timesteps=timesteps, spacing=spacing, steps_offset=steps_offset
+    )
+    respaced = schedule.respaced(visited)
+    a, b = x0_coefficients(respaced.alphas_cumprod, prediction_type)
+    sigma, h0, h1 = _std_coefficients(respaced, variance_type)
+    rows64 = make_rows(
+        len(visited),
+        clip_range,
+        a=a,
+        b=b,
+        c_x0=respaced.posterior_mean_coef1,
+        c_xt=respaced.posterior_mean_coef2,
+        sigma=sigma,
+        h0=h0,
+        h1=h1,
+    )
+    return Table(
+        rows64.flip(0),
+        visited,
+        name="ddpm",
+        clip=clip_range is not None,
+        learned=variance_type in LEARNED,
+    )
+
+
+def x0_coefficients(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """Return a and b of x_0 = a x_t + b m, float64 and shaped like alpha_bar.
+
+    epsilon: x_0 = (x_t - sqrt(1 - alpha_bar_t) m) / sqrt(alpha_bar_t)      (Ho et al. 2020, eq. 15)
+    v:       x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) m          (Salimans & Ho 2022, section 4)
+
+    Raises:
+        ValueError: the type is unknown, or epsilon is predicted where alpha_bar = 0.
+    """
+    if prediction_type == "epsilon":
+        if (alpha_bar == 0.0).any():
+            raise ValueError(
+                "prediction_type 'epsilon' cannot give x_0 where alpha_bar = 0 (zero terminal SNR): x_t is pure noise "
+                "there, and (x_t - eps) / 0 says nothing; use a network trained for 'v' or 'x_0', or no rescaling"
+            )
+        return (1.0 / alpha_bar).sqrt(), -((1.0 - alpha_bar) / alpha_bar).sqrt()
+    if prediction_type == "v":
+        return alpha_bar.sqrt(), -(1.0 - alpha_bar).sqrt()
+    if prediction_type == "x_0":
+        return torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
+    raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
+
+
+def log_variance_coefficients(schedule: Schedule, variance_type: str) -> tuple[Tensor, Tensor]:
+    """Return h0 and h1 of log sigma_t^2 = h0 + h1 v, float64 [T]; v is the second half of the network's output.
+
+    Fixed variances have the value of beta_tilde at t = 1 at t = 0 too, for the likelihood of x_0: beta_tilde is 0.
+
+    Raises:
+        ValueError: the type is unknown.
+    """
+    log_beta, log_beta_tilde = schedule.betas.log(), schedule.posterior_log_variance_clipped
+    zero = torch.zeros_like(log_beta)
+    if variance_type == "fixed_small":
+        return log_beta_tilde, zero
+    if variance_type == "fixed_large":
+        return torch.cat([log_beta_tilde[:1], log_beta[1:]]), zero
+    if variance_type == "learned":
+        return zero, zero + 1.0
+    if variance_type == "learned_range":
+        # log sigma^2 = f log beta + (1 - f) log beta_tilde with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+        return 0.5 * (log_beta + log_beta_tilde), 0.5 * (log_beta - log_beta_tilde)
+    raise ValueError(f"unknown variance_type {variance_type!r}; choose one of {', '.join(VARIANCE_TYPES)}")
+
+
+def _std_coefficients(schedule: Schedule, variance_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sigma, h0 and h1 of std = sigma * exp(h0 + h1 * v), float64 [T] each; 0 at t = 0, which adds no noise."""
+    noisy = torch.ones_like(schedule.betas)
+    noisy[0] = 0.0
+    if variance_type == "fixed_small":
+        return schedule.posterior_variance.sqrt() * noisy, 0 * noisy, 0 * noisy
+    if variance_type == "fixed_large":
+        return schedule.betas.sqrt() * noisy, 0 * noisy, 0 * noisy
+    h0, h1 = log_variance_coefficients(schedule, variance_type)
+    return noisy, 0.5 * h0 * noisy, 0.5 * h1 * noisy

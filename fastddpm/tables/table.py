@@ -1,0 +1,168 @@
+"""Tables: a sampler written as one row of numbers per step.
+
+A row turns the state x_t and the network's output m into the next state:
+
+    x0     = a * x_t + b * m                        (clipped to [lo, hi] when `clip`)
+    x_prev = c_x0 * x0 + c_xt * x_t [+ c_m * m] [+ c_prev * x0_prev] + std * z
+    std    = sigma, or sigma * exp(h0 + h1 * v) when `learned` (v: the network's second half)
+
+Rows are computed in float64 and rounded once to float32. A row whose sigma is 0 adds no noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastddpm.schedules.schedule import Schedule
+
+COLUMNS = ("a", "b", "lo", "hi", "c_x0", "c_xt", "c_m", "c_prev", "sigma", "h0", "h1", "w")
+K = len(COLUMNS)
+COLUMN = {name: i for i, name in enumerate(COLUMNS)}
+# The weightings of the training loss, with the gamma that the paper settles on where there is one.
+LOSS_WEIGHTINGS: dict[str, float | None] = {"uniform": None, "min-snr": 5.0, "p2": 1.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Describe a sampler completely: one row per step, in the order of execution.
+
+    Args:
+        rows64: [R, K] float64, columns as in `COLUMNS`.
+        timesteps: [R] int64 or float32, what the network is given at each step.
+        name: the sampler's name, for messages and manifests.
+        clip: x0 is clipped to [lo, hi].
+        learned: the network returns 2C channels, and its second half sets the standard deviation.
+        use_m: the term c_m * m is present.
+        use_prev: the term c_prev * x0_prev is present (x0_prev: the previous step's x0; zeros before the first).
+
+    Raises:
+        ValueError: a shape, dtype or value does not fit the above.
+    """
+
+    rows64: Tensor
+    timesteps: Tensor
+    name: str
+    clip: bool = True
+    learned: bool = False
+    use_m: bool = False
+    use_prev: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rows64.dim() != 2 or self.rows64.shape[1] != K or self.rows64.shape[0] == 0:
+            raise ValueError(f"rows64 must have shape [R, {K}] with R >= 1, got {tuple(self.rows64.shape)}")
+        if self.rows64.dtype != torch.float64:
+            raise ValueError(f"rows64 must be float64, got {self.rows64.dtype}")
+        if self.timesteps.shape != (len(self.rows64),) or self.timesteps.dtype not in (torch.int64, torch.float32):
+            raise ValueError(
+                f"timesteps must be int64 or float32 of shape [{len(self.rows64)}], got {self.timesteps.dtype} "
+                f"of shape {tuple(self.timesteps.shape)}"
+            )
+        bounds = torch.tensor([name in ("lo", "hi") for name in COLUMNS])
+        bad = ~torch.where(bounds, ~self.rows64.isnan(), self.rows64.isfinite())
+        if bad.any():
+            r, k = (int(i) for i in bad.nonzero()[0])
+            raise ValueError(f"row {r} of table {self.name!r} has {COLUMNS[k]} = {float(self.rows64[r, k])}")
+
+    def __len__(self) -> int:
+        return len(self.rows64)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[R, K] float32, contiguous: rows64 rounded once, to nearest even."""
+        return self.rows64.to(torch.float32).contiguous()
+
+    def column(self, name: str) -> Tensor:
+        """Return one column, float64 [R]."""
+        return self.rows64[:, COLUMN[name]]
+
+    def with_guidance(self, w: float) -> Table:
+        """Set the weight of classifier-free guidance, m = m_u + w (m_c - m_u) (Ho & Salimans 2022)."""
+        rows64 = self.rows64.clone()
+        rows64[:, COLUMN["w"]] = w
+        return replace(self, rows64=rows64)
+
+
+def make_rows(n_rows: int, clip_range: float | None = None, **columns: Tensor | float) -> Tensor:
+    """Build float64 rows [R, K] from named columns; the others are 0, the bounds +-clip_range, the weight w 1.
+
+    Raises:
+        ValueError: clip_range is not a positive number.
+    """
+    check_clip_range(clip_range)
+    bound = float("inf") if clip_range is None else float(clip_range)
+    rows64 = torch.zeros(n_rows, K, dtype=torch.float64)
+    for name, value in {"lo": -bound, "hi": bound, "w": 1.0, **columns}.items():
+        rows64[:, COLUMN[name]] = torch.as_tensor(value, dtype=torch.float64)
+    return rows64
+
+
+def check_clip_range(clip_range: float | None) -> None:
+    """Raise unless clip_range is None (no clipping) or a positive finite number."""
+    if clip_range is None:
+        return
+    number = isinstance(clip_range, (int, float)) and not isinstance(clip_range, bool)
+    if not number or not 0.0 < clip_range < float("inf"):
+        raise ValueError(f"clip_range must be positive and finite, or None for no clipping; got {clip_range!r}")
+
+
+def q_rows(schedule: Schedule) -> Tensor:
+    """Tabulate q(x_t | x_0): (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)) (Ho et al. 2020, eq. 4); float32 [T, 2]."""
+    rows64 = torch.stack([schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod], dim=1)
+    return rows64.to(torch.float32).contiguous()
+
+
+def loss_rows(
+    schedule: Schedule, prediction_type: str = "epsilon", weighting: str = "uniform", gamma: float | None = None
+) -> Tensor:
+    """Tabulate the target c_eps * eps + c_x0 * x_0 of a network and the weight of its squared error; float32 [T, 3].
+
+    epsilon: eps;  x_0: x_0;  v: sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0   (Salimans & Ho 2022, section 4)
+
+    A weighting, with SNR_t = alpha_bar_t / (1 - alpha_bar_t), is given for the error of eps and means the same
+    whatever the network predicts: an error of x_0 counts SNR_t times as much there, one of v alpha_bar_t times.
+        uniform: 1, for the target itself          (Ho et al. 2020, eq. 14)
+        min-snr: min(SNR_t, gamma) / SNR_t         (Hang et al. 2023, arXiv:2303.09556; gamma = 5)
+        p2:      1 / (1 + SNR_t)^gamma             (Choi et al. 2022, arXiv:2204.00227, with k = 1; gamma = 1)
+
+    Raises:
+        ValueError: a name is unknown, or gamma is not a positive number.
+    """
+    signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    one, zero = torch.ones_like(signal), torch.zeros_like(signal)
+    targets = {"epsilon": (one, zero), "x_0": (zero, one), "v": (signal, -noise)}
+    if prediction_type not in targets:
+        raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(targets)}")
+    snr = signal**2 / noise**2
+    gamma = check_weighting(weighting, gamma)
+    weight = one
+    if gamma is not None:
+        of_eps = (gamma / snr).clamp(max=1.0) if weighting == "min-snr" else (1.0 + snr) ** -gamma
+        weight = of_eps * {"epsilon": one, "x_0": snr, "v": signal**2}[prediction_type]
+    return torch.stack([*targets[prediction_type], weight], dim=1).to(torch.float32).contiguous()
+
+
+def check_weighting(weighting: str, gamma: float | None) -> float | None:
+    """Return the gamma of a weighting: the one given, the paper's, or None where there is none.
+
+    Raises:
+        ValueError: the weighting is unknown, takes no gamma, or gamma is not a positive number.
+    """
+    if weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"unknown loss weighting {weighting!r}; choose one of {', '.join(LOSS_WEIGHTINGS)}")
+    usual = LOSS_WEIGHTINGS[weighting]
+    if gamma is None:
+        return usual
+    if usual is None:
+        raise ValueError(f"the {weighting} weighting has no gamma, got {gamma!r}; use min-snr or p2")
+    if not 0.0 < gamma < float("inf"):
+        raise ValueError(f"gamma must be positive and finite, got {gamma!r}")
+    return gamma
+
+
+def q_step_rows(schedule: Schedule) -> Tensor:
+    """Tabulate q(x_t | x_{t-1}): (sqrt(alpha_t), sqrt(beta_t)) (Ho et al. 2020, eq. 2); float32 [T, 2]."""
+    return torch.stack([schedule.alphas.sqrt(), schedule.betas.sqrt()], dim=1).to(torch.float32).contiguous()

@@ -1,0 +1,1 @@
+"""Training with the simple loss, and the bound on the likelihood."""

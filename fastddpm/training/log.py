@@ -1,0 +1,146 @@
+"""What a training run shows and records: a progress bar, a loss log, a loss plot and grids of samples."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from fastddpm.files.atomic import write_files
+from fastddpm.files.images import make_grid, save_png, to_uint8
+from fastddpm.sampling.model import num_classes_of
+from fastddpm.sampling.sample import sample
+from fastddpm.training.config import TrainConfig
+from fastddpm.training.ema import EMA
+from fastddpm.training.folder import LOG, PLOT, averaged
+from fastddpm.unet.unet import UNet
+
+# A training-time grid: DDPM steps enough to judge by, and pixels enough to look at.
+GRID_STEPS, GRID_SIDE = 100, 64
+
+
+class TrainLog:
+    """Progress bar and log file of one run; a context manager.
+
+    Args:
+        config: the run's settings.
+        out: its folder; lines of its log that lie beyond ``start`` are dropped.
+        start: gradient steps taken before.
+        state: what `state()` returned at ``start``; empty at the beginning.
+        quiet: no progress bar. Without a terminal on stderr there is none either.
+    """
+
+    def __init__(self, config: TrainConfig, out: Path, start: int, state: dict[str, Any], *, quiet: bool) -> None:
+        self._config, self._out = config, out
+        self._sum, self._count = float(state.get("sum", 0.0)), int(state.get("count", 0))
+        self._bar = tqdm(
+            total=config.steps,
+            initial=start,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            disable=True if quiet or not sys.stderr.isatty() else None,
+        )
+        kept = "".join(f"{json.dumps(line)}\n" for line in read_log(out) if line["step"] <= start)
+        write_files({out / LOG: kept.encode()})
+        self._file: IO[str] = (out / LOG).open("a")
+        self._tensorboard = _tensorboard_writer(out, start) if config.tensorboard else None
+
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._file.close()
+
+    def state(self) -> dict[str, Any]:
+        """The unfinished line, so that a resumed run completes it."""
+        return {"sum": self._sum, "count": self._count}
+
+    def add(self, n: int, loss: float, lr: float) -> None:
+        """Record the loss and learning rate of step n (from 0)."""
+        self._sum += loss
+        self._count += 1
+        if (n + 1) % self._config.log_every == 0:
+            mean = self._sum / self._count
+            self._file.write(json.dumps({"step": n + 1, "loss": mean, "lr": lr}) + "\n")
+            self._file.flush()
+            if self._tensorboard is not None:
+                self._tensorboard.add_scalar("loss", mean, n + 1)
+                self._tensorboard.add_scalar("learning rate", lr, n + 1)
+            self._bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+            self._sum, self._count = 0.0, 0
+        self._bar.update()
+
+    def picture(self, n: int, model: UNet, ema: EMA) -> None:
+        """Write a grid of samples of the averaged model after n steps, and, with matplotlib, the plot of the loss."""
+        _save_grid(self._out / f"samples-{n:07d}.png", averaged(model, ema))
+        plot = loss_plot(list(read_log(self._out)))
+        if plot is not None:
+            write_files({self._out / PLOT: plot})
+
+
+def _tensorboard_writer(out: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs tensorboard: pip install tensorboard") from error
+    return SummaryWriter(str(out), purge_step=start + 1)
+
+
+def read_log(out: Path) -> Iterator[dict[str, float]]:
+    """Yield the lines of a run's log, {"step", "loss", "lr"}; a line that a crash cut off is left out."""
+    if not (out / LOG).exists():
+        return
+    with (out / LOG).open() as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def loss_plot(lines: list[dict[str, float]], bins: int = 400) -> bytes | None:
+    """Plot the loss over the steps as a PNG, averaged into at most ``bins`` points; None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, StrMethodFormatter
+    except ImportError:
+        return None
+    if not lines:
+        return None
+    width = math.ceil(len(lines) / bins)
+    groups = [lines[i : i + width] for i in range(0, len(lines), width)]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([g[-1]["step"] for g in groups], [sum(line["loss"] for line in g) / len(g) for g in groups])
+    axes.set(xlabel="gradient step", ylabel="loss", yscale="log", title="training loss")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(True, which="both", alpha=0.3)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return stream.getvalue()
+
+
+def _save_grid(path: Path, model: UNet) -> None:
+    """Draw four samples of each class (of at most ten), or sixteen, and save them as one picture."""
+    classes = num_classes_of(model)
+    columns = min(classes, 10) if classes else 4
+    count = 4 * columns
+    labels = [i % columns for i in range(count)] if classes else None
+    T = model.diffusion.num_timesteps if model.diffusion else 1000
+    x_0 = sample(model, seeds=range(count), steps=min(GRID_STEPS, T), class_labels=labels, compile=False)
+    scale = max(1, GRID_SIDE // min(x_0.shape[2:]))
+    pixels = to_uint8(x_0.cpu()).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    save_png(path, make_grid(pixels, columns))

@@ -1,0 +1,247 @@
+"""Training by Algorithm 1 of Ho et al. 2020, such that an interrupted run continues to the same bits.
+
+Nothing of a step depends on a generator's state: the images of step n are a function of (seed, n), and the timestep,
+the noise and the class dropout of image k are functions of (seed, k, n). So a checkpoint needs the weights, their
+average, the optimiser's moments and n, and on the CPU (same thread count) a resumed run equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastddpm.data.datasets import Dataset
+from fastddpm.errors import FastDDPMError
+from fastddpm.noise import v1 as noise
+from fastddpm.schedules.schedule import Schedule
+from fastddpm.training.checkpoint import load_checkpoint, save_checkpoint
+from fastddpm.training.config import TrainConfig
+from fastddpm.training.ema import EMA
+from fastddpm.training.folder import Run, export, open_run
+from fastddpm.training.log import TrainLog
+from fastddpm.training.loss import ddpm_loss
+from fastddpm.unet.unet import UNet
+
+Model = Callable[..., Any]
+
+
+class DivergenceError(FastDDPMError):
+    """The loss or its gradient is no longer finite; the message names the step and the last good checkpoint."""
+
+
+@dataclass
+class Trainer:
+    """Everything that a training step touches.
+
+    Attributes:
+        config: the run's settings.
+        data: the training images.
+        net: the network, its float32 weights in `model`; `net` is `model` or its compiled form.
+        schedule: of the forward process.
+    """
+
+    config: TrainConfig
+    data: Dataset
+    model: UNet
+    net: Model
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+
+    def step(self, n: int) -> float:
+        """Take gradient step n and return its loss.
+
+        Raises:
+            DivergenceError: loss or gradient is not finite; the weights are those before the step.
+        """
+        config = self.config
+        k = batch_indices(config.seed, n, len(self.data), config.batch)
+        _seed_dropout(config.seed, n)
+        loss = 0.0
+        for part in k.chunk(config.accumulate):
+            partial = self.loss(part, n) * (len(part) / len(k))
+            partial.backward()
+            loss += partial.item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise DivergenceError(f"loss {loss}, gradient norm {float(norm)} at step {n}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, n)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(n)
+        return loss
+
+    def loss(self, k: Tensor, n: int) -> Tensor:
+        """Loss of images k ([B] int64) at step n: lines 2 to 5 of Algorithm 1; t and eps are drawn for (seed, k, n)."""
+        config, device = self.config, next(self.model.parameters()).device
+        x_0 = self.data.x_0(k).to(device)
+        if config.flip:
+            x_0 = torch.where(_flipped(config.seed, k, n).to(device)[:, None, None, None], x_0.flip(3), x_0)
+        labels = None
+        if self.data.labels is not None:
+            labels = self.data.labels[k]
+            if (null := self.model.config.null_class) is not None:
+                labels = drop_classes(labels, null, config.class_dropout, config.seed, k, n)
+            labels = labels.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            return ddpm_loss(
+                self.net,
+                x_0,
+                self.schedule,
+                seed=config.seed,
+                step=n,
+                sample_ids=k,
+                class_labels=labels,
+                **config.loss_options(),
+            )
+
+
+def learning_rate(config: TrainConfig, n: int) -> float:
+    """Return the rate of step n: a linear warm-up, a constant, and a linear descent over the last part of the run."""
+    warm = (n + 1) / config.warmup if n < config.warmup else 1.0
+    descent = max(1.0, config.decay * config.steps)
+    return config.lr * min(warm, 1.0, (config.steps - n) / descent)
+
+
+def batch_indices(seed: int, n: int, n_images: int, batch: int) -> Tensor:
+    """Return the images of step n, [batch] int64: each epoch is a permutation that (seed, epoch) determines.
+
+    Raises:
+        ValueError: there are fewer images than a batch takes.
+    """
+    if batch > n_images:
+        raise ValueError(f"a batch of {batch} is more than the {n_images} images; use a smaller --batch")
+    epoch, place = divmod(n, n_images // batch)
+    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch]))
+    order = generator.permutation(n_images)
+    return torch.from_numpy(order[place * batch : (place + 1) * batch].astype(np.int64))
+
+
+def drop_classes(labels: Tensor, null: int, p: float, seed: int, k: Tensor, n: int) -> Tensor:
+    """Replace labels by ``null`` with probability p (Ho & Salimans 2022, Algorithm 1); image k and step n decide."""
+    return torch.where(_uniform(seed, k, n)[:, 0] < p, null, labels)
+
+
+def _flipped(seed: int, k: Tensor, n: int) -> Tensor:
+    return _uniform(seed, k, n)[:, 1] < 0.5
+
+
+def _uniform(seed: int, k: Tensor, n: int) -> Tensor:
+    """Two numbers in [0, 1] for each image, [B, 2] float64, from the part of stream 3 that no timestep uses."""
+    z = noise.normals(torch.tensor([seed]), k, torch.tensor([n]), noise.STREAM_TIMESTEPS, 8)
+    return torch.special.ndtr(z[:, 4:6].double())
+
+
+def _seed_dropout(seed: int, n: int) -> None:
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + n) % 2**63)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` reached: gradient steps taken so far, the last loss, and the signal that stopped it, if any."""
+
+    steps: int
+    loss: float
+    signal: int | None = None
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
+    """Train a network, leaving checkpoints, a log and finally the model in ``config.out``.
+
+    SIGINT and SIGTERM end it after the current step with a checkpoint; a second one ends it at once.
+
+    Raises:
+        FileExistsError: the folder holds a run and neither resume nor overwrite was asked for.
+        ValueError: a setting or the data are unusable, or resume finds a run of other settings.
+        DivergenceError: the loss became infinite or NaN.
+    """
+    with torch.random.fork_rng(), open_run(config) as run:
+        torch.manual_seed(config.seed)
+        return _train(run, build_trainer(config, run.data, run.build_model()), quiet)
+
+
+def _train(run: Run, trainer: Trainer, quiet: bool) -> TrainResult:
+    config, model, ema = run.config, trainer.model, trainer.ema
+    state: dict[str, Any] = {"step": 0, "log": {}}
+    if run.has_checkpoint:
+        state = load_checkpoint(run.out, model, ema, trainer.optimizer)
+    n, loss = int(state["step"]), math.nan
+    with _interruptible() as interrupt, TrainLog(config, run.out, n, state["log"], quiet=quiet) as log:
+        saved = n
+
+        def save() -> None:
+            nonlocal saved
+            if n != saved:
+                save_checkpoint(run.out, model, ema, trainer.optimizer, {"step": n, "log": log.state()})
+                saved = n
+
+        while n < config.steps and interrupt.signal is None:
+            try:
+                loss = trainer.step(n)
+            except DivergenceError as error:
+                raise DivergenceError(f"{error}; {run.last_checkpoint()}; try a lower --lr") from None
+            log.add(n, loss, learning_rate(config, n))
+            n += 1
+            if config.save_every and n % config.save_every == 0:
+                save()
+            if config.sample_every and n % config.sample_every == 0:
+                log.picture(n, model, ema)
+        save()
+        export(run.out, model, ema)
+    return TrainResult(n, loss, interrupt.signal)
+
+
+def build_trainer(config: TrainConfig, data: Dataset, model: UNet) -> Trainer:
+    """Put model, average, optimiser and schedule on the device, ready for step 0."""
+    device = config.resolved_device()
+    model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
+    net = torch.compile(model, fullgraph=True, dynamic=False) if config.compile else model
+    return Trainer(config, data, model, net, EMA(model, config.ema), optimizer, config.diffusion().schedule())
+
+
+class _Interrupt:
+    signal: int | None = None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[_Interrupt]:
+    """Note SIGINT and SIGTERM instead of dying in the middle of a step; the second one acts as it did before."""
+    interrupt = _Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    # nohup and a shell's & have a signal ignored: leave it so.
+    previous: dict[int, Any] = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
+
+    def restore() -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        interrupt.signal = signum
+        restore()
+
+    for signum in previous:
+        signal.signal(signum, note)
+    try:
+        yield interrupt
+    finally:
+        restore()
+
+
+__all__ = ["DivergenceError", "TrainConfig", "TrainResult", "Trainer", "train"]

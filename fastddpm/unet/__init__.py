@@ -1,0 +1,1 @@
+"""The UNet: its network, configuration and files, and its form for sampling."""

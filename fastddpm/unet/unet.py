@@ -1,0 +1,271 @@
+"""The network of Ho et al. 2020: a UNet with residual blocks, self-attention and a time embedding.
+
+Configuration keys, parameter names and arithmetic are those of diffusers' UNet2DModel for the features listed in
+`UNetConfig`, so its checkpoints load unchanged and ours load there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastddpm.unet.blocks import (
+    Attention,
+    BlockOptions,
+    DownBlock,
+    MidBlock,
+    ResnetBlock,
+    TimestepEmbedding,
+    UpBlock,
+    timestep_embedding,
+)
+from fastddpm.unet.config import UNetConfig
+
+if TYPE_CHECKING:
+    import os
+
+    from fastddpm.sampling.model import Network
+    from fastddpm.schedules.diffusion import DiffusionConfig
+
+__all__ = ["UNet", "UNetConfig"]
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t) (or x_0, v, and a second half for a learned variance; Ho et al. 2020, appendix B).
+
+    A fresh network follows Ho et al. in starting every residual branch and the output at zero (their scale 1e-10),
+    so it is the identity inside and returns zeros until it has been trained for a step; all other weights start as
+    torch's layers do. `zero_init=False` leaves those at torch's default as well, for tests that need an output.
+
+    Args:
+        config: the architecture.
+        zero_init: start conv2 of every residual block, the projection of every attention and conv_out at zero.
+
+    Attributes:
+        config: the architecture.
+        diffusion: schedule, prediction type and variance it was trained with, or None where nobody said.
+    """
+
+    diffusion: DiffusionConfig | None
+
+    def __init__(self, config: UNetConfig, *, zero_init: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.diffusion = None
+        widths = config.block_out_channels
+        opts = BlockOptions(
+            temb_channels=config.temb_channels,
+            norm_num_groups=config.norm_num_groups,
+            norm_eps=config.norm_eps,
+            act_fn=config.act_fn,
+            dropout=config.dropout,
+            resnet_time_scale_shift=config.resnet_time_scale_shift,
+            attention_head_dim=config.attention_head_dim,
+            downsample_padding=config.downsample_padding,
+        )
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], config.temb_channels)
+        self.class_embedding = (
+            _embedding(config.num_class_embeds, config.temb_channels) if config.num_class_embeds else None
+        )
+        self.down_blocks = _down_path(config, opts)
+        self.mid_block = MidBlock(
+            widths[-1],
+            opts,
+            attention=config.add_attention,
+            attn_norm_num_groups=config.attn_norm_num_groups,
+            scale=config.mid_block_scale_factor,
+        )
+        self.up_blocks = _up_path(config, opts)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        if zero_init:
+            self._zero_residual_branches()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights."""
+        return self.conv_in.weight.dtype
+
+    def resnets(self) -> Iterator[ResnetBlock]:
+        """The residual blocks in the order in which `forward` runs them."""
+        for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
+            yield from block.resnets
+
+    def embed(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Embed timesteps and labels: the sinusoidal embedding through two layers, plus the class embedding.
+
+        Args:
+            t: [B], integer or floating point; the sines are computed in float32 whatever the weights' dtype.
+            class_labels: int64 [B], [1] or 0-dim; None means the null class, or that the network has no classes.
+
+        Returns:
+            [B, temb_channels] in the weights' dtype.
+
+        Raises:
+            ValueError, TypeError: see `forward`.
+        """
+        config = self.config
+        labels = self._labels(class_labels, t)
+        emb = timestep_embedding(
+            t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
+        temb = self.time_embedding(emb.to(self.dtype))
+        return temb if self.class_embedding is None else temb + self.class_embedding(labels)
+
+    def project_time(self, temb: Tensor) -> list[Tensor]:
+        """Every residual block's projection of the embedding, in the order of `resnets()`; independent of x."""
+        return [resnet.project_time(temb) for resnet in self.resnets()]
+
+    def denoise(self, x: Tensor, time: Sequence[Tensor]) -> Tensor:
+        """The network after its embedding: x [B, C_in, H, W] and `project_time`'s list -> [B, C_out, H, W]."""
+        if self.config.center_input_sample:
+            x = 2 * x - 1
+        x = self.conv_in(x)
+        skips = [x]
+        layers = self.config.layers_per_block
+        remaining = iter(time)
+        for block in self.down_blocks:
+            x, more = block(x, list(islice(remaining, layers)))
+            skips.extend(more)
+        x = self.mid_block(x, list(islice(remaining, 2)))
+        for block in self.up_blocks:
+            x = block(x, skips, list(islice(remaining, layers + 1)))
+        return self.conv_out(functional.silu(self.conv_norm_out(x)))
+
+    def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """Predict from a noisy image at a timestep.
+
+        Args:
+            x: x_t, [B, in_channels, H, W], in the weights' dtype; H and W multiples of 2^(blocks - 1).
+            t: [B], [1], 0-dim or a number; 0-based timestep, integer or floating point.
+            class_labels: int64 [B], 0 <= label < num_class_embeds. None means the null class.
+
+        Returns:
+            [B, out_channels, H, W] in x's dtype (autocast's, where that is on).
+
+        Raises:
+            ValueError: a shape that does not fit; labels given to an unconditional network, or missing where the
+                network has classes and no null class.
+            TypeError: x is not floating point, or of another dtype than the weights outside autocast; labels that are
+                not integers.
+        """
+        self.check_image(x)
+        t = _per_sample(torch.as_tensor(t, device=x.device), x.shape[0], "t")
+        return self.denoise(x, self.project_time(self.embed(t, class_labels)))
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], layout: str = "flat", dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the network, its configuration and its diffusion to a folder; see `weights.save_pretrained`."""
+        from fastddpm.unet.load import save_pretrained
+
+        save_pretrained(self, directory, layout, dtype)
+
+    def sampling_networks(self, timesteps: Tensor, *, compile_model: bool, strict: bool) -> Callable[[int], Network]:
+        """Return what makes the networks that a sampler calls instead of `forward`: see `network.Network`."""
+        from fastddpm.sampling.model import ModelNetwork
+        from fastddpm.unet.inference import UNetForms, is_plain
+
+        if is_plain(self):
+            return UNetForms(self, timesteps, compile_model=compile_model, strict=strict)
+        shared = ModelNetwork(self, compile_model=compile_model, strict=strict)
+        return lambda batch: shared
+
+    def check_image(self, x: Tensor) -> None:
+        """Raise unless `forward` takes x."""
+        config = self.config
+        if x.dim() != 4 or x.shape[1] != config.in_channels:
+            raise ValueError(
+                f"x must have shape [B, {config.in_channels}, H, W], got {list(x.shape)}; "
+                "reshape it or use a network with another in_channels"
+            )
+        multiple = 2 ** (len(config.block_out_channels) - 1)
+        if x.shape[2] % multiple or x.shape[3] % multiple or x.shape[2] == 0 or x.shape[3] == 0:
+            raise ValueError(
+                f"height and width of x must be positive multiples of {multiple} "
+                f"(the network halves them {len(config.block_out_channels) - 1} times), got {list(x.shape)}; pad x"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}; scale images to [-1, 1] first")
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x is {x.dtype} and the weights are {self.dtype}; convert one of them with .to()")
+
+    def _labels(self, class_labels: Tensor | None, t: Tensor) -> Tensor | None:
+        config = self.config
+        if config.num_class_embeds is None:
+            if class_labels is not None:
+                raise ValueError("class_labels given to a network without classes (num_class_embeds is None)")
+            return None
+        if class_labels is not None:
+            if class_labels.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"class_labels must be int64, got {class_labels.dtype}")
+            return _per_sample(class_labels.to(t.device), t.shape[0], "class_labels")
+        if config.null_class is None:
+            raise ValueError(
+                f"this network has {config.num_class_embeds} classes and no null class: pass class_labels, int64 [B]"
+            )
+        return torch.full_like(t, config.null_class, dtype=torch.int64)
+
+    def _zero_residual_branches(self) -> None:
+        last = [self.conv_out]
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                last.append(module.conv2)
+            elif isinstance(module, Attention):
+                last.append(module.to_out[0])  # type: ignore[arg-type]
+        for layer in last:
+            nn.init.zeros_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    weight = torch.empty(rows, width)
+    # Drawing on the meta device, as nn.Embedding does by itself, imports torch._dynamo, which takes seconds.
+    return nn.Embedding(rows, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
+
+
+def _down_path(config: UNetConfig, opts: BlockOptions) -> nn.ModuleList:
+    widths = config.block_out_channels
+    return nn.ModuleList(
+        DownBlock(
+            widths[max(i - 1, 0)],
+            widths[i],
+            opts,
+            layers=config.layers_per_block,
+            attention=kind == "AttnDownBlock2D",
+            downsample=i < len(widths) - 1,
+        )
+        for i, kind in enumerate(config.down_block_types)
+    )
+
+
+def _up_path(config: UNetConfig, opts: BlockOptions) -> nn.ModuleList:
+    widths = config.block_out_channels[::-1]
+    blocks = []
+    for i, kind in enumerate(config.up_block_types):
+        below = widths[max(i - 1, 0)]
+        above = widths[min(i + 1, len(widths) - 1)]
+        blocks.append(
+            UpBlock(
+                below,
+                [widths[i]] * config.layers_per_block + [above],
+                widths[i],
+                opts,
+                attention=kind == "AttnUpBlock2D",
+                upsample=i < len(widths) - 1,
+            )
+        )
+    return nn.ModuleList(blocks)
+
+
+def _per_sample(value: Tensor, batch: int, name: str) -> Tensor:
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, batch)):
+        raise ValueError(f"{name} must have shape [{batch}] (one per image), [1] or [], got {list(value.shape)}")
+    return value.expand(batch)

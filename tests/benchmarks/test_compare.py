@@ -1,0 +1,131 @@
+"""Interleaved rounds and their statistics, against a clock that the test turns."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from fastddpm.benchmarks.harness import clock
+from fastddpm.benchmarks.harness.compare import NOISY, Ratio, Timing, compare, quantile, ratio
+
+
+class Scripted:
+    """A runner that takes what the script says, and notes when it was asked."""
+
+    def __init__(self, name: str, seconds: list[float], asked: list[str]) -> None:
+        self.name, self._seconds, self._asked = name, iter(seconds), asked
+
+    def time(self) -> float:
+        self._asked.append(self.name)
+        return next(self._seconds)
+
+
+def test_compare_interleaves_rounds() -> None:
+    asked: list[str] = []
+    runners = [Scripted(name, [1.0] * 3, asked) for name in "ABC"]
+    compare(runners, rounds=3)
+    assert asked == list("ABCABCABC")
+
+
+def test_compare_keeps_every_round() -> None:
+    (timing,) = compare([Scripted("A", [3.0, 1.0, 9.0], [])], rounds=3)
+    assert timing == Timing("A", (3.0, 1.0, 9.0))
+    assert (timing.p50, timing.minimum) == (3.0, 1.0)
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    """A machine that slows down tenfold in the middle changes no ratio."""
+    drift = [1.0, 1.1, 1.2, 1.3, 10.0, 11.0, 12.0]
+    baseline = Timing("A", tuple(2 * d for d in drift))
+    other = Timing("B", tuple(drift))
+    assert ratio(baseline, other) == Ratio(2.0, 2.0, 2.0)
+
+
+def test_ratio_is_no_quotient_of_medians() -> None:
+    baseline, other = Timing("A", (1.0, 2.0, 9.0)), Timing("B", (1.0, 4.0, 3.0))
+    assert ratio(baseline, other).median == 1.0
+    assert baseline.p50 / other.p50 != 1.0
+
+
+def test_ratio_uses_unrounded_seconds() -> None:
+    baseline, other = Timing("A", (1.2345678e-6,)), Timing("B", (1.2345679e-6,))
+    assert ratio(baseline, other).median == 1.2345678e-6 / 1.2345679e-6 != 1.0
+
+
+def test_ratio_of_unequal_rounds_raises() -> None:
+    with pytest.raises(ValueError, match="2 rounds of A, 1 of B"):
+        ratio(Timing("A", (1.0, 1.0)), Timing("B", (1.0,)))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(1.01, 1.2, "faster"), (0.8, 0.99, "slower"), (0.97, 1.02, "tie"), (1.0, 1.1, "tie")],
+)
+def test_ratio_calls_a_tie_a_tie(low: float, high: float, verdict: str) -> None:
+    assert Ratio((low + high) / 2, low, high).verdict == verdict
+
+
+@pytest.mark.parametrize("q", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 7, 8])
+def test_quantile_matches_numpy(q: float, n: int) -> None:
+    values = np.random.default_rng(0).random(n).tolist()
+    assert quantile(values, q) == pytest.approx(float(np.quantile(values, q)), rel=1e-12)
+    assert quantile(values, 0.5) == pytest.approx(statistics.median(values), rel=1e-12)
+
+
+def test_timing_knows_a_noisy_machine() -> None:
+    calm = Timing("A", (1.0, 1.01, 1.02, 1.0, 1.01, 1.0, 5.0))
+    assert not calm.noisy
+    assert Timing("A", (1.0, 1.2, 1.0, 1.3, 1.1, 1.4, 1.0)).spread > NOISY
+
+
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_compare_without_rounds_raises(rounds: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        compare([Scripted("A", [1.0], [])], rounds=rounds)
+
+
+def test_compare_of_two_of_a_name_raises() -> None:
+    with pytest.raises(ValueError, match="share a name"):
+        compare([Scripted("A", [1.0], []), Scripted("A", [1.0], [])], rounds=1)
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(10.0, 1), (1.0, 1 + 5)], ids=["long", "short"])
+def test_cpu_clock_repeats_short_calls_only(seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole loop takes minutes: its first round is not thrown away."""
+    now = [0.0]
+
+    def work() -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    watch = clock.CpuClock(work, min_seconds=5.0)
+    assert watch.time() == seconds
+    assert now[0] == calls * seconds
+
+
+def test_a_call_that_waits_for_the_device_is_found_without_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.__setitem__(0, new))
+
+    def waits() -> None:
+        if mode[0] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert clock._waits(waits)
+    assert not clock._waits(lambda: None)
+    assert mode == [0]
+
+
+@pytest.mark.gpu
+def test_cuda_clock_launches_a_call_that_waits_eagerly_and_the_device_goes_on() -> None:
+    x = torch.ones(3, device="cuda")
+    waiting = clock.CudaClock(lambda: x.sum().item(), small=True, calls=2)
+    graphed = clock.CudaClock(lambda: x.mul_(1.0), small=True, calls=2)
+    assert waiting.how.endswith("launched eagerly")
+    assert graphed.how.endswith("replayed from a graph")
+    assert waiting.time() > 0
+    assert torch.randn(3, device="cuda").isfinite().all()

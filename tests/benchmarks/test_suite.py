@@ -1,0 +1,332 @@
+"""``fastddpm bench``: a smoke run of everything, its report, and what it says when something is amiss."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastddpm.benchmarks.counts import cuda, inductor_kernel, offline
+from fastddpm.benchmarks.harness import memory, subjects, suite
+from fastddpm.benchmarks.harness.case import Case, Check, Provider, Subject, Work
+from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
+from fastddpm.benchmarks.harness.runner import LocalRunner
+from fastddpm.benchmarks.report import markdown as report
+from fastddpm.benchmarks.report import plots, readme
+
+from fastddpm.cli import main
+from fastddpm.errors import BackendUnavailable
+
+CASE = Case("p_sample", 2, (3, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole suite, once."""
+    outdir = tmp_path_factory.mktemp("bench")
+    command = ["bench", "--smoke", "--quiet", "--device", "cpu", "--no-offline", "--outdir", str(outdir)]
+    assert main(command) == 0
+    return outdir
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "bench.json").read_text())
+
+
+def test_smoke_run_times_only_what_passed_its_gate(results: dict[str, Any]) -> None:
+    assert {row["op"] for row in results["rows"]} == set(subjects.NAMES)
+    for row in results["rows"]:
+        assert row["checked"] != bool(row["note"]), row
+        assert row["checked"] == ("p50_ms" in row), row
+
+
+def test_smoke_run_covers_every_own_provider(results: dict[str, Any]) -> None:
+    for name in subjects.NAMES:
+        own = {p.name for p in subjects.find(name).providers if p.name.startswith("fastddpm")}
+        timed = {row["provider"] for row in results["rows"] if row["op"] == name and row["checked"]}
+        assert own <= timed
+
+
+def test_report_reads_at_80_columns(folder: Path) -> None:
+    lines = (folder / "bench.md").read_text().splitlines()
+    assert [line for line in lines if len(line) > report.WIDTH] == []
+
+
+def test_report_labels_the_cpu_and_the_smoke_run(folder: Path) -> None:
+    text = (folder / "bench.md").read_text()
+    assert "CPU, not comparable with GPU" in text
+    assert "SMOKE RUN: no measurement" in text
+
+
+def test_report_says_why_cuda_was_skipped(folder: Path) -> None:
+    assert "Skipped: " in (folder / "bench.md").read_text()
+
+
+def test_smoke_run_draws_its_plots(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("throughput.png", "roofline.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_from_json_writes_the_same_report(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "draw", lambda results, folder: [])
+    arguments = ["bench", "--quiet", "--from-json", str(folder / "bench.json"), "--outdir", str(tmp_path)]
+    assert main(arguments) == 0
+    assert (tmp_path / "bench.md").read_text() == (folder / "bench.md").read_text() == capsys.readouterr().out
+
+
+def test_bench_names_the_cases_where_none_was_chosen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["bench", "sampling", "--case", "nosuch", "--outdir", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "no case has the parts of nosuch" in error
+    assert "sampling-cifar10-B16-S20-ddpm" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench_of_an_unknown_name_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "warp"]) == 1
+    assert "unknown benchmark 'warp'; use one of sampling" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_bench_on_cuda_without_a_gpu_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "cuda"]) == 1
+    assert "torch.cuda.is_available() is False" in capsys.readouterr().err
+
+
+def subject_of(*providers: Provider, check: Any = None) -> Subject:
+    return Subject(
+        name="p_sample",
+        title="",
+        providers=providers,
+        cases=lambda device, smoke: [CASE],
+        check=check or (lambda case, provider, found: Check.of(float(found["x"]), 0.0, "x")),
+    )
+
+
+def provider(name: str, value: float = 0.0, **options: Any) -> Provider:
+    return Provider(name, lambda case: Work(lambda: None, lambda: {"x": torch.tensor(value)}), **options)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")], ids=["wrong", "nan"])
+def test_run_case_does_not_time_a_wrong_provider(value: float) -> None:
+    good, bad = suite.run_case(
+        subject_of(provider("good"), provider("bad", value)), CASE, 1, smoke=True, say=lambda text: None
+    )
+    assert good["checked"]
+    assert not bad["checked"]
+    assert "wrong result: x" in bad["note"]
+    assert "p50_ms" not in bad
+    assert "ratio" not in bad
+
+
+def test_run_case_says_who_is_missing() -> None:
+    absent = provider("peer", needs={"no_such_module": "no-such-package"})
+    _, row = suite.run_case(subject_of(provider("base"), absent), CASE, 1, smoke=True, say=lambda text: None)
+    assert row["note"] == "not installed: pip install no-such-package"
+    assert not row["checked"]
+
+
+def test_run_case_says_who_was_left_out() -> None:
+    names = ("base", "fast", "slow, one", "slow, two")
+    subject, chosen = subject_of(*map(provider, names)), ["fast"]
+    rows = suite.run_case(subject, CASE, 1, smoke=True, providers=chosen, say=lambda text: None)
+    assert [row["checked"] for row in rows] == [True, True, False, False]
+    assert "- slow, one; slow, two: left out of this run" in report.case_section(rows)
+
+
+def test_run_case_outlives_a_provider_that_raises() -> None:
+    def build(case: Case) -> Work:
+        raise RuntimeError("no kernel for this shape")
+
+    rows = suite.run_case(
+        subject_of(provider("base"), Provider("broken", build)), CASE, 2, smoke=True, say=lambda text: None
+    )
+    assert rows[1]["note"] == "failed: RuntimeError: no kernel for this shape"
+    assert rows[0]["n"] == 2
+
+
+def test_run_case_times_nobody_where_a_round_was_not_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    def died(self: LocalRunner) -> float:
+        raise WorkerError(f"{self.name}: its process died during 'time': out of memory")
+
+    monkeypatch.setattr(LocalRunner, "time", died)
+    rows = suite.run_case(subject_of(provider("base"), provider("other")), CASE, 2, smoke=True, say=lambda text: None)
+    for row in rows:
+        assert row["note"] == "failed: a round was not finished: base: its process died during 'time': out of memory"
+        assert not row["checked"]
+        assert "p50_ms" not in row
+
+
+def test_interrupted_bench_leaves_what_it_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_case, cases = suite.run_case, []
+
+    def interrupted(subject: Subject, case: Case, *rest: Any, **named: Any) -> list[dict[str, Any]]:
+        if cases:
+            raise KeyboardInterrupt
+        cases.append(case.id)
+        return run_case(subject, case, *rest, **named)
+
+    monkeypatch.setattr(suite, "run_case", interrupted)
+    assert (
+        main(["bench", "randn", "q_sample", "--smoke", "--quiet", "--device", "cpu", "--outdir", str(tmp_path)]) == 130
+    )
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["id"] for row in found["rows"]} == set(cases)
+    assert report.render(found)
+
+
+def test_bench_refuses_an_architecture_before_it_measures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "run", lambda *names, **options: pytest.fail("measured"))
+    assert main(["bench", "--arch", "sm90"]) == 1
+    assert "unknown architecture 'sm90'; use one of sm_75" in capsys.readouterr().err
+
+
+def test_process_runner_gates_times_and_counts_memory() -> None:
+    subject = subjects.find("sampling")
+    (case, *_) = subject.cases("cpu", True)
+    runner = ProcessRunner("sampling", subject.provider("PyTorch"), case)
+    try:
+        assert runner.gate(subject).ok
+        assert runner.warm() == "wall time"
+        assert runner.time() > 0
+        assert (runner.peak_memory_mb() or 0) > 0
+        runner._process.kill()
+        with pytest.raises(WorkerError, match=r"^PyTorch: its process died during 'time'"):
+            runner.time()
+    finally:
+        runner.close()
+
+
+def test_peak_memory_sees_what_came_and_went() -> None:
+    if not memory.reset_peak():
+        pytest.skip("this system cannot reset the peak")
+    before = memory.peak_mb() or 0
+    torch.ones(64 << 20, dtype=torch.uint8).sum()
+    assert (memory.peak_mb() or 0) - before > 50
+
+
+def markers(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    return path
+
+
+def test_readme_replaces_only_what_is_between_the_markers(tmp_path: Path, results: dict[str, Any]) -> None:
+    path = markers(tmp_path, f"before\n{readme.BEGIN}\nold numbers\n{readme.END}\nafter\n")
+    readme.update(path, results | {"smoke": False})
+    text = path.read_text()
+    assert text.startswith(f"before\n{readme.BEGIN}\n")
+    assert text.endswith(f"{readme.END}\nafter\n")
+    assert "old numbers" not in text
+    assert results["date"][:10] in text
+    assert results["machine"]["cpu"]["model"] in " ".join(text.split())
+    readme.update(path, results | {"smoke": False})
+    assert path.read_text() == text
+
+
+def test_readme_refuses_a_smoke_run(tmp_path: Path, results: dict[str, Any]) -> None:
+    path = markers(tmp_path, f"{readme.BEGIN}\n{readme.END}")
+    with pytest.raises(ValueError, match="a smoke run measures nothing"):
+        readme.update(path, results)
+
+
+@pytest.mark.parametrize("text", ["", readme.BEGIN, readme.END + readme.BEGIN, readme.BEGIN * 2 + readme.END])
+def test_readme_without_its_markers_raises(text: str, tmp_path: Path, results: dict[str, Any]) -> None:
+    path = markers(tmp_path, text)
+    with pytest.raises(ValueError, match="must hold"):
+        readme.update(path, results | {"smoke": False})
+    assert path.read_text() == text
+
+
+def test_report_prints_losses_and_ties_like_wins(results: dict[str, Any]) -> None:
+    value = {"to": "base", "low": 0.7, "high": 0.9, "median": 0.8, "verdict": "slower"}
+    assert report.ratio(value) == "0.80 (0.70-0.90) slower"
+    assert report.ratio(value | {"verdict": "tie"}).endswith("tie")
+    changed = copy.deepcopy(results)
+    for row in changed["rows"]:
+        if row["checked"]:
+            row["ratio"] = value
+    assert report.render(changed).count("slower") >= sum(row["checked"] for row in changed["rows"])
+
+
+def test_report_warns_of_a_noisy_and_of_a_busy_machine(results: dict[str, Any]) -> None:
+    changed = copy.deepcopy(results)
+    for row in changed["rows"]:
+        row["noisy"] = False
+    changed["machine"]["load_average"] = [0.1, 0.1, 0.1]
+    assert report.warnings(changed) == []
+    changed["machine"]["load_average"] = [99.0, 1.0, 1.0]
+    timed = next(row for row in changed["rows"] if row["checked"])
+    timed["noisy"], timed["spread"] = True, 0.5
+    noisy, busy = report.warnings(changed)
+    assert "Noisy machine" in noisy
+    assert "load average 99.0" in busy
+
+
+def test_offline_part_fails_softly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arch: str, smoke: bool) -> list[dict[str, Any]]:
+        raise BackendUnavailable("Inductor is not as known here")
+
+    monkeypatch.setattr(offline, "_inductor", broken)
+    monkeypatch.setattr(offline, "_ours", broken)
+    found = offline.measure()
+    assert found["rows"] == []
+    assert found["remarks"] == ["broken: Inductor is not as known here"] * 2
+    assert "Inductor is not as known here" in report.offline_section(found)
+
+
+def test_offline_part_counts_our_kernel() -> None:
+    pytest.importorskip("triton")
+    found = offline.measure(smoke=True)
+    (row,) = found["rows"]
+    assert (row["who"], row["kernel"], row["variant"]) == ("fastddpm", "p_sample", "float32")
+    assert 60 < row["executed"] < 80
+    assert row["bytes_per_element"] == 12
+    assert "fastddpm p_sample: float32" in report.offline_section(found)
+
+
+def test_inductor_kernel_says_what_it_needs() -> None:
+    with pytest.raises(BackendUnavailable, match="no data sheet on file for sm_99"):
+        inductor_kernel.measure("sm_99")
+    if torch.version.cuda is None:
+        with pytest.raises(BackendUnavailable, match="needs a CUDA build"):
+            inductor_kernel.measure()
+
+
+def test_inductor_kernel_after_torch_has_found_no_gpu() -> None:
+    if torch.version.cuda is None:
+        pytest.skip("needs a CUDA build of PyTorch, whose fake tensors can be traced; this is a CPU build")
+    from torch.utils import _triton
+
+    before = _triton.has_triton()
+    assert 60 < inductor_kernel.measure().executed < 90
+    assert _triton.has_triton() == before
+
+
+def test_find_kernel_wants_exactly_one() -> None:
+    one = "k = async_compile.triton('k', '''\nbody\n''', device_str='cuda')\n"
+    assert inductor_kernel.find_kernel(one) == ("k", "\nbody\n")
+    for module in ("", one * 2):
+        with pytest.raises(BackendUnavailable, match="instead of one"):
+            inductor_kernel.find_kernel(module)
+
+
+def test_tally_tells_launches_from_kernels_and_waits() -> None:
+    events = [
+        ("cudaGraphLaunch", False),
+        ("_p_sample_kernel", True),
+        ("Memset (Device)", True),
+        ("Memcpy DtoH (Device -> Pageable)", True),
+        ("cudaStreamSynchronize", False),
+        ("aten::add", False),
+    ]
+    assert cuda.tally(events) == cuda.CudaCalls(launches=1, kernels=1, syncs=1)

@@ -1,0 +1,193 @@
+"""``fastddpm train`` as a user runs it: exit codes, one-line errors, and settings remembered by --resume."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastddpm.cli import main
+from fastddpm.training import trainer as training
+from fastddpm.training.checkpoint import CHECKPOINT, read_state
+from fastddpm.training.folder import LOG, SETTINGS
+from tests.training.train_cases import at_step
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "norm_num_groups": 4,
+    "num_class_embeds": 11,
+    "null_class": 10,
+}
+
+NAMES = (("loss", "loss"), ("learning rate", "lr"))
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """Arguments of a run that takes a second."""
+    np.savez(tmp_path / "d.npz", images=np.zeros((32, 8, 8), np.uint8), labels=np.arange(32) % 10)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    options = ["--model", str(tmp_path / "tiny.json"), "--batch", "8", "--log-every", "1", "--save-every", "2"]
+    return ["train", "--data", str(tmp_path / "d.npz"), "--out", str(tmp_path / "run"), *options]
+
+
+def test_train_writes_a_model_and_says_so(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--steps", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("4 steps, loss ")
+    assert err == ""
+    expected = {CHECKPOINT, LOG, SETTINGS, "config.json", "scheduler_config.json", "model.safetensors", "raw", ".lock"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == expected
+
+
+def test_train_resumes_with_the_settings_of_the_run(command: list[str], tmp_path: Path) -> None:
+    assert main([*command, "--steps", "4", "--lr", "0.01", "--quiet"]) == 0
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--steps", "6", "--quiet"]) == 0
+    settings = json.loads((tmp_path / "run" / SETTINGS).read_text())["settings"]
+    assert (settings["lr"], settings["steps"], settings["batch"]) == (0.01, 6, 8)
+    assert read_state(tmp_path / "run")["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        pytest.param(["--steps", "0"], "steps must be at least 1, got 0", id="steps"),
+        pytest.param(["--lr", "nan"], "lr must be finite", id="lr"),
+        pytest.param(["--batch", "64"], "a batch of 64 is more than the 32 images", id="batch"),
+        pytest.param(["--data", "nowhere"], "no data at 'nowhere'", id="data"),
+        pytest.param(["--model", "nowhere.json"], "nowhere.json", id="model"),
+        pytest.param(["--tensorboard"], "pip install tensorboard", id="tensorboard"),
+        pytest.param(["--resume", "--overwrite"], "exclude each other", id="contradiction"),
+        pytest.param(["--init", "digits"], "init and model exclude each other", id="two-networks"),
+        pytest.param(["--device", "cuda:99"], "cuda:99", id="device"),
+        pytest.param(["--device", "gpu"], "unknown device 'gpu'; choose cpu", id="no-device"),
+    ],
+)
+def test_train_reports_an_error_in_one_line(
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main([*command, *extra]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_train_writes_tensorboard_scalars_when_installed(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert (folder, purge_step) == (str(tmp_path / "run"), 1)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, step, value))
+
+        def close(self) -> None:
+            written.append(("closed", 0, 0.0))
+
+    written: list[tuple[str, int, float]] = []
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert main([*command, "--steps", "2", "--tensorboard", "--quiet"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    expected = [(name, line["step"], line[key]) for line in lines for name, key in NAMES]
+    assert written == [*expected, ("closed", 0, 0.0)]
+
+
+def test_train_refuses_a_file_as_folder(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").write_text("occupied")
+    assert main(command) == 1
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "run").read_text() == "occupied"
+
+
+def test_train_reports_a_full_disk_in_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, *rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / CHECKPOINT))
+
+    assert main([*command, "--steps", "2", "--quiet"]) == 0
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    monkeypatch.setattr(training, "save_checkpoint", full)
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--steps", "4"]) == 1
+    err = capsys.readouterr().err
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that not even root can write to")
+def test_train_reports_a_read_only_folder_in_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--out", "/proc/run"]) == 1
+    err = capsys.readouterr().err
+    assert "/proc/run" in err
+    assert err.count("\n") == 1
+
+
+def test_train_needs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--out", str(tmp_path / "run")]) == 1
+    assert "give --data" in capsys.readouterr().err
+
+
+def test_train_usage_error_exits_with_2() -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "--steps", "many", "--out", "x"])
+    assert exit_info.value.code == 2
+
+
+def test_train_exits_with_143_when_terminated(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    assert main([*command, "--steps", "9"]) == 143
+    assert capsys.readouterr().err == "fastddpm: stopped by SIGTERM at step 3; continue with --resume\n"
+    assert read_state(tmp_path / "run")["step"] == 3
+
+
+def test_train_saves_and_exits_with_130_at_ctrl_c(command: list[str], tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "fastddpm", *command, "--steps", "1000000", "--save-every", "0"]
+    # Its own group, and SIGINT as a shell's foreground job has it, whatever the test runner's parent did.
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "run" / LOG
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "continue with --resume" in err
+    assert "Traceback" not in err
+    steps = read_state(tmp_path / "run")["step"]
+    assert steps == len(log.read_text().splitlines()) > 0

@@ -1,0 +1,305 @@
+"""What FastDDPMScheduler and FastDDIMScheduler promise beyond diffusers' numbers: noise, quirks, errors, layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastddpm.integrations.diffusers import FastDDIMScheduler, FastDDPMScheduler
+from tests.integrations.diffusers.cases import SHAPE, STEP_RTOL, normal
+
+PAIRS = [(FastDDPMScheduler, DDPMScheduler), (FastDDIMScheduler, DDIMScheduler)]
+BOTH = pytest.mark.parametrize(("fast", "original"), PAIRS, ids=["ddpm", "ddim"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def x_and_m(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = shape or SHAPE
+    return normal(*shape, seed=1), normal(*shape, seed=2)
+
+
+def run(scheduler: Any, generator: Any, **options: Any) -> torch.Tensor:
+    """Sample with m = tanh(x + t / 500), drawing as diffusers' pipelines do."""
+    x = normal(*SHAPE, seed=3)
+    for t in scheduler.timesteps:
+        m = torch.tanh(x + int(t) / 500)
+        x = scheduler.step(m, t, x, generator=generator, **options).prev_sample
+    return x
+
+
+@pytest.mark.parametrize(
+    ("fast", "original", "config", "options", "draws"),
+    [
+        (FastDDPMScheduler, DDPMScheduler, {}, {}, 9),
+        (FastDDPMScheduler, DDPMScheduler, {"timestep_spacing": "trailing"}, {}, 10),
+        (FastDDPMScheduler, DDPMScheduler, {"steps_offset": 1}, {}, 10),
+        (FastDDIMScheduler, DDIMScheduler, {}, {"eta": 0.0}, 0),
+        (FastDDIMScheduler, DDIMScheduler, {}, {"eta": 0.5}, 10),
+    ],
+    ids=["ddpm-leading", "ddpm-trailing", "ddpm-offset", "ddim", "ddim-eta"],
+)
+def test_step_draws_as_often_as_diffusers(fast: Any, original: Any, config: Any, options: Any, draws: int) -> None:
+    ours, theirs = fast(**config), original(**config)
+    counted = torch.Generator().manual_seed(4)
+    for _ in range(draws):
+        torch.randn(SHAPE, generator=counted)
+    left = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+        generator = torch.Generator().manual_seed(4)
+        run(scheduler, generator, **options)
+        left.append(generator.get_state())
+    assert torch.equal(left[0], left[1])
+    assert torch.equal(left[0], counted.get_state())
+
+
+@BOTH
+def test_step_takes_a_list_of_generators(fast: Any, original: Any) -> None:
+    results = []
+    for scheduler in (fast(), original()):
+        scheduler.set_timesteps(10)
+        options = {"eta": 1.0} if isinstance(scheduler, DDIMScheduler) else {}
+        results.append(run(scheduler, [torch.Generator().manual_seed(s) for s in (6, 7)], **options))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
+
+
+def test_ddim_step_takes_the_callers_noise() -> None:
+    ours, theirs = FastDDIMScheduler(), DDIMScheduler()
+    (x, m), z = x_and_m(), normal(*SHAPE, seed=8)
+    results = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+        state = torch.random.get_rng_state()
+        results.append(scheduler.step(m, 500, x, eta=0.7, variance_noise=z).prev_sample)
+        assert torch.equal(state, torch.random.get_rng_state())
+        with pytest.raises(ValueError, match="both"):
+            scheduler.step(m, 500, x, eta=0.7, variance_noise=z, generator=torch.Generator())
+    bound = STEP_RTOL * float(results[1].abs().max())
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=bound)
+
+
+def test_step_adds_noise_to_the_final_image_where_diffusers_does() -> None:
+    config = {"timestep_spacing": "trailing", "variance_type": "fixed_large", "prediction_type": "sample"}
+    ours = FastDDPMScheduler(**config)
+    ours.set_timesteps(50)
+    final = ours.timesteps[-1]
+    assert int(final) == 19
+    zero = torch.zeros(64, 1, 8, 8)
+    image = ours.step(zero, final, zero, generator=torch.Generator().manual_seed(9)).prev_sample
+    # Standard deviation 0.0762; 4096 draws, 5 standard errors.
+    assert abs(float(image.std()) / 0.0762 - 1) < 5 / (2 * 4096) ** 0.5
+
+
+def test_fixed_large_log_has_the_deviation_of_fixed_large() -> None:
+    x, m = x_and_m()
+    results = []
+    for name in ("fixed_large_log", "fixed_large"):
+        scheduler = FastDDPMScheduler(variance_type=name)
+        results.append(
+            [
+                scheduler.step(m.to(dtype), 500, x.to(dtype), torch.Generator().manual_seed(1)).prev_sample
+                for dtype in (torch.float32, torch.float64)
+            ]
+        )
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    theirs = DDPMScheduler(variance_type="fixed_large_log").step(m, 500, x).prev_sample
+    assert bool(theirs.isnan().all()), "diffusers repaired fixed_large_log: compare with it from now on"
+
+
+@pytest.mark.parametrize("clipping", [{}, {"thresholding": True}], ids=["clip", "dynamic"])
+@BOTH
+def test_zero_terminal_snr_with_epsilon_is_finite(fast: Any, original: Any, clipping: dict[str, Any]) -> None:
+    ours, theirs = fast(rescale_betas_zero_snr=True, **clipping), original(rescale_betas_zero_snr=True, **clipping)
+    x, m = x_and_m()
+    m[0, 0, 0, 0] = x[0, 0, 0, 0]
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+        scheduler.timesteps = torch.tensor([999, 899, 799])
+    actual, expected = ours.step(m, 999, x), theirs.step(m, 999, x)
+    assert bool(actual.prev_sample.isfinite().all())
+    assert bool((actual.pred_original_sample.abs() <= 1).all())
+    if not clipping:
+        # 0 / 0 is NaN in diffusers.
+        known = expected.pred_original_sample.isfinite()
+        assert int((~known).sum()) == 1
+        assert torch.equal(actual.pred_original_sample[known], expected.pred_original_sample[known])
+
+
+@BOTH
+def test_step_follows_attributes_that_are_assigned(fast: Any, original: Any) -> None:
+    ours, theirs = fast(), original()
+    x, m = x_and_m()
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    ours.step(m, 500, x)
+    for scheduler in (ours, theirs):
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod**0.5
+        scheduler.timesteps = torch.tensor([700, 500, 200])
+        scheduler.register_to_config(prediction_type="v_prediction", clip_sample=False)
+    results = [scheduler.step(m, 500, x, generator=torch.Generator().manual_seed(1)) for scheduler in (ours, theirs)]
+    torch.testing.assert_close(results[0].prev_sample, results[1].prev_sample, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (1, 3, 7, 5), (3, 1, 2, 3, 4)], ids=["points", "odd", "video"])
+@BOTH
+def test_step_takes_any_shape(fast: Any, original: Any, shape: tuple[int, ...]) -> None:
+    x, m = x_and_m(*shape)
+    results = []
+    for scheduler in (fast(), original()):
+        scheduler.set_timesteps(20)
+        results.append(scheduler.step(m, 500, x, generator=torch.Generator().manual_seed(1)).prev_sample)
+    bound = STEP_RTOL * float(results[1].abs().max())
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=bound)
+
+
+@BOTH
+def test_step_reads_channels_last_and_expanded_tensors_alike(fast: Any, original: Any) -> None:
+    scheduler = fast()
+    scheduler.set_timesteps(20)
+    x, m = normal(1, 3, 4, 4, seed=1).expand(*SHAPE), normal(*SHAPE, seed=2)
+
+    def step(x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return scheduler.step(m, 500, x, generator=torch.Generator().manual_seed(1)).prev_sample
+
+    expected = step(x.contiguous(), m)
+    assert torch.equal(step(x, m), expected)
+    assert torch.equal(step(x, m.to(memory_format=torch.channels_last)), expected)
+    assert torch.equal(step(x.contiguous(memory_format=torch.channels_last), m), expected)
+
+
+@BOTH
+def test_step_promotes_the_dtypes_as_diffusers(fast: Any, original: Any) -> None:
+    x, m = x_and_m()
+    for dtypes in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)):
+        results = []
+        for scheduler in (fast(), original()):
+            scheduler.set_timesteps(20)
+            results.append(scheduler.step(m.to(dtypes[1]), 500, x.to(dtypes[0])).prev_sample.dtype)
+        assert results[0] == results[1]
+
+
+@BOTH
+def test_step_is_differentiable_as_in_diffusers(fast: Any, original: Any) -> None:
+    x, m = x_and_m()
+    gradients = []
+    for scheduler in (fast(), original()):
+        scheduler.set_timesteps(20)
+        output = m.clone().requires_grad_()
+        scheduler.step(output, 500, x, generator=torch.Generator().manual_seed(1)).prev_sample.square().sum().backward()
+        gradients.append(output.grad)
+    assert torch.equal(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    "timestep", [500, np.int64(500), torch.tensor(500), torch.tensor([500]), torch.tensor(500, dtype=torch.int32)]
+)
+@BOTH
+def test_step_takes_any_integer_as_timestep(fast: Any, original: Any, timestep: Any) -> None:
+    scheduler = fast()
+    scheduler.set_timesteps(20)
+    x, m = x_and_m()
+    expected = scheduler.step(m, 500, x, generator=torch.Generator().manual_seed(1)).prev_sample
+    actual = scheduler.step(m, timestep, x, generator=torch.Generator().manual_seed(1)).prev_sample
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "error"),
+    [
+        (1000, IndexError),
+        (501, IndexError),
+        (500.0, IndexError),
+        (torch.tensor(500.0), IndexError),
+        (torch.tensor([500, 0]), RuntimeError),
+        ("500", IndexError),
+    ],
+)
+def test_ddpm_step_refuses_a_timestep_with_diffusers_exception(timestep: Any, error: type[Exception]) -> None:
+    x, m = x_and_m()
+    ours, theirs = FastDDPMScheduler(), DDPMScheduler()
+    ours.set_timesteps(20)
+    theirs.set_timesteps(20)
+    with pytest.raises(error, match="timestep"):
+        ours.step(m, timestep, x)
+    if not isinstance(timestep, str):
+        with pytest.raises(error):
+            theirs.step(m, timestep, x)
+
+
+@pytest.mark.parametrize(
+    ("config", "call", "error"),
+    [
+        ({}, lambda s: s.set_timesteps(1001), ValueError),
+        ({}, lambda s: s.set_timesteps(10, timesteps=[3, 2]), ValueError),
+        ({}, lambda s: s.set_timesteps(timesteps=[3, 3]), ValueError),
+        ({}, lambda s: s.set_timesteps(timesteps=[1000, 3]), ValueError),
+        ({"timestep_spacing": "other"}, lambda s: s.set_timesteps(10), ValueError),
+        ({"prediction_type": "other"}, lambda s: s.step(*x_and_m()[::-1][:1], 500, x_and_m()[0]), ValueError),
+        ({"variance_type": "learned"}, lambda s: s.step(x_and_m()[1], 500, x_and_m()[0]), TypeError),
+        ({"variance_type": "learned_range"}, lambda s: s.step(x_and_m()[1], 500, x_and_m()[0]), TypeError),
+    ],
+)
+def test_ddpm_refuses_bad_input_with_diffusers_exception(config: Any, call: Any, error: type[Exception]) -> None:
+    for scheduler in (FastDDPMScheduler(**config), DDPMScheduler(**config)):
+        with pytest.raises(error):
+            call(scheduler)
+
+
+def test_unknown_beta_schedule_is_refused_as_in_diffusers() -> None:
+    for scheduler_class in (FastDDPMScheduler, DDPMScheduler, FastDDIMScheduler, DDIMScheduler):
+        with pytest.raises(NotImplementedError):
+            scheduler_class(beta_schedule="other")
+
+
+def test_step_refuses_shapes_that_do_not_fit() -> None:
+    x, _ = x_and_m()
+    scheduler = FastDDPMScheduler()
+    with pytest.raises(ValueError, match="6"):
+        scheduler.step(torch.zeros(2, 6, 4, 4), 500, x)
+
+
+def test_ddim_step_needs_set_timesteps_and_ddpm_step_does_not() -> None:
+    x, m = x_and_m()
+    for scheduler in (FastDDIMScheduler(), DDIMScheduler()):
+        with pytest.raises(ValueError, match="set_timesteps"):
+            scheduler.step(m, 500, x)
+    for scheduler in (FastDDPMScheduler(), DDPMScheduler()):
+        assert scheduler.step(m, 0, x, return_dict=False)[0].shape == x.shape
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    T=st.integers(1, 1200),
+    share=st.floats(0, 1),
+    spacing=st.sampled_from(["linspace", "leading", "trailing"]),
+    offset=st.integers(0, 2),
+)
+def test_set_timesteps_lists_what_diffusers_lists(T: int, share: float, spacing: str, offset: int) -> None:
+    steps = max(1, round(share * T))
+    config = {"num_train_timesteps": T, "timestep_spacing": spacing, "steps_offset": offset}
+    for fast, original in PAIRS:
+        ours, theirs = fast(**config), original(**config)
+        ours.set_timesteps(steps)
+        theirs.set_timesteps(steps)
+        assert torch.equal(ours.timesteps, theirs.timesteps)
+        assert ours.num_inference_steps == theirs.num_inference_steps
+        # "trailing" overshoots to -1 for some (T, n), as the original does; no step takes that.
+        if int(theirs.timesteps[0]) < T and int(theirs.timesteps[-1]) >= 0:
+            table = ours.as_table()
+            assert torch.equal(table.timesteps, theirs.timesteps)
+            assert bool(table.rows64.isfinite()[:, [0, 1, 4, 5, 6, 7, 8, 9, 10, 11]].all())

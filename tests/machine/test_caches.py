@@ -1,0 +1,111 @@
+"""Caches of compiled code that are damaged, cannot be made, or belong to others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastddpm.diagnostics import compile_offline as offline
+from fastddpm.diagnostics import variants as kernel_variants
+from fastddpm.errors import BackendUnavailable
+from fastddpm.machine import caches
+from fastddpm.sampling.compile_policy import decide_compile
+
+COMPILES = """
+import torch
+from fastddpm.machine.torch_compile import Compiled
+
+call = Compiled(lambda x: x.cos() + 1, strict={strict})
+print([call(torch.zeros(8)).sum().item() for _ in range(2)])
+"""
+
+
+def damage(folder: Path) -> None:
+    """Cut every file in half."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.slow
+def test_damaged_code_of_inductor_is_a_warning_or_names_the_cache(tmp_path: Path) -> None:
+    def run(strict: bool) -> subprocess.CompletedProcess[str]:
+        code, environment = COMPILES.format(strict=strict), os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert run(True).stdout == "[16.0, 16.0]\n"
+    damage(tmp_path)
+    advice = f"if {tmp_path} is damaged, remove it or set TORCHINDUCTOR_CACHE_DIR to another folder"
+    found = run(False)
+    assert found.stdout == "[16.0, 16.0]\n"
+    # Some versions of torch compile again.
+    failures = found.stderr.count("runs uncompiled: torch.compile failed: ")
+    assert failures == found.stderr.count(advice) <= 1
+    found = run(True)
+    if failures:
+        assert found.returncode == 1
+        assert advice in found.stderr.splitlines()[-1]
+    else:
+        assert found.stdout == "[16.0, 16.0]\n"
+
+
+@pytest.mark.slow
+def test_compiling_does_not_need_home(tmp_path: Path) -> None:
+    names = ("HOME", "USER", "LOGNAME", "TORCHINDUCTOR_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | {"TMPDIR": str(tmp_path)}
+    code = COMPILES.format(strict=True)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert found.stdout == "[16.0, 16.0]\n", found.stderr
+
+
+def test_damaged_code_of_triton_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    variant = kernel_variants.noise_case("float32", n=64)
+
+    def compile_it() -> offline.Compiled:
+        return offline.compile_kernel(
+            variant.function, variant.signature, variant.constants, "sm_90", options=variant.options
+        )
+
+    first = compile_it()
+    damage(tmp_path)
+    assert compile_it() == first
+
+
+def test_compile_refuses_a_cache_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(file / "cache"))
+    caplog.set_level("INFO")
+    cpu, model = torch.device("cpu"), torch.nn.Linear(100, 100)
+    assert not decide_compile("auto", cpu, model, (1, 64, 64), 10**9)
+    assert "set TORCHINDUCTOR_CACHE_DIR" in caplog.text
+    with pytest.raises(BackendUnavailable, match="set TORCHINDUCTOR_CACHE_DIR"):
+        decide_compile(True, cpu, model, (1, 64, 64), 1)
+
+
+def test_cache_of_another_user_is_one_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shared temporary folder anybody can take the name first."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o755)
+    assert not caches.triton().others_can_write
+    monkeypatch.setattr("os.geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert caches.triton().others_can_write
+
+
+def test_caches_do_not_need_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USER", "LOGNAME", "TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert caches.inductor().path.is_absolute()
+    assert caches.triton().path.is_absolute()

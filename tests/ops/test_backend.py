@@ -1,0 +1,164 @@
+"""Which backend runs, and what is said when it is not the one asked for."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import runpy
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastddpm import ops
+from fastddpm.errors import BackendUnavailable
+from fastddpm.machine import hardware as machine
+from fastddpm.ops import backend
+from tests.ops.step_cases import Case, inputs
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Decisions are cached and reasons logged once: start and end without either."""
+    caches = (backend.use_triton, backend.note_emulation, backend._say_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def _without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.startswith("fastddpm.kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
+    # None in sys.modules makes an import fail, and importlib.util.find_spec too.
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_backend_auto_is_the_twin_on_the_cpu_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fastddpm"):
+        for _ in range(3):
+            backend.use_triton.cache_clear()
+            assert not backend.use_triton("auto", CPU)
+    assert [r.getMessage() for r in caplog.records] == [
+        "the fused operations run in PyTorch: Triton has no CPU backend"
+    ]
+
+
+@pytest.mark.usefixtures("_without_triton")
+def test_backend_auto_without_triton_runs_the_twin_and_gives_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fastddpm"):
+        ops.p_sample(**inputs(Case()))
+        assert not backend.use_triton("auto", CUDA)
+    first, second = (r.getMessage() for r in caplog.records)
+    assert "Triton is not installed" in first
+    assert "Triton cannot be imported" in second
+
+
+@pytest.mark.usefixtures("_without_triton")
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_backend_triton_without_triton_names_the_install(device: torch.device) -> None:
+    with pytest.raises(BackendUnavailable, match=r"cannot be imported.*pip install triton.*backend='torch'"):
+        backend.use_triton("triton", device)
+
+
+def test_backend_triton_on_cpu_tensors_names_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(BackendUnavailable, match=r"no CPU backend.*TRITON_INTERPRET=1"):
+        ops.p_sample(**inputs(Case()), backend="triton")
+
+
+def test_backend_triton_on_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    fake_gpu(monkeypatch, (7, 0))
+    with pytest.raises(BackendUnavailable, match=r"needs compute capability 7\.5, this GPU has 7\.0"):
+        backend.use_triton("triton", CUDA)
+    assert not backend.use_triton("auto", CUDA)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (12, 0)], ids=str)
+def test_backend_takes_the_kernel_from_sm_75_on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    pytest.importorskip("triton")
+    fake_gpu(monkeypatch, capability)
+    assert backend.use_triton("auto", CUDA)
+    assert backend.use_triton("triton", CUDA)
+    assert not backend.use_triton("torch", CUDA)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "said"),
+    [
+        (torch.bfloat16, (7, 5), 1),
+        (torch.bfloat16, (8, 0), 0),
+        (torch.float16, (7, 5), 0),
+        (torch.float32, (7, 5), 0),
+    ],
+    ids=str,
+)
+def test_bfloat16_on_a_gpu_without_it_is_noted_once(
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fake_gpu(monkeypatch, capability)
+    for _ in range(2):
+        backend.note_emulation(dtype, CUDA)
+    assert len(caplog.records) == said
+    assert "cuda:0 has compute capability 7.5" in caplog.text or not said
+
+
+@pytest.mark.parametrize(
+    ("flags", "native", "said"), [(["avx2"], False, True), (["avx512_bf16"], True, False), ([], False, False)]
+)
+def test_bfloat16_on_a_processor_without_it_is_noted(
+    flags: list[str],
+    native: bool,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(machine, "cpu", lambda: {"flags": flags, "native_bfloat16": native})
+    backend.note_emulation.cache_clear()
+    backend.note_emulation(torch.bfloat16, CPU)
+    backend.note_emulation(torch.float16, CPU)
+    assert [r.getMessage() for r in caplog.records] == [
+        "this processor emulates bfloat16, slowly: use dtype=torch.float32"
+    ][: int(said)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_backend_without_cuda_says_what_to_install() -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(BackendUnavailable, match="CUDA build of PyTorch"):
+        backend.use_triton("triton", CUDA)
+
+
+def test_backend_on_another_kind_of_device_is_the_twin() -> None:
+    pytest.importorskip("triton")
+    assert not backend.use_triton("auto", torch.device("meta"))
+    with pytest.raises(BackendUnavailable, match="not for 'meta'"):
+        backend.use_triton("triton", torch.device("meta"))
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Triton"])
+def test_backend_refuses_other_names(name: str) -> None:
+    with pytest.raises(ValueError, match="auto, triton, torch"):
+        backend.use_triton(name, CPU)
+
+
+def test_kernels_refuse_to_be_imported_under_another_name() -> None:
+    path = importlib.import_module("fastddpm.kernels").__file__
+    with pytest.raises(ImportError, match=r"import it as 'fastddpm\.kernels'"):
+        runpy.run_path(str(path), run_name="kernels")

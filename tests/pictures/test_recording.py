@@ -1,0 +1,106 @@
+"""Stories: points and images from every source, along their own process or a model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastddpm
+from fastddpm import DiffusionConfig, Sampler, UNet, UNetConfig, ddpm_table
+from fastddpm.data import points
+from fastddpm.pictures import strip as drawing
+from fastddpm.pictures.recording import Request, point_diffusion, spread, tell
+
+T = 8
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("steps", "most", "expected"), [(8, 9, range(9)), (1, 9, (0, 1)), (100, 5, (0, 25, 50, 75, 100))]
+)
+def test_spread_keeps_both_ends(steps: int, most: int, expected: Any) -> None:
+    assert spread(steps, most) == tuple(expected)
+
+
+def test_point_diffusion_clips_no_data() -> None:
+    roll = points.draw("swiss-roll", 400)
+    assert point_diffusion(roll, "cosine", T).clip_range == float(roll.abs().max())
+
+
+def test_tell_standardises_the_points_of_a_file(workdir: Path) -> None:
+    np.savetxt(workdir / "p.csv", np.random.default_rng(0).normal(5.0, 3.0, (40, 2)), delimiter=",")
+    (workdir / "some").mkdir()
+    (workdir / "p.csv").rename(workdir / "some" / "p $1$.csv")
+    told, _ = tell(Request(data="some/p $1$.csv", steps=2, exact=True, shown=10))
+    assert told.name == r"p \$1\$.csv"
+    assert told.forward.shape == (3, 10, 2)
+    assert float(told.x_0.double().mean(dim=0).abs().max()) < 1e-7
+    assert float(told.x_0.double().square().sum(dim=1).mean()) == pytest.approx(2.0, rel=1e-6)
+
+
+def test_tell_shows_images_and_their_exact_reverse_process() -> None:
+    told, _ = tell(Request(data="digits8x8", shown=3))
+    assert told.forward.shape == told.reverse.shape == (T + 1, 3, 1, 8, 8)
+    # Every sample is one of the images, up to the last mean's blur.
+    distances = torch.cdist(told.reverse[0].flatten(1), told.x_0.flatten(1)).min(dim=1).values
+    assert float(distances.max()) < 0.5
+    assert len(drawing.strip_figure(told).axes) == 3 * (T + 1)
+
+
+def test_tell_returns_to_the_only_image_there_is(workdir: Path) -> None:
+    Image.fromarray(np.arange(12 * 9 * 3, dtype=np.uint8).reshape(9, 12, 3)).save(workdir / "a.png")
+    told, _ = tell(Request(data="a.png", steps=3))
+    assert told.forward.shape == told.reverse.shape == (4, 1, 3, 9, 9)
+    torch.testing.assert_close(told.reverse[0], told.x_0, rtol=0, atol=1e-5)
+    assert drawing.headline(told) == "a.png: an image dissolves into a Gaussian in 3 steps, and a sample comes back"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=4,
+        null_class=3,
+    )
+    network = UNet(config, zero_init=False).eval()
+    network.diffusion = DiffusionConfig(num_timesteps=200, beta_end=0.1)
+    directory = tmp_path_factory.mktemp("model")
+    fastddpm.save_pretrained(network, directory)
+    return directory
+
+
+def test_tell_follows_a_model_along_its_own_process(model: Path) -> None:
+    told, _ = tell(Request(data="digits8x8", model=str(model), steps=5, shown=2))
+    assert told.process.t[0] == 0
+    assert told.process.t[-1] == 200
+    assert len(told.process.t) == 6
+    assert "dissolve into a Gaussian in 5 of 200 steps, and samples come back" in drawing.headline(told)
+    # The same run through the front door: ids 0 and 1 have the classes 0 and 1 of three.
+    x = fastddpm.load(model)
+    table = ddpm_table(x.diffusion.schedule(), steps=5)
+    expected = Sampler(x, table, (1, 8, 8), compile=False).sample(seed=0, batch_size=2, class_labels=[0, 1])
+    torch.testing.assert_close(told.reverse[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tell_refuses_data_of_another_shape_than_the_model_s(model: Path, workdir: Path) -> None:
+    np.save(workdir / "big.npy", np.zeros((3, 16, 16), np.uint8))
+    with pytest.raises(ValueError, match=r"makes images \[1, 8, 8\] and big.npy holds \[1, 16, 16\]"):
+        tell(Request(data="big.npy", model=str(model)))

@@ -1,0 +1,276 @@
+"""Engines replay a step from static buffers: the loop, the tape that shows what a CUDA graph would do, the graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastddpm.sampling.engine import CudaGraphEngine, GraphPool, LoopEngine, TapeEngine
+
+
+def ignore(*values: Any) -> None:
+    """Turn an expression into a step."""
+
+
+class Countdown:
+    """A step over buffers that exercises in-place, out=, view, functional and comparison operations."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.x = torch.ones(2, 3, device=device)
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.table = torch.tensor([0.5, -2.0, 3.0, 1.25], device=device)
+        self.picked = torch.zeros(1, device=device)
+
+    def step(self) -> None:
+        torch.index_select(self.table, 0, self.row.expand(1), out=self.picked)
+        doubled = self.x * 2
+        doubled[0].mul_(self.picked)
+        self.x.copy_(torch.where(doubled > 1, doubled, doubled - self.picked))
+        self.row.add_(1)
+
+    def rewind(self) -> None:
+        self.row.zero_()
+
+
+@pytest.fixture(params=[LoopEngine, TapeEngine])
+def engine(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+def test_replay_runs_the_captured_step(engine: Any) -> None:
+    expected, captured = Countdown(), Countdown()
+    engine.capture(captured.step, captured.rewind)
+    for _ in range(4):
+        expected.step()
+        engine.replay()
+    assert torch.equal(captured.x, expected.x)
+    assert captured.row.item() == 4
+
+
+def test_replay_before_capture_or_after_reset_raises(engine: Any) -> None:
+    program = Countdown()
+    with pytest.raises(RuntimeError, match="before capture"):
+        engine.replay()
+    engine.capture(program.step, program.rewind)
+    engine.reset()
+    with pytest.raises(RuntimeError, match="before capture"):
+        engine.replay()
+
+
+def test_tape_leaves_the_buffers_as_a_capture_does() -> None:
+    program = Countdown()
+    before = [program.x.clone(), program.row.clone(), program.picked.clone()]
+    TapeEngine().capture(program.step, program.rewind)
+    for tensor, value in zip([program.x, program.row, program.picked], before, strict=True):
+        assert torch.equal(tensor, value)
+
+
+def test_tape_reads_buffers_at_replay() -> None:
+    program, engine = Countdown(), TapeEngine()
+    engine.capture(program.step, program.rewind)
+    program.x.fill_(7.0)
+    program.row.fill_(2)
+    engine.replay()
+    assert torch.equal(program.x, torch.tensor([[42.0] * 3, [14.0] * 3]))
+
+
+def test_tape_keeps_python_values_of_the_capture() -> None:
+    x, scale = torch.ones(3), {"value": 2.0}
+    engine = TapeEngine()
+    engine.capture(lambda: ignore(x.mul_(scale["value"])), ignore)
+    scale["value"] = 100.0
+    engine.replay()
+    assert torch.equal(x, torch.full((3,), 2.0))
+
+
+def test_tape_shows_a_state_that_is_replaced_instead_of_written() -> None:
+    state = {"x": torch.ones(3)}
+
+    def step() -> None:
+        state["x"] = state["x"] + 1
+
+    first = state["x"]
+    engine = TapeEngine()
+    engine.capture(step, ignore)
+    engine.replay()
+    engine.replay()
+    assert torch.equal(first, torch.ones(3))
+    assert torch.equal(state["x"], torch.full((3,), 2.0))
+
+
+def test_tape_poisons_what_only_the_capture_computed() -> None:
+    x, kept = torch.ones(3), {}
+
+    def step() -> None:
+        if "previous" in kept:
+            x.add_(kept["previous"])
+        kept["previous"] = x * 2
+
+    engine = TapeEngine()
+    step()
+    engine.capture(step, ignore)
+    x.fill_(1.0)
+    kept["previous"].fill_(5.0)
+    engine.replay()
+    # A graph would add the tensor that existed at capture (2.0), not what Python calls "previous" by now (5.0).
+    assert torch.equal(x, torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: float(x[0])])
+def test_tape_refuses_a_host_read(read: Callable[[Tensor], Any]) -> None:
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="not permitted while capturing"):
+        TapeEngine().capture(lambda: ignore(x.mul_(read(x))), ignore)
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: records what a capture calls, in order, and which stream is current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.current = "main"
+        self.pools = 0
+        cuda = self
+
+        class Stream:
+            def __init__(self, name: str = "side") -> None:
+                self.name = name
+
+            def wait_stream(self, other: Any) -> None:
+                cuda.calls.append(f"{self.name} waits for {other.name}")
+
+        class Graph:
+            def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+                cuda.calls.append(f"begin on {cuda.current} in pool {pool}")
+
+            def capture_end(self) -> None:
+                cuda.calls.append("end")
+                if cuda.end_fails:
+                    raise RuntimeError("capture was invalidated")
+
+            def replay(self) -> None:
+                cuda.calls.append("replay")
+
+            def reset(self) -> None:
+                cuda.calls.append("reset")
+
+        self.end_fails = False
+
+        @contextlib.contextmanager
+        def stream(s: Stream) -> Iterator[None]:
+            before, cuda.current = cuda.current, s.name
+            try:
+                yield
+            finally:
+                cuda.current = before
+
+        def handle() -> int:
+            self.pools += 1
+            return self.pools
+
+        for name, value in {
+            "Stream": Stream,
+            "CUDAGraph": Graph,
+            "stream": stream,
+            "current_stream": lambda: Stream(cuda.current),
+            "device": lambda device: contextlib.nullcontext(),
+            "synchronize": lambda device=None: cuda.calls.append("synchronize"),
+            "empty_cache": lambda: cuda.calls.append("empty_cache"),
+            "graph_pool_handle": handle,
+            "get_sync_debug_mode": lambda: 0,
+            "set_sync_debug_mode": lambda mode: cuda.calls.append(f"on synchronisation: {mode}"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_cuda_graph_warms_up_on_the_side_stream_and_captures_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    engine = CudaGraphEngine(GraphPool(torch.device("cuda", 0)))
+    engine.capture(lambda: cuda.calls.append(f"step on {cuda.current}"), lambda: cuda.calls.append("rewind"))
+    engine.replay()
+    assert cuda.calls == [
+        "side waits for main",
+        *["rewind", "step on side"] * 2,
+        "rewind",
+        "on synchronisation: error",
+        "step on side",
+        "on synchronisation: 0",
+        "rewind",
+        "synchronize",
+        "empty_cache",
+        "begin on side in pool 1",
+        "step on side",
+        "end",
+        "main waits for side",
+        "replay",
+    ]
+
+
+@pytest.mark.parametrize("end_fails", [False, True])
+def test_cuda_graph_restores_the_stream_when_a_capture_fails(monkeypatch: pytest.MonkeyPatch, end_fails: bool) -> None:
+    cuda = FakeCuda(monkeypatch)
+    cuda.end_fails = end_fails
+    pool = GraphPool(torch.device("cuda", 0))
+    steps = iter(range(10))
+
+    def step() -> None:
+        if next(steps) == 3:
+            raise ValueError("the model reads a value")
+
+    with pytest.raises(ValueError, match="reads a value"):
+        CudaGraphEngine(pool).capture(step, ignore)
+    assert cuda.current == "main"
+    assert cuda.calls[-2:] == ["end", "main waits for side"]
+    # The pool has no graph now, and the next one gets a new pool.
+    cuda.end_fails = False
+    CudaGraphEngine(pool).capture(ignore, ignore)
+    assert "begin on side in pool 2" in cuda.calls
+
+
+def test_cuda_graphs_share_a_pool_until_the_last_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    pool = GraphPool(torch.device("cuda", 0))
+    first, second, third = (CudaGraphEngine(pool) for _ in range(3))
+    first.capture(ignore, ignore)
+    second.capture(ignore, ignore)
+    first.reset()
+    second.reset()
+    third.capture(ignore, ignore)
+    assert [call for call in cuda.calls if call.startswith("begin")] == [
+        "begin on side in pool 1",
+        "begin on side in pool 1",
+        "begin on side in pool 2",
+    ]
+    assert cuda.calls.count("reset") == 2
+
+
+@pytest.mark.gpu
+def test_cuda_graph_matches_the_loop() -> None:
+    expected, captured = Countdown("cuda"), Countdown("cuda")
+    engine = CudaGraphEngine(GraphPool(torch.device("cuda", torch.cuda.current_device())))
+    engine.capture(captured.step, captured.rewind)
+    captured.x.fill_(1.0)
+    for _ in range(4):
+        expected.step()
+        engine.replay()
+    assert torch.equal(captured.x, expected.x)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_refuses_a_host_read_and_the_device_goes_on() -> None:
+    x, pool = torch.ones(3, device="cuda"), GraphPool(torch.device("cuda", torch.cuda.current_device()))
+    stream = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        CudaGraphEngine(pool).capture(lambda: ignore(x.mul_(x.sum().item())), ignore)
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(3, device="cuda").isfinite().all()
+    engine, counter = CudaGraphEngine(pool), torch.zeros(1, device="cuda")
+    engine.capture(lambda: ignore(counter.add_(1)), ignore)
+    counter.zero_()
+    engine.replay()
+    assert counter.item() == 1.0

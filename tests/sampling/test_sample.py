@@ -1,0 +1,174 @@
+"""The front door: fastddpm.sample by name, directory, module or function."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastddpm
+from fastddpm import DiffusionConfig, Sampler, UNet, UNetConfig
+from fastddpm.sampling import sample as sampling
+from fastddpm.tables import by_name as samplers
+
+CONFIG = DiffusionConfig(num_timesteps=20, beta_start=1e-3, beta_end=0.4)
+
+
+class Toy(nn.Module):
+    """Elementwise, so that a sample's bits do not depend on its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.diffusion = CONFIG
+        self.batches: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        self.batches.append(len(x))
+        shift = 0 if class_labels is None else class_labels.reshape(-1, *[1] * (x.dim() - 1)) / 8
+        return x * self.scale / (1 + x.abs()) + shift
+
+
+def tiny_unet(**config: Any) -> UNet:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        **config,
+    }
+    model = UNet(UNetConfig(**options), zero_init=False).eval()
+    model.diffusion = CONFIG
+    return model
+
+
+def test_sample_is_the_sampler_of_the_models_diffusion() -> None:
+    model = Toy().eval()
+    table = samplers.make_table("ddpm", CONFIG, steps=5)
+    expected = Sampler(model, table, (3, 4, 4), compile=False).sample(seeds=[3, 1, 2])
+    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=[3, 1, 2], steps=5), expected)
+    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=1, steps=5), expected[1:2])
+    full = Sampler(model, samplers.make_table("ddpm", CONFIG), (3, 4, 4), compile=False).sample(seeds=[3])
+    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=[3]), full)
+
+
+def test_sample_takes_any_sampler_and_its_options() -> None:
+    model = Toy().eval()
+    table = samplers.make_table("ddim", CONFIG, steps=5, eta=0.5)
+    expected = Sampler(model, table, (2,), compile=False).sample(seeds=[1, 2])
+    got = fastddpm.sample(model, (2,), seeds=[1, 2], steps=5, sampler="ddim", sampler_options={"eta": 0.5})
+    assert torch.equal(got, expected)
+
+
+def test_sample_does_not_depend_on_the_batch_size() -> None:
+    model = Toy().eval()
+    whole = fastddpm.sample(model, (2,), seeds=range(7), steps=4)
+    for batch_size in (1, 2, 3, 100):
+        model.batches.clear()
+        got = fastddpm.sample(model, (2,), seeds=range(7), steps=4, batch_size=batch_size, class_labels=None)
+        assert torch.equal(got, whole)
+        assert max(model.batches) <= batch_size
+        assert sum(model.batches) == 7 * 4
+
+
+def test_batches_keep_their_size_where_another_would_be_compiled() -> None:
+    model = Toy().eval()
+    run = sampling.plan_run(model, (2,), seeds=range(7), steps=2, batch_size=3, compile=False)
+    run.sampler.uses_graph, run.sampler._strict_graph = True, False
+    run.sampler._new_engine = fastddpm.sampling.engine.LoopEngine  # type: ignore[method-assign]
+    parts = [run.draw(batch) for batch in run.batches]
+    assert [len(part) for part in parts] == [3, 2, 2]
+    assert set(model.batches) == {3}
+    assert torch.equal(torch.cat(parts), fastddpm.sample(model, (2,), seeds=range(7), steps=2))
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "lengths"), [(0, 4, []), (1, 4, [1]), (4, 4, [4]), (5, 4, [3, 2]), (17, 16, [9, 8]), (7, 1, [1] * 7)]
+)
+def test_split_evenly_covers_every_index_once(n: int, size: int, lengths: list[int]) -> None:
+    batches = sampling.split_evenly(n, size)
+    assert [len(batch) for batch in batches] == lengths
+    assert [i for batch in batches for i in batch] == list(range(n))
+
+
+def test_labels_default_to_the_seed() -> None:
+    model = tiny_unet(num_class_embeds=4, null_class=3)
+    assert sampling.labels_for(model, [0, 1, 5, 2**63], None) == [0, 1, 2, 2**63 % 3]
+    assert sampling.labels_for(tiny_unet(), [0, 1], None) is None
+    assert sampling.labels_for(model, [5, 5], 2) == [2, 2]
+    assert sampling.labels_for(model, [5, 5], torch.tensor([1, 0])) == [1, 0]
+    with pytest.raises(ValueError, match="1 labels for 2 seeds"):
+        sampling.labels_for(model, [5, 5], [1])
+    explicit = fastddpm.sample(model, seeds=[4, 5], class_labels=[1, 2], steps=2)
+    assert torch.equal(fastddpm.sample(model, seeds=[4, 5], steps=2), explicit)
+    assert not torch.equal(fastddpm.sample(model, seeds=[4, 5], class_labels=3, steps=2), explicit)
+
+
+def test_sample_loads_a_directory(tmp_path: Path) -> None:
+    model = tiny_unet()
+    fastddpm.save_pretrained(model, tmp_path)
+    expected = fastddpm.sample(model, seeds=[1, 2], steps=3)
+    assert expected.shape == (2, 1, 8, 8)
+    for source in (tmp_path, str(tmp_path)):
+        assert torch.equal(fastddpm.sample(source, seeds=[1, 2], steps=3), expected)
+
+
+def test_guidance_reaches_the_sampler() -> None:
+    model = tiny_unet(num_class_embeds=4, null_class=3)
+    plain = fastddpm.sample(model, seeds=[4], steps=3)
+    assert torch.equal(fastddpm.sample(model, seeds=[4], steps=3, guidance=1.0), plain)
+    assert not torch.equal(fastddpm.sample(model, seeds=[4], steps=3, guidance=3.0), plain)
+
+
+def test_sample_of_a_function_assumes_the_papers_diffusion() -> None:
+    calls: list[int] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(int(t[0]))
+        return torch.zeros_like(x)
+
+    fastddpm.sample(model, (2,), seeds=[0], steps=None)
+    assert calls == list(range(999, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": None}, "does not name a shape"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"seeds": [0.5]}, "seeds"),
+        ({"sampler": "plms"}, "unknown sampler"),
+        ({"steps": 21}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": -1}, "batch_size"),
+        ({"guidance": 2.0}, "class_labels"),
+    ],
+)
+def test_sample_refuses(arguments: dict[str, Any], message: str) -> None:
+    call: dict[str, Any] = {"shape": (2,), "seeds": [0], "steps": 2, **arguments}
+    with pytest.raises(ValueError, match=message):
+        fastddpm.sample(Toy().eval(), call.pop("shape"), **call)
+
+
+def test_sample_stays_a_function_when_its_module_is_imported() -> None:
+    importlib.import_module("fastddpm.sampling.sample")
+    assert callable(fastddpm.sample)
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    fastddpm.sample(Toy().eval(), (2,), seeds=range(3), steps=4, batch_size=2, progress=True)
+    captured = capsys.readouterr()
+    assert "8/8" in captured.err
+    assert captured.out == ""
+    fastddpm.sample(Toy().eval(), (2,), seeds=[1], steps=4)
+    assert capsys.readouterr().err == ""

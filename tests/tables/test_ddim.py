@@ -1,0 +1,232 @@
+"""DDIM rows against eq. 12 in float64, against DDPM where they coincide, and against diffusers end to end."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastddpm import reference
+from fastddpm.schedules.schedule import Schedule
+from fastddpm.tables.ddim import ddim_inversion_table, ddim_table
+from fastddpm.tables.ddpm import PREDICTION_TYPES, ddpm_table
+from tests.tables.float64 import execute_row64, execute_table64
+
+SCHEDULE = Schedule.linear()
+ZERO_SNR = SCHEDULE.zero_terminal_snr()
+DIFFUSERS_TYPES = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def eps_of(m: torch.Tensor, x_t: torch.Tensor, t: int, schedule: Schedule, prediction_type: str) -> torch.Tensor:
+    """Solve x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps for eps, given the network's output alone."""
+    if prediction_type == "epsilon":
+        return m
+    x_0 = reference.predict_x0(x_t, m, t, schedule, prediction_type)
+    alpha_bar = schedule.alphas_cumprod[t]
+    return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+
+def linear_model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Depend on x, on its neighbours and on t, without saturating."""
+    return 0.6 * x + 0.2 * x.roll(1, dims=-1) + t.reshape(-1, *[1] * (x.dim() - 1)) / 2000 - 0.2
+
+
+@pytest.mark.parametrize("clip_range", [0.5, None])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rederive_eps", [True, False])
+@pytest.mark.parametrize("final_alpha_cumprod", [1.0, float(SCHEDULE.alphas_cumprod[0])])
+@pytest.mark.parametrize(
+    ("schedule", "prediction_type"),
+    [(SCHEDULE, p) for p in PREDICTION_TYPES] + [(ZERO_SNR, "v"), (ZERO_SNR, "x_0")],
+)
+def test_ddim_row_equals_equation_12(schedule, prediction_type, final_alpha_cumprod, rederive_eps, eta, clip_range):
+    table = ddim_table(
+        schedule,
+        steps=17,
+        spacing="trailing",
+        prediction_type=prediction_type,
+        eta=eta,
+        clip_range=clip_range,
+        rederive_eps=rederive_eps,
+        final_alpha_cumprod=final_alpha_cumprod,
+    )
+    assert table.use_m == (not rederive_eps)
+    visited = table.timesteps.tolist()
+    levels = [*schedule.alphas_cumprod[table.timesteps], torch.tensor(final_alpha_cumprod, dtype=torch.float64)]
+    x_t, m, z = randn(3, 2, 4), randn(3, 2, 4, seed=1), randn(3, 2, 4, seed=2)
+    for r, t in enumerate(visited):
+        x_0 = reference.predict_x0(x_t, m, t, schedule, prediction_type)
+        if clip_range is not None:
+            x_0 = x_0.clamp(-clip_range, clip_range)
+        eps = eps_of(m, x_t, t, schedule, prediction_type)
+        if rederive_eps:
+            eps = (x_t - levels[r].sqrt() * x_0) / (1 - levels[r]).sqrt()
+        expected = reference.ddim_step(x_0, eps, levels[r], levels[r + 1], eta, z)
+        # From alpha_bar = 0 with eta = 1, 1 - alpha_bar_prev - sigma^2 is 0: the paper's form leaves sqrt(2^-53).
+        tolerance = 1e-7 if eta == 1.0 and levels[r] == 0.0 else 1e-12
+        assert relative_error(execute_row64(table, r, x_t, m, z)[0], expected) <= tolerance
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("clip_range", [1.0, None])
+def test_ddim_with_eta_1_is_ddpm_with_the_small_variance(prediction_type, clip_range):
+    # Song et al. 2021, section 4.1: eta = 1 is DDPM. With eps from the clipped x_0 this holds under clipping too.
+    options = {"steps": 23, "prediction_type": prediction_type, "clip_range": clip_range}
+    ddim, ddpm = ddim_table(SCHEDULE, eta=1.0, **options), ddpm_table(SCHEDULE, **options)
+    assert torch.equal(ddim.timesteps, ddpm.timesteps)
+    for column in ("a", "b", "lo", "hi", "c_x0", "c_xt", "sigma"):
+        torch.testing.assert_close(ddim.column(column), ddpm.column(column), rtol=1e-9, atol=1e-12)
+
+
+def test_ddim_without_noise_has_no_sigma():
+    assert (ddim_table(SCHEDULE, steps=50).column("sigma") == 0).all()
+
+
+@pytest.mark.parametrize("final_alpha_cumprod", [1.0, float(SCHEDULE.alphas_cumprod[0])])
+@pytest.mark.parametrize(
+    ("prediction_type", "eta", "rederive_eps"),
+    list(itertools.product(PREDICTION_TYPES, [0.0, 0.7, 1.0], [True, False])),
+)
+def test_ddim_table_samples_as_diffusers(prediction_type, eta, rederive_eps, final_alpha_cumprod):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type=DIFFUSERS_TYPES[prediction_type], set_alpha_to_one=final_alpha_cumprod == 1.0, steps_offset=1
+    )
+    scheduler.set_timesteps(20)
+    # Their float32 tables are replaced by ours, so that what is compared is the step.
+    scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod
+    scheduler.final_alpha_cumprod = torch.tensor(final_alpha_cumprod, dtype=torch.float64)
+    table = ddim_table(
+        SCHEDULE,
+        steps=20,
+        spacing="leading",
+        steps_offset=1,
+        prediction_type=prediction_type,
+        eta=eta,
+        rederive_eps=rederive_eps,
+        final_alpha_cumprod=final_alpha_cumprod,
+    )
+    assert torch.equal(table.timesteps, scheduler.timesteps)
+    x_T, z = randn(2, 3, 4), list(randn(20, 2, 3, 4, seed=5))
+    x = x_T
+    for r, t in enumerate(scheduler.timesteps):
+        noise = z[r] if eta > 0 else None
+        x = scheduler.step(
+            linear_model(x, t), t, x, eta=eta, use_clipped_model_output=rederive_eps, variance_noise=noise
+        ).prev_sample
+    assert relative_error(execute_table64(table, linear_model, x_T, z), x) <= 1e-10
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("clip_range", [1.0, None])
+@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0)])
+def test_ddim_inversion_table_inverts_as_diffusers(spacing, offset, clip_range, prediction_type):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
+    start = 1.0 if prediction_type != "x_0" else float(SCHEDULE.alphas_cumprod[0])
+    scheduler = diffusers.DDIMInverseScheduler(
+        prediction_type=DIFFUSERS_TYPES[prediction_type],
+        clip_sample=clip_range is not None,
+        timestep_spacing=spacing,
+        steps_offset=offset,
+    )
+    scheduler.set_timesteps(25)
+    scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod
+    scheduler.initial_alpha_cumprod = torch.tensor(start, dtype=torch.float64)
+    table = ddim_inversion_table(
+        SCHEDULE,
+        steps=25,
+        spacing=spacing,
+        steps_offset=offset,
+        prediction_type=prediction_type,
+        clip_range=clip_range,
+        initial_alpha_cumprod=start,
+    )
+    assert torch.equal(table.timesteps, scheduler.timesteps)
+    x_0 = randn(2, 3, 4)
+    x = x_0
+    for t in scheduler.timesteps:
+        x = scheduler.step(linear_model(x, t), t, x).prev_sample
+    assert relative_error(execute_table64(table, linear_model, x_0), x) <= 1e-10
+
+
+def test_ddim_inversion_row_equals_equation_12_upwards():
+    table = ddim_inversion_table(SCHEDULE, timesteps=[900, 400, 7])
+    assert table.timesteps.tolist() == [7, 400, 900]
+    levels = [torch.tensor(1.0, dtype=torch.float64), *SCHEDULE.alphas_cumprod[table.timesteps]]
+    x, m = randn(2, 3), randn(2, 3, seed=1)
+    for r in range(3):
+        x_0 = (x - (1 - levels[r]).sqrt() * m) / levels[r].sqrt()
+        expected = reference.ddim_step(x_0, m, levels[r], levels[r + 1])
+        assert relative_error(execute_row64(table, r, x, m)[0], expected) <= 1e-12
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
+def test_ddim_table_undoes_the_inversion_of_a_straight_path(prediction_type):
+    # Where the network's eps does not change along the path, both directions are exact.
+    eps = randn(2, 3, seed=3)
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return eps
+
+    x_0 = randn(2, 3)
+    options = {"steps": 30, "spacing": "trailing"}
+    x_T = execute_table64(ddim_inversion_table(SCHEDULE, **options), model, x_0)
+    alpha_bar = SCHEDULE.alphas_cumprod[-1]
+    torch.testing.assert_close(x_T, alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps, rtol=1e-11, atol=1e-11)
+    back = execute_table64(ddim_table(SCHEDULE, clip_range=None, **options), model, x_T)
+    torch.testing.assert_close(back, x_0, rtol=0, atol=1e-10)
+
+
+def test_learned_variance_is_ignored():
+    output, x_t, z = randn(2, 6, 4, seed=1), randn(2, 3, 4), randn(2, 3, 4, seed=2)
+    learned = ddim_table(SCHEDULE, steps=9, eta=0.5, learned=True)
+    plain = ddim_table(SCHEDULE, steps=9, eta=0.5)
+    assert (learned.learned, plain.learned) == (True, False)
+    for r in range(9):
+        ours = execute_row64(learned, r, x_t, output, z)[0]
+        assert torch.equal(ours, execute_row64(plain, r, x_t, output[:, :3], z)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eta": -0.1}, r"eta must lie in \[0, 1\], got -0.1"),
+        ({"eta": math.nan}, r"eta must lie in \[0, 1\], got nan"),
+        ({"final_alpha_cumprod": 1.1}, "final_alpha_cumprod must lie between .* got 1.1"),
+        ({"final_alpha_cumprod": 0.5}, "final_alpha_cumprod must lie between .* got 0.5"),
+        ({"prediction_type": "noise"}, "unknown prediction_type 'noise'"),
+        ({"clip_range": 0.0}, "clip_range must be positive"),
+        ({"steps": 0}, "steps must lie in 1..1000"),
+    ],
+)
+def test_ddim_table_refuses_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ddim_table(SCHEDULE, **options)
+
+
+def test_ddim_table_refuses_epsilon_at_zero_alpha_bar():
+    with pytest.raises(ValueError, match="'epsilon' cannot give x_0 where alpha_bar = 0"):
+        ddim_table(ZERO_SNR, steps=10)
+
+
+@pytest.mark.parametrize("options", [{"rederive_eps": True}, {"prediction_type": "x_0"}])
+def test_ddim_inversion_table_refuses_eps_from_clean_data(options):
+    with pytest.raises(ValueError, match="initial_alpha_cumprod = 1 means data without noise"):
+        ddim_inversion_table(SCHEDULE, steps=10, **options)
+    first = float(SCHEDULE.alphas_cumprod[0])
+    assert len(ddim_inversion_table(SCHEDULE, timesteps=[900, 50], initial_alpha_cumprod=first, **options)) == 2
+
+
+def test_ddim_inversion_table_refuses_a_start_below_the_first_timestep():
+    with pytest.raises(ValueError, match=r"initial_alpha_cumprod must lie between .* got 0\.2"):
+        ddim_inversion_table(SCHEDULE, steps=10, initial_alpha_cumprod=0.2)

@@ -1,0 +1,69 @@
+"""A training run small enough to be a test, and what the tests of training do with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastddpm.training.checkpoint import CHECKPOINT
+from fastddpm.training.config import TrainConfig
+from fastddpm.training.folder import LOG
+from fastddpm.training.trainer import Trainer
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "num_class_embeds": 11,
+    "null_class": 10,
+}
+
+
+def tiny_run(folder: Path) -> TrainConfig:
+    """A run of twelve steps that takes a second."""
+    model = folder / "tiny.json"
+    model.write_text(json.dumps(TINY))
+    return TrainConfig(
+        data="digits8x8",
+        out=str(folder / "run"),
+        model=str(model),
+        steps=12,
+        batch=8,
+        warmup=3,
+        log_every=5,
+        save_every=4,
+        seed=7,
+    )
+
+
+def at_step(n: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call ``action`` in the middle of the run, after gradient step n."""
+    step = Trainer.step
+
+    def stepping(self: Trainer, at: int) -> float:
+        loss = step(self, at)
+        if at == n:
+            action()
+        return loss
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+
+
+def same_run(one: Path, two: Path) -> bool:
+    """Whether two folders hold the same checkpoint, log and models, to the bit."""
+    a, b = load_file(one / CHECKPOINT), load_file(two / CHECKPOINT)
+    same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    models = ("model.safetensors", "raw/model.safetensors", LOG)
+    return same and all((one / name).read_bytes() == (two / name).read_bytes() for name in models)

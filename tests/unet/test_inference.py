@@ -1,0 +1,467 @@
+"""The UNet's inference form computes what the UNet computes, from static buffers, compiled once per size."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import logging
+import re
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
+from fastddpm.errors import BackendUnavailable
+from fastddpm.machine import torch_compile as compiled_call
+from fastddpm.machine.torch_compile import Compiled
+from fastddpm.sampling import compile_policy as policy
+from fastddpm.sampling.model import ModelNetwork, NetworkSource
+from fastddpm.unet import inference as unet_inference
+from fastddpm.unet.inference import (
+    ShiftedResnetBlock,
+    UNetForms,
+    UNetInference,
+    in_slices,
+    inference_form,
+    is_plain,
+    slice_rows,
+    time_table,
+    time_widths,
+    use_channels_last,
+    use_channels_last_norms,
+    use_subpixels,
+    use_winograd,
+)
+from tests.sampling.test_sampler import with_tape
+from tests.unet.test_unet import SMALL, VARIANTS, random_inputs, relative_l2, small_unet
+
+TOLERANCE = 1e-5  # relative L2 of eps in float32
+TABLE = ddpm_table(Schedule.linear(50, 1e-3, 0.2), steps=4)
+CONDITIONAL = {"num_class_embeds": 5, "null_class": 4}
+SHAPE = (2, 16, 16)
+
+
+def network_of(model: UNet, timesteps: Tensor, batch: int) -> Any:
+    return NetworkSource(model, timesteps, compile_model=False, strict=True).for_batch(batch)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(pytest.param(UNetConfig(**{**SMALL, **changes}), id=name) for name, changes in VARIANTS.items()),
+        pytest.param(UNetConfig.digits(), id="digits"),
+    ],
+)
+@torch.no_grad()
+def test_form_matches_the_unet_at_every_row(config: UNetConfig) -> None:
+    torch.manual_seed(0)
+    model = UNet(config, zero_init=False).eval()
+    x, _, labels = random_inputs(config, batch=3)
+    timesteps = torch.tensor([999, 500, 1, 0])
+    network = network_of(model, timesteps, 3)
+    assert isinstance(network, UNetInference)
+    network.load(labels)
+    kwargs = {} if labels is None else {"class_labels": labels}
+    x_in = x.contiguous(memory_format=network.memory_format)
+    for row, t in enumerate(timesteps):
+        eps = network(x_in, t.expand(3), torch.tensor([row]), kwargs)
+        assert relative_l2(eps, model(x, t, labels)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["small", "scale-shift", "padding-0", "mid-scale"])
+@torch.no_grad()
+def test_winograd_form_matches_the_unet(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", 1)
+    monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 1)
+    model = small_unet(**VARIANTS[name])
+    x, t, labels = random_inputs(model.config)
+    form = inference_form(model)
+    use_winograd(form, len(x), x.shape[2], x.shape[3])
+    replaced = [type(module).__name__ for module in form.modules() if "Winograd" in type(module).__name__]
+    assert replaced.count("WinogradUpsample") == len(model.config.block_out_channels) - 1
+    assert replaced.count("WinogradConv2d") >= 2 * len(list(model.resnets()))
+    time = model.project_time(model.embed(t, labels))
+    assert relative_l2(form.denoise(x, time), model(x, t, labels)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["small", "scale-shift", "mid-scale"])
+@torch.no_grad()
+def test_form_with_channels_last_norms_matches_the_unet(name: str) -> None:
+    model = small_unet(**VARIANTS[name])
+    x, t, labels = random_inputs(model.config)
+    form = inference_form(model)
+    use_channels_last_norms(form)
+    assert not any(isinstance(module, nn.GroupNorm) for module in form.modules())
+    assert all(isinstance(resnet, ShiftedResnetBlock) for resnet in form.resnets())
+    time = model.project_time(model.embed(t, labels))
+    assert relative_l2(form.denoise(x, time), model(x, t, labels)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_subpixel_form_matches_the_unet(name: str) -> None:
+    model = small_unet(**VARIANTS[name])
+    x, t, labels = random_inputs(model.config)
+    form = inference_form(model)
+    use_subpixels(form)
+    replaced = [type(module).__name__ for module in form.modules()]
+    assert replaced.count("SubpixelUpsample") == len(model.config.block_out_channels) - 1
+    assert "Upsample" not in replaced
+    time = model.project_time(model.embed(t, labels))
+    assert relative_l2(form.denoise(x, time), model(x, t, labels)) < TOLERANCE
+
+
+def test_winograd_is_left_out_where_it_does_not_pay() -> None:
+    form = inference_form(small_unet())
+    use_winograd(form, 2, 16, 16)
+    assert not any("Winograd" in type(module).__name__ for module in form.modules())
+
+
+@torch.no_grad()
+def test_form_leaves_the_unet_as_it_is() -> None:
+    model = small_unet()
+    before = {name: (p.data_ptr(), p.requires_grad, p.stride()) for name, p in model.named_parameters()}
+    use_channels_last(inference_form(model))
+    assert {name: (p.data_ptr(), p.requires_grad, p.stride()) for name, p in model.named_parameters()} == before
+
+
+@torch.no_grad()
+def test_form_copies_no_weights_but_those_it_merges_or_lays_out() -> None:
+    model = small_unet()
+    own = {p.data_ptr() for p in model.parameters()}
+    form = inference_form(model)
+    assert {name for name, p in form.named_parameters() if p.data_ptr() not in own} == {
+        name for name, _ in form.named_parameters() if "to_qkv" in name
+    }
+    use_channels_last(form)
+    convolutions = [module for module in form.modules() if isinstance(module, nn.Conv2d)]
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions)
+
+
+@torch.no_grad()
+def test_time_table_is_float32_inside_whatever_the_weights_are() -> None:
+    model = small_unet(**CONDITIONAL)
+    timesteps, labels = torch.tensor([999, 998, 7]), torch.tensor([0, 4])
+    exact = time_table(model, timesteps, labels)
+    for r, t in enumerate(timesteps):
+        for i, label in enumerate(labels):
+            want = torch.cat(model.project_time(model.embed(t[None], label[None])), dim=1)[0]
+            torch.testing.assert_close(exact[r, i], want, rtol=1e-5, atol=1e-6)
+    low = time_table(model.to(torch.bfloat16), timesteps, labels)
+    assert low.dtype == torch.bfloat16
+    # 998 and 999 are one number in bfloat16; the weights' rounding is the only error left.
+    assert not torch.equal(low[0], low[1])
+    assert relative_l2(low.float(), exact) < 8e-3
+
+
+def without_form(model: UNet) -> Callable[..., Tensor]:
+    """The same network as a plain callable, which has no form of its own."""
+    return lambda x, t, class_labels=None: model(x, t, class_labels)
+
+
+def test_sampler_with_the_form_draws_the_same_images() -> None:
+    model = small_unet(out_channels=2, **CONDITIONAL)
+    tape = with_tape(Sampler(model, TABLE, SHAPE, compile=False))
+    plain = Sampler(without_form(model), TABLE, SHAPE, compile=False, null_class=4)
+    # Other labels, fewer and more different ones, and guidance: one program each for the two batch sizes.
+    for call in (
+        {"seeds": [1, 2], "class_labels": [0, 1], "guidance": 2.0},
+        {"seeds": [3, 4], "class_labels": [3, 3], "guidance": 1.5},
+        {"seeds": [3, 4], "class_labels": [4, 2]},
+        {"seeds": [5, 6]},
+    ):
+        assert relative_l2(tape.sample(**call), plain.sample(**call)) < TOLERANCE
+    assert len(tape._programs) == 3
+
+
+def test_refresh_and_noticed_changes_rebuild_the_form() -> None:
+    model = small_unet(out_channels=2)
+    sampler = Sampler(model, TABLE, SHAPE, compile=False)
+    first = sampler.sample(seeds=[1])
+    with torch.no_grad():
+        model.conv_out.weight.mul_(2.0)
+    assert not torch.equal(sampler.sample(seeds=[1]), first)
+    model.conv_out.weight.data.div_(2.0)
+    sampler.refresh()
+    assert torch.equal(sampler.sample(seeds=[1]), first)
+
+
+def test_programs_of_a_size_share_one_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, **{**kwargs, "backend": counter}))
+    # The fused step stays eager: its compilation has tests of its own.
+    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
+    torch._dynamo.reset()
+    model = small_unet(out_channels=2, **CONDITIONAL)
+    compiled = Sampler(model, TABLE, SHAPE, compile=True)
+    eager = Sampler(model, TABLE, SHAPE, compile=False)
+    for call in (
+        {"seeds": [1, 2], "class_labels": [0, 1]},
+        {"seeds": [2**63, 0], "class_labels": [3, 3]},
+        {"seeds": [5, 6]},
+        {"seeds": [7, 7], "return_x0": True},
+        {"seeds": [1], "class_labels": [2], "guidance": 3.0},
+    ):
+        got, want = compiled.sample(**call), eager.sample(**call)
+        assert relative_l2(got[0], want[0]) < TOLERANCE
+    assert counter.frame_count == 1
+
+
+def one_level_unet(channels: int) -> UNet:
+    """Without attention: few kernels to compile."""
+    config = UNetConfig(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(channels,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=2,
+        add_attention=False,
+        attention_head_dim=None,
+    )
+    torch.manual_seed(0)
+    return UNet(config, zero_init=False).eval()
+
+
+@pytest.mark.parametrize("least", [10**9, pytest.param(1, marks=pytest.mark.slow)], ids=["direct", "winograd"])
+def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", least)
+    monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 4)
+    model = one_level_unet(4)
+    x, t, _ = random_inputs(model.config, batch=2)
+    network = NetworkSource(model, t, compile_model=True, strict=True).for_batch(2)
+    network.load(None)
+    with torch.no_grad():
+        eps = network(x.contiguous(memory_format=torch.channels_last), t, torch.tensor([1]), {})
+        assert relative_l2(eps, model(x, t[1])) < TOLERANCE
+    assert not torch._inductor.config.freezing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_compiled_winograd_form_keeps_channels_innermost(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Or its loops are scalar: Inductor chooses layouts of its own, and takes dimensions of 1 for channels."""
+    utils = pytest.importorskip("torch._inductor.utils", reason="generated code cannot be read in this torch")
+    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", 1)
+    # Python that calls the kernels can be read; C++ has the same layouts.
+    monkeypatch.setattr(compiled_call, "_constant", lambda: torch._inductor.config.patch(freezing=True))
+    model = one_level_unet(channels := 64)
+    x, t, _ = random_inputs(model.config, batch=batch)
+    network = NetworkSource(model, t, compile_model=True, strict=True).for_batch(batch)
+    network.load(None)
+    x_in = x.contiguous(memory_format=torch.channels_last)
+    _, codes = utils.run_and_get_code(network, x_in, t, torch.tensor([0]), {})
+    found = re.findall(r"empty_strided_cpu\((\([^)]*\)), (\([^)]*\))", "".join(codes))
+    layouts = {(ast.literal_eval(size), ast.literal_eval(stride)) for size, stride in found}
+    activations = {layout for layout in layouts if torch.Size(layout[0]).numel() >= batch * channels * 64}
+    assert len(activations) >= 4  # padded image, rows, tiles and products
+    for size, stride in activations:
+        innermost = next(n for n, step in zip(size, stride, strict=True) if step == 1 and n > 1)
+        assert innermost % channels == 0, f"{size} is laid out {stride}"
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 7])
+@torch.no_grad()
+def test_slices_of_a_batch_are_the_batch(batch: int) -> None:
+    model = small_unet(**CONDITIONAL)
+    x, t, labels = random_inputs(model.config, batch=batch)
+    time = torch.cat(model.project_time(model.embed(t, labels)), dim=1)
+    sizes = []
+
+    def denoise(x: Tensor, time: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return model.denoise(x, time.split(time_widths(model), dim=1))
+
+    rows = min(batch, 2)
+    sliced = in_slices(denoise, rows, x, time)
+    assert relative_l2(sliced, model(x, t, labels)) < TOLERANCE
+    assert sizes == [rows] * -(-batch // rows)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows"),
+    [(1, 1), (3, 3), (4, 4), (5, 5), (6, 3), (7, 7), (8, 4), (10, 5), (13, 7), (16, 4), (17, 3), (64, 4)],
+)
+def test_slices_have_a_mebibyte_a_thread_or_what_divides_the_batch(
+    monkeypatch: pytest.MonkeyPatch, batch: int, rows: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.empty(batch, 3, 32, 32)
+    assert min(batch, slice_rows(x, 128)) == rows
+
+
+def test_compiled_float32_batches_share_the_form_of_their_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet_inference, "SLICE_BYTES", 1)
+    monkeypatch.setattr(unet_inference, "Compiled", lambda function, **options: function)
+    model = small_unet()
+    timesteps = torch.tensor([5])
+    forms = UNetForms(model, timesteps, compile_model=True, strict=True)
+    built = []
+    monkeypatch.setattr(unet_inference, "use_winograd", lambda form, *size: built.append(size))
+    x, _, _ = random_inputs(model.config, batch=4)
+    for batch in (4, 2):
+        network = forms(batch)
+        network.load(None)
+        with torch.no_grad():
+            eps = network(x[:batch], timesteps.expand(batch), torch.tensor([0]), {})
+            assert relative_l2(eps, model(x[:batch], timesteps.expand(batch))) < TOLERANCE
+    assert built == [(1, 16, 16)]
+
+
+def hooked(model: UNet) -> None:
+    model.mid_block.register_forward_hook(lambda module, args, output: output)
+
+
+def patched(model: UNet) -> None:
+    model.conv_out.forward = lambda x: x  # type: ignore[method-assign, assignment]
+
+
+def replaced(model: UNet) -> None:
+    class Adapter(nn.Conv2d):
+        pass
+
+    model.conv_in = Adapter(2, 8, 3, padding=1)
+
+
+@pytest.mark.parametrize("change", [hooked, patched, replaced, nn.Module.train])
+def test_altered_unet_runs_as_it_is(change: Callable[[UNet], None]) -> None:
+    model = small_unet()
+    change(model)
+    assert isinstance(network_of(model, TABLE.timesteps, 2), ModelNetwork)
+
+
+def test_form_refuses_what_the_unet_refuses() -> None:
+    with pytest.raises(Exception, match="no null class"):
+        Sampler(small_unet(num_class_embeds=5), TABLE, SHAPE, compile=False).sample(seeds=[1])
+    with pytest.raises(Exception, match="without classes"):
+        Sampler(small_unet(), TABLE, SHAPE, compile=False).sample(seeds=[1], class_labels=[1])
+    with pytest.raises(Exception, match="multiples of 2"):
+        Sampler(small_unet(), TABLE, (2, 16, 15), compile=False).sample(seeds=[1])
+    with pytest.raises(Exception, match="class_labels only"):
+        Sampler(small_unet(), TABLE, SHAPE, compile=False).sample(seeds=[1], model_kwargs={"shift": 1})
+
+
+def test_torch_without_freezing_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch._inductor
+
+    monkeypatch.setattr(torch._inductor, "config", SimpleNamespace())
+    with pytest.raises(BackendUnavailable, match="no Inductor setting `freezing`"):
+        Compiled(torch.neg, strict=True, constant=True)(torch.ones(2))
+    assert Compiled(torch.neg, strict=False, constant=True)(torch.ones(1)).item() == -1.0
+    assert "no Inductor setting `freezing`" in caplog.text
+
+
+def test_form_is_not_taken_with_a_part_in_training() -> None:
+    model = small_unet(out_channels=2, dropout=0.5).eval()
+    sampler = Sampler(model, TABLE, SHAPE, compile=False)
+    assert torch.equal(sampler.sample(seeds=[1]), sampler.sample(seeds=[1]))
+    model.mid_block.train()
+    assert not is_plain(model)
+    assert not torch.equal(sampler.sample(seeds=[1]), sampler.sample(seeds=[1]))
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo alone: it traces, and PyTorch runs what it found."""
+    # The fused operations stay as they are: once compiled, they are kept for the tests to come.
+    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options, backend="eager"))
+
+
+def test_any_number_of_sizes_and_samplers_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiler(monkeypatch)
+    model, options = small_unet(out_channels=2), {"compile": True, "dtype": torch.bfloat16}
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for batch in (1, 2, 3):
+            assert Sampler(model, TABLE, SHAPE, **options).sample(seeds=range(batch)).shape == (batch, *SHAPE)
+        sampler = Sampler(model, TABLE, SHAPE, **options)
+        for batch in (1, 2, 3):
+            assert sampler.sample(seeds=range(batch)).shape == (batch, *SHAPE)
+
+
+def test_model_of_too_many_forms_runs_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_compiler(monkeypatch)
+
+    def scale(x: Tensor, by: int) -> Tensor:
+        return x * by
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for strict in (False, True):
+            call = Compiled(scale, strict=strict, dynamic=False)
+            torch._dynamo.reset()
+            assert call(torch.ones(1), 2).item() == 2.0
+            if strict:
+                with pytest.raises(BackendUnavailable, match="recompile"):
+                    call(torch.ones(1), 3)
+            else:
+                assert call(torch.ones(1), 3).item() == 3.0
+    assert "the model runs uncompiled" in caplog.text
+
+
+def test_constant_function_is_run_by_one_call_into_cpp() -> None:
+    utils = pytest.importorskip("torch._inductor.utils", reason="generated code cannot be read in this torch")
+    x = torch.arange(6.0)
+    for constant in (True, False):
+        call = Compiled(lambda x: torch.cumsum(x, 0) * 2, strict=True, constant=constant)
+        result, code = utils.run_and_get_code(call, x)
+        assert torch.equal(result, x.cumsum(0) * 2)
+        assert ("cpp_wrapper" in "".join(code)) == constant
+
+
+def test_compile_failure_says_what_the_compiler_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("out of registers")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, **options, backend=backend))
+    with pytest.raises(BackendUnavailable, match="out of registers"):
+        Compiled(torch.neg, strict=True)(torch.ones(1))
+
+
+def test_compile_failure_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def breaks(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return -x
+
+    call = Compiled(breaks, strict=False)
+    with caplog.at_level(logging.WARNING, logger="fastddpm"):
+        assert [call(torch.ones(1)).item() for _ in range(2)] == [-1.0, -1.0]
+    assert len(caplog.records) == 1
+
+
+def test_compiling_a_network_leaves_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cycle:
+        pass
+
+    left: list[weakref.ref[Cycle]] = []
+
+    def compile_(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            cycle = Cycle()
+            cycle.itself = cycle  # type: ignore[attr-defined]
+            left.append(weakref.ref(cycle))
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    gc.disable()
+    try:
+        Compiled(torch.neg, strict=True, constant=True)(torch.ones(2))
+        assert [ref() for ref in left] == [None]
+    finally:
+        gc.enable()
