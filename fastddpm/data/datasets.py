@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from fastddpm.files.arrays import check_bytes, read_arrays
+from fastddpm.files.image_reader import SUFFIXES, open_image
 
 Split = Literal["train", "test"]
 
 BUILT_IN = ("mnist", "digits8x8")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_IMAGE_PIXELS = 1 << 26  # 64 megapixels: larger than any camera's frame that one trains 32..512 pixel images on
-
 
 # Four of five images train; the rest are held out for the classifier and for evaluation.
 _TRAIN_FRACTION = 0.8
@@ -158,9 +156,9 @@ def image_folder(folder: Path, *, resolution: int | None = None) -> Dataset:
     Raises:
         ValueError: there are no images, one is damaged or too large (the file is named), or sizes differ.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
-        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     mode = "L" if all(_with_image(p, _is_grey) for p in paths) else "RGB"
     height, width = (resolution, resolution) if resolution else _with_image(paths[0], _oriented_size)
     channels = len(mode)
@@ -195,17 +193,8 @@ def image_file(path: Path, *, resolution: int) -> Dataset:
 
 
 def _with_image(path: Path, use: Callable[[Any], Any]) -> Any:
-    """Open an image, check its declared size, and return use(image); name the file in whatever goes wrong."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"declares {width}x{height} pixels, more than {MAX_IMAGE_PIXELS}; shrink or remove it")
-            return use(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a usable image: {error}") from error
+    with open_image(path) as image:
+        return use(image)
 
 
 def _is_grey(image: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastddpm.data import datasets as data
 from fastddpm.data import points
+from fastddpm.files.image_reader import SUFFIXES as IMAGE_SUFFIXES
 from fastddpm.pictures.mlp import train_points
 from fastddpm.pictures.process import ExactDenoiser, Process, forward_walk, reverse_walk
 from fastddpm.sampling.model import Model
@@ -127,7 +128,7 @@ def load_x_0(request: Request) -> Tensor:
     if name in points.DATA_SETS:
         return points.draw(name, _n_points(request) if request.exact else N_TRAIN, request.seed)
     if name not in data.BUILT_IN:
-        if path.suffix.lower() in data.IMAGE_SUFFIXES and path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             return _all_x_0(data.image_file(path, resolution=MAX_SIDE))
         if not path.is_dir():
             array = points.read_array(path)

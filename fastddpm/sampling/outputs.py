@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastddpm.files import images
 from fastddpm.files import run_folder as manifest
+from fastddpm.files.image_reader import open_image
 
 # A grid of more images is larger than anyone looks at, and than viewers open.
 MAX_GRID = 1024
@@ -135,7 +135,7 @@ def read_x(path: Path) -> Any:
 
 
 def _read_png(path: Path) -> Tensor:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         pixels = np.array(image)
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
 

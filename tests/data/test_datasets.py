@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm.data.datasets import digits8x8, load_data, mnist
+from fastddpm.data.datasets import digits8x8, image_file, load_data, mnist
 from fastddpm.files import arrays
 
 
@@ -131,6 +133,38 @@ def test_folder_names_the_file_that_is_no_image(tmp_path: Path, content: bytes, 
     (tmp_path / "bad.png").write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad\.png: .*({what})"):
         load_data(str(tmp_path), resolution=8)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize(
+    "load",
+    [load_data, lambda source: image_file(Path(source) / "a.png", resolution=8)],
+    ids=["folder", "file"],
+)
+def test_an_eps_file_named_png_starts_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[str], object]
+) -> None:
+    (tmp_path / "a.png").write_bytes(EPS)
+    commands: list[object] = []
+    monkeypatch.setattr(subprocess, "check_call", commands.append)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    with pytest.raises(ValueError, match=r"a\.png: not a usable image: cannot identify"):
+        load(str(tmp_path))
+    assert commands == []
+
+
+@pytest.mark.parametrize("name", ["IHDR", "IDAT"])
+def test_a_png_with_a_wrong_checksum_is_refused(tmp_path: Path, name: str) -> None:
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    chunk = content.index(name.encode())
+    length = int.from_bytes(content[chunk - 4 : chunk], "big")
+    content[chunk + 4 + length] ^= 1
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.png: not a usable image: .*(checksum in b'{name}'|cannot identify)"):
+        load_data(str(tmp_path))
 
 
 def test_folder_without_images_is_refused(tmp_path: Path) -> None:
