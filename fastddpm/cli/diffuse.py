@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastddpm.pictures.recording import Request, Story
+    from fastddpm.pictures.recording import Recording, RecordingSettings
     from fastddpm.sampling.sampler import Sampler
 
 DESCRIPTION = """Draw the forward process of data in T steps, panel by panel, with alpha_bar_t and the signal-to-noise
@@ -62,26 +62,27 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compute the process, draw it, and say whether it ended Gaussian."""
     from fastddpm.files.atomic import write_files
+    from fastddpm.files.figures import new_figure
     from fastddpm.pictures import gif as animation
     from fastddpm.pictures import strip as drawing
-    from fastddpm.pictures.recording import tell
+    from fastddpm.pictures.recording import record
 
-    request = _request(args)
+    settings = _settings(args)
     paths = _free_paths(args)
-    drawing.new_figure(1, 1)  # a missing matplotlib is better found before than after the training
-    with _progress(args, request) as progress:
-        story, sampler = tell(request, progress)
-    pictures = [drawing.strip(story)]
+    new_figure(1, 1)  # a missing matplotlib is better found before than after the training
+    with _progress(args, settings) as progress:
+        recording, sampler = record(settings, progress)
+    pictures = [drawing.strip(recording)]
     if args.gif:
-        pictures.append(animation.gif(story))
+        pictures.append(animation.gif(recording))
     write_files(dict(zip(paths, pictures, strict=True)))
-    _report(args, story, paths, _measured(args, request, sampler))
+    _report(args, recording, paths, _measured(args, settings, sampler))
     return 0
 
 
-def _request(args: argparse.Namespace) -> Request:
+def _settings(args: argparse.Namespace) -> RecordingSettings:
     from fastddpm.data.points import DATA_SETS
-    from fastddpm.pictures.recording import Request
+    from fastddpm.pictures.recording import RecordingSettings
     from fastddpm.pictures.strip import MAX_PANELS
     from fastddpm.sampling.options import resolve_device
 
@@ -91,7 +92,7 @@ def _request(args: argparse.Namespace) -> Request:
         raise ValueError(f"--measure needs data to draw anew, {', '.join(DATA_SETS)}; got {args.data}")
     if args.measure and args.exact:
         raise ValueError("--measure is for the trained network; --exact returns to the points it was given")
-    return Request(
+    return RecordingSettings(
         data=args.data,
         steps=args.steps if args.steps is not None else 8 if args.model is None else 50,
         schedule=args.schedule or "cosine",
@@ -129,11 +130,11 @@ def _free_paths(args: argparse.Namespace) -> list[Path]:
 class _progress:  # noqa: N801 - used like a function
     """A progress bar of the training; hands out what to call after each step."""
 
-    def __init__(self, args: argparse.Namespace, request: Request) -> None:
+    def __init__(self, args: argparse.Namespace, settings: RecordingSettings) -> None:
         from tqdm import tqdm
 
         hidden = args.quiet or not sys.stderr.isatty()
-        self._bar = tqdm(total=request.train_steps, unit="step", desc="training", file=sys.stderr, disable=hidden)
+        self._bar = tqdm(total=settings.train_steps, unit="step", desc="training", file=sys.stderr, disable=hidden)
 
     def __enter__(self) -> Any:
         def show(step: int, loss: float) -> None:
@@ -147,25 +148,25 @@ class _progress:  # noqa: N801 - used like a function
         self._bar.close()
 
 
-def _measured(args: argparse.Namespace, request: Request, sampler: Sampler) -> dict[str, float]:
+def _measured(args: argparse.Namespace, settings: RecordingSettings, sampler: Sampler) -> dict[str, float]:
     if not args.measure:
         return {}
     from fastddpm.data.points import compare
 
     of_samples, of_data = compare(
-        request.data, lambda n, seed: sampler.sample(seed=seed, batch_size=n), first_seed=request.seed + 1
+        settings.data, lambda n, seed: sampler.sample(seed=seed, batch_size=n), first_seed=settings.seed + 1
     )
     return {"sw_samples": of_samples, "sw_data": of_data, "sw_ratio": of_samples / of_data}
 
 
-def _report(args: argparse.Namespace, story: Story, paths: list[Path], measured: dict[str, float]) -> None:
-    process = story.process
+def _report(args: argparse.Namespace, recording: Recording, paths: list[Path], measured: dict[str, float]) -> None:
+    process = recording.process
     alpha_bar = process.alpha_bar(process.steps)
     summary = {
         "steps": process.steps,
         "alpha_bar_T": alpha_bar,
         "ends_gaussian": process.ends_gaussian(),
-        "prior_nats": process.prior_term(story.x_0),
+        "prior_nats": process.prior_term(recording.x_0),
         **measured,
         "files": [str(path) for path in paths],
     }

@@ -62,9 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if args.train_classifier is not None:
         return _train_classifier(args)
     from fastddpm.evaluation.bits import real_bits
-    from fastddpm.evaluation.guidance_plot import guidance_plot
     from fastddpm.evaluation.real_images import load_reference
-    from fastddpm.evaluation.report import PLOT, REPORT, text_report
+    from fastddpm.evaluation.report import PLOT, REPORT, guidance_plot, text_report
     from fastddpm.files.atomic import write_files
     from fastddpm.sampling.outputs import locked
     from fastddpm.sampling.sample import shape_of
@@ -175,7 +174,7 @@ def _add_fid(measures: Measures, args: argparse.Namespace, samples: Dataset, ref
 def _train_classifier(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from fastddpm.evaluation.classifier import judge, load_classifier, save_classifier
+    from fastddpm.evaluation.classifier import classify, load_classifier, save_classifier
     from fastddpm.evaluation.classifier_training import count_steps, train_classifier
     from fastddpm.evaluation.measures import accuracy
     from fastddpm.evaluation.real_images import built_in
@@ -190,7 +189,7 @@ def _train_classifier(args: argparse.Namespace) -> int:
         classifier = train_classifier(train, seed=args.seed, progress=lambda loss: bar.update() and None)
     save_classifier(path, classifier)
     # Of what was saved: the weights were rounded.
-    estimate = accuracy(judge(load_classifier(path, len(train.classes)), held_out), held_out)._asdict()
+    estimate = accuracy(classify(load_classifier(path, len(train.classes)), held_out), held_out)._asdict()
     if args.json:
         print(json.dumps({"classifier": str(path), "held_out": len(held_out), "accuracy": estimate}))
     elif not args.quiet:

@@ -1,4 +1,4 @@
-"""A small classifier of images, whose opinion of samples is their accuracy and whose features are compared."""
+"""A small classifier of images, whose predictions for samples are their accuracy and whose features are compared."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class Opinion:
-    """What a classifier makes of images.
+class Predictions:
+    """What a classifier sees in images.
 
     Attributes:
-        predictions: [N] int64, the likeliest class.
+        classes: [N] int64, the likeliest class.
         features: [N, FEATURES] float64.
     """
 
-    predictions: Tensor
+    classes: Tensor
     features: Tensor
 
 
 @torch.inference_mode()
-def judge(classifier: Classifier, data: Dataset) -> Opinion:
+def classify(classifier: Classifier, data: Dataset) -> Predictions:
     """Classify every image of a set."""
     features = torch.cat([classifier.features(data.x_0(k)) for k in torch.arange(len(data)).split(_BATCH)])
-    return Opinion(classifier.head(features).argmax(dim=1), features.double())
+    return Predictions(classifier.head(features).argmax(dim=1), features.double())
 
 
 def save_classifier(path: Path, classifier: Classifier) -> None:

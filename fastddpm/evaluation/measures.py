@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation import frechet
-from fastddpm.evaluation.classifier import Classifier, Opinion, judge
+from fastddpm.evaluation.classifier import Classifier, Predictions, classify
 from fastddpm.evaluation.distances import diversity, nearest_distances
 from fastddpm.evaluation.estimate import Estimate, bootstrapped, proportion, ratio
 from fastddpm.evaluation.real_images import Reference, comparable, matched, subset
@@ -92,11 +92,11 @@ def measure(samples: Dataset, reference: Reference, classifier: Classifier | Non
     equal = [subset(data, k) for data, k in zip(sets, chosen, strict=True)]
     measures = Measures(compared=len(equal[0]))
     if classifier is not None and reference.held_out is not None:
-        of_samples, of_held_out = judge(classifier, sets[0]), judge(classifier, sets[2])
+        of_samples, of_held_out = classify(classifier, sets[0]), classify(classifier, sets[2])
         _add_accuracy(measures, sets[0], of_samples, sets[2], of_held_out)
         features = (
             of_samples.features[chosen[0]].numpy(),
-            judge(classifier, equal[1]).features.numpy(),
+            classify(classifier, equal[1]).features.numpy(),
             of_held_out.features[chosen[2]].numpy(),
         )
         classes = None if equal[0].labels is None else equal[0].labels.numpy()
@@ -113,7 +113,7 @@ def measure(samples: Dataset, reference: Reference, classifier: Classifier | Non
     return measures
 
 
-def accuracy(opinion: Opinion, data: Dataset) -> Estimate:
+def accuracy(predictions: Predictions, data: Dataset) -> Estimate:
     """Return how often a classifier sees the class that an image is labelled with.
 
     Raises:
@@ -121,17 +121,17 @@ def accuracy(opinion: Opinion, data: Dataset) -> Estimate:
     """
     if data.labels is None:
         raise ValueError(f"{data.name}: no labels, so nothing says what should be seen in the images")
-    return proportion(int(opinion.predictions.eq(data.labels).sum()), len(data))
+    return proportion(int(predictions.classes.eq(data.labels).sum()), len(data))
 
 
 def _add_accuracy(
-    measures: Measures, samples: Dataset, of_samples: Opinion, held_out: Dataset, of_held_out: Opinion
+    measures: Measures, samples: Dataset, of_samples: Predictions, held_out: Dataset, of_held_out: Predictions
 ) -> None:
     if samples.labels is None:
         measures.notes.append(f"accuracy; the model does not draw the classes of {held_out.name}")
         return
     measures.rows[ACCURACY] = Row(accuracy(of_samples, samples), accuracy(of_held_out, held_out), None, "held-out")
-    right = of_samples.predictions.eq(samples.labels)
+    right = of_samples.classes.eq(samples.labels)
     for label, name in enumerate(samples.classes):
         if (members := samples.labels.eq(label)).any():
             measures.by_class[name] = float(right[members].double().mean())

@@ -1,13 +1,15 @@
-"""The report of an evaluation as text that fits 80 columns."""
+"""The report of an evaluation: text that fits 80 columns, and the plot of several guidance weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
 from fastddpm.evaluation.measures import ACCURACY, DIVERSITY, FRECHET, NEAR, NEAREST
+from fastddpm.files.figures import new_figure, to_png
+from fastddpm.pictures.strip import INK, MUTED
 
 # The files of an evaluation: the report, and in the folder of each guidance weight a picture and the speed.
 REPORT, PLOT, PICTURE, SPEED = "eval.json", "guidance.png", "samples.png", "speed.json"
@@ -76,3 +78,28 @@ def show(estimate: Mapping[str, float] | None, *, percent: bool = False) -> str:
     # Three digits, and never an exponent.
     digits = 1 if percent else max(0, 2 - max(0, math.floor(math.log10(max(value, 1)))))
     return f"{value:.{digits}f}{' %' if percent else ''} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def guidance_plot(results: Sequence[Mapping[str, Any]]) -> bytes:
+    """Plot the results of several weights side by side, each curve with the level of real images, as a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = new_figure(8, 3.2, layout="constrained")
+    names = [name for name in (ACCURACY, DIVERSITY) if all(name in result for result in results)]
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        _curve(axes, name, sorted(results, key=lambda result: result["run"]["guidance"]))
+    return to_png(figure)
+
+
+def _curve(axes: Any, name: str, results: Sequence[Mapping[str, Any]]) -> None:
+    weights = [result["run"]["guidance"] for result in results]
+    samples = [result[name]["samples"] for result in results]
+    values = [estimate["value"] for estimate in samples]
+    errors = [[e["value"] - e["low"] for e in samples], [e["high"] - e["value"] for e in samples]]
+    real = results[0][name]
+    axes.errorbar(weights, values, yerr=errors, color=INK, marker="o", capsize=3, label="samples")
+    axes.axhline(real["real"]["value"], color=MUTED, linestyle="--", label=f"{real['against']} images")
+    axes.set(xlabel="guidance weight", title=name)
+    axes.legend(frameon=False)

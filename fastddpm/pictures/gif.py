@@ -1,4 +1,4 @@
-"""The animation of a `Story`: there and back again, as a GIF."""
+"""The animation of a `Recording`: there and back again, as a GIF."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastddpm.files.figures import new_figure
 from fastddpm.pictures import strip as drawing
 from fastddpm.pictures.process import Process, marginal
-from fastddpm.pictures.recording import Story
+from fastddpm.pictures.recording import Recording
 
 # A process of few steps glides from state to state in this many frames there, and as many back.
 GLIDE_FRAMES = 32
@@ -40,11 +41,11 @@ class Frame(NamedTuple):
     milliseconds: int
 
 
-def frames(story: Story) -> list[Frame]:
+def frames(recording: Recording) -> list[Frame]:
     """List the frames: forward to the last state, and back."""
-    last = len(story.indices) - 1
+    last = len(recording.indices) - 1
     # Points glide from state to state; images are shown as they are.
-    between = max(1, round(GLIDE_FRAMES / last)) if drawing.is_points(story) else 1
+    between = max(1, round(GLIDE_FRAMES / last)) if drawing.is_points(recording) else 1
     rest = REST if last < 20 else FRAME
     there = [Frame(True, _eased(i, between), FRAME if i % between else rest) for i in range(last * between + 1)]
     there = _pausing(there)
@@ -63,14 +64,14 @@ def _pausing(run: list[Frame]) -> list[Frame]:
     return [run[0]._replace(milliseconds=PAUSE), *run[1:-1], run[-1]._replace(milliseconds=PAUSE)]
 
 
-def gif(story: Story) -> bytes:
-    """Draw a story as an animated GIF that repeats.
+def gif(recording: Recording) -> bytes:
+    """Draw a recording as an animated GIF that repeats.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    plan = frames(story)
-    images = list(_drawn(story, plan))
+    plan = frames(recording)
+    images = list(_drawn(recording, plan))
     # All colours are in the first frame of either process.
     sheet = Image.new("RGB", (images[0].width, 2 * images[0].height))
     sheet.paste(images[0], (0, 0))
@@ -99,8 +100,8 @@ def _with_white(palette: Image.Image) -> Image.Image:
     return palette
 
 
-def _drawn(story: Story, plan: list[Frame]) -> Iterator[Image.Image]:
-    scene = _Scene(story)
+def _drawn(recording: Recording, plan: list[Frame]) -> Iterator[Image.Image]:
+    scene = _Scene(recording)
     for frame in plan:
         scene.show(frame)
         yield drawing.pixels(scene.figure)
@@ -109,18 +110,18 @@ def _drawn(story: Story, plan: list[Frame]) -> Iterator[Image.Image]:
 class _Scene:
     """The figure, drawn once; a frame changes what moves."""
 
-    def __init__(self, story: Story) -> None:
-        self.story = story
-        picture = _SIDE if drawing.is_points(story) else _SIDE * _image_aspect(story)
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        picture = _SIDE if drawing.is_points(recording) else _SIDE * _image_aspect(recording)
         height = picture + 1.95
-        self.figure = drawing.new_figure(_WIDTH, height)
+        self.figure = new_figure(_WIDTH, height)
         self.title = self._write(height - 0.28, size=15, weight="bold")
         self.numbers = [self._write(height - 0.62, x=x, size=14) for x in (0.14, 0.46, 0.805)]
         margin = (_WIDTH - _SIDE) / 2
         self.axes = drawing.add_axes(self.figure, margin, 1.05, _SIDE, picture)
-        self._add_points() if drawing.is_points(story) else self._add_images()
+        self._add_points() if drawing.is_points(recording) else self._add_images()
         curve = drawing.add_axes(self.figure, margin, 0.42, _SIDE, 0.5)
-        self.dot = _draw_curve(curve, story.process)
+        self.dot = _draw_curve(curve, recording.process)
         self.verdict = self._write(0.2, size=11)
 
     def _write(self, y: float, x: float = 0.5, **style: Any) -> Any:
@@ -136,7 +137,7 @@ class _Scene:
         self.moments: Any = None
 
     def _add_images(self) -> None:
-        start = _pictures(self.story, Frame(True, 0.0, 0))
+        start = _pictures(self.recording, Frame(True, 0.0, 0))
         self.image = self.axes.imshow(start, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         style = {"transform": self.axes.transAxes, "ha": "left", "va": "top", "size": 13, "color": drawing.INK}
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2.5}
@@ -145,12 +146,14 @@ class _Scene:
 
     def show(self, frame: Frame) -> None:
         """Move everything to where it is in a frame."""
-        story, process = self.story, self.story.process
-        alpha_bar = _alpha_bar(story, frame.k)
+        recording, process = self.recording, self.recording.process
+        alpha_bar = _alpha_bar(recording, frame.k)
         # On the way between two states the numbers are those of the nearer one.
-        near = story.indices[round(frame.k)]
+        near = recording.indices[round(frame.k)]
         self.title.set_text(
-            r"forward: $q(x_t\,|\,x_{t-1})\;\rightarrow$" if frame.forward else rf"$\leftarrow$ reverse: {story.model}"
+            r"forward: $q(x_t\,|\,x_{t-1})\;\rightarrow$"
+            if frame.forward
+            else rf"$\leftarrow$ reverse: {recording.model}"
         )
         texts = (
             rf"$t = {process.t[near]}$",
@@ -159,40 +162,40 @@ class _Scene:
         )
         for place, text in zip(self.numbers, texts, strict=True):
             place.set_text(text)
-        self.dot.set_data([_state(story, frame.k)], [alpha_bar])
+        self.dot.set_data([_state(recording, frame.k)], [alpha_bar])
         self.verdict.set_text(drawing.verdict(process))
         self.verdict.set_color(drawing.verdict_colour(process))
-        if drawing.is_points(story):
+        if drawing.is_points(recording):
             self._move_points(frame, alpha_bar)
         else:
-            self.image.set_data(_pictures(story, frame))
+            self.image.set_data(_pictures(recording, frame))
             self.estimate.set_text("$x_0$" if frame.forward else r"$\hat{x}_0(x_t)$")
 
     def _move_points(self, frame: Frame, alpha_bar: float) -> None:
-        states = _states(self.story, frame)
-        self.cloud.set_offsets(_between(self.story, states, frame.k).numpy())
+        states = _states(self.recording, frame)
+        self.cloud.set_offsets(_between(self.recording, states, frame.k).numpy())
         self.cloud.set_facecolor(drawing.colours(states[0]))
         if self.moments is not None:
             self.moments.remove()
-        mean, covariance = (m.numpy() for m in marginal(self.story.x_0, alpha_bar))
+        mean, covariance = (m.numpy() for m in marginal(self.recording.x_0, alpha_bar))
         self.moments = drawing.ellipse(mean, covariance, edgecolor=drawing.INK, linewidth=1.5)
         self.axes.add_patch(self.moments)
 
 
-def _states(story: Story, frame: Frame) -> Tensor:
-    states = story.forward if frame.forward else story.reverse
-    return states[:, :MAX_POINTS] if drawing.is_points(story) else states
+def _states(recording: Recording, frame: Frame) -> Tensor:
+    states = recording.forward if frame.forward else recording.reverse
+    return states[:, :MAX_POINTS] if drawing.is_points(recording) else states
 
 
-def _between(story: Story, states: Tensor, k: float) -> Tensor:
+def _between(recording: Recording, states: Tensor, k: float) -> Tensor:
     """Return the points at place k: between two states a step of the same noise, less far.
 
     x_t = sqrt(a) x_s + sqrt(1 - a) eps with a = alpha_bar_t / alpha_bar_s becomes sqrt(a') x_s + sqrt(1 - a') eps. On
     the forward process that is a draw of the marginal at this alpha_bar, so the cloud keeps to its ellipse.
     """
     low = min(int(k), len(states) - 2)
-    start, end = (story.process.alpha_bar(story.indices[i]) for i in (low, low + 1))
-    a, a_here = end / start, _alpha_bar(story, k) / start
+    start, end = (recording.process.alpha_bar(recording.indices[i]) for i in (low, low + 1))
+    a, a_here = end / start, _alpha_bar(recording, k) / start
     eps = (states[low + 1] - math.sqrt(a) * states[low]) / math.sqrt(1.0 - a)
     return math.sqrt(a_here) * states[low] + math.sqrt(1.0 - a_here) * eps
 
@@ -202,26 +205,26 @@ def _along(values: list[float], k: float) -> float:
     return values[low] + (k - low) * (values[low + 1] - values[low])
 
 
-def _state(story: Story, k: float) -> float:
+def _state(recording: Recording, k: float) -> float:
     """Number of the state at place k among those recorded."""
-    return _along([float(i) for i in story.indices], k)
+    return _along([float(i) for i in recording.indices], k)
 
 
-def _alpha_bar(story: Story, k: float) -> float:
+def _alpha_bar(recording: Recording, k: float) -> float:
     """alpha_bar at place k among the recorded states."""
-    return _along([story.process.alpha_bar(i) for i in story.indices], k)
+    return _along([recording.process.alpha_bar(i) for i in recording.indices], k)
 
 
-def _pictures(story: Story, frame: Frame) -> np.ndarray:
+def _pictures(recording: Recording, frame: Frame) -> np.ndarray:
     """The images of a frame side by side, x_t above x_0 or the estimate of it."""
     k = round(frame.k)
-    x_0 = story.forward[0] if frame.forward else story.x0_estimates[k]
-    columns = [drawing.mosaic(torch.stack(pair)) for pair in zip(_states(story, frame)[k], x_0, strict=True)]
+    x_0 = recording.forward[0] if frame.forward else recording.x0_estimates[k]
+    columns = [drawing.mosaic(torch.stack(pair)) for pair in zip(_states(recording, frame)[k], x_0, strict=True)]
     return np.concatenate(columns, axis=1)
 
 
-def _image_aspect(story: Story) -> float:
-    height, width = _pictures(story, Frame(True, 0.0, 0)).shape[:2]
+def _image_aspect(recording: Recording) -> float:
+    height, width = _pictures(recording, Frame(True, 0.0, 0)).shape[:2]
     return height / width
 
 

@@ -1,4 +1,4 @@
-"""What the picture of a process tells: states along the forward process and, beside them, along a reverse process."""
+"""What the picture of a process shows: states along the forward process and, beside them, along a reverse process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_SIDE = 128
 
 
 @dataclass(frozen=True)
-class Story:
+class Recording:
     """Everything that the picture shows.
 
     Attributes:
@@ -70,8 +70,8 @@ def spread(steps: int, most: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be told.
+class RecordingSettings:
+    """What to record.
 
     Attributes:
         data: a name of `points.DATA_SETS` or `data.BUILT_IN`, a file of points, an image, or a file of images.
@@ -100,33 +100,35 @@ class Request:
     backend: str = "auto"
 
 
-def tell(request: Request, progress: Callable[[int, float], None] | None = None) -> tuple[Story, Sampler]:
-    """Compute the story of a request, training the points' network on the way.
+def record(
+    settings: RecordingSettings, progress: Callable[[int, float], None] | None = None
+) -> tuple[Recording, Sampler]:
+    """Walk both processes, training the points' network on the way.
 
     Args:
-        request: what to tell.
+        settings: what to record.
         progress: called with step and loss while training.
 
     Returns:
-        The story, and the sampler of its reverse process.
+        The recording, and the sampler of its reverse process.
 
     Raises:
         ValueError: the data, the schedule or T are unusable, or do not suit the model.
     """
-    if request.shown is not None and request.shown < 1:
-        raise ValueError(f"the number of points or images shown must be at least 1, got {request.shown}")
-    x_0 = load_x_0(request)
+    if settings.shown is not None and settings.shown < 1:
+        raise ValueError(f"the number of points or images shown must be at least 1, got {settings.shown}")
+    x_0 = load_x_0(settings)
     with warnings.catch_warnings():
         # The picture itself says whether the process ends Gaussian.
         warnings.filterwarnings("ignore", "the schedule does not end near a Gaussian", UserWarning)
-        return _tell_points(request, x_0, progress) if x_0.dim() == 2 else _tell_images(request, x_0)
+        return _record_points(settings, x_0, progress) if x_0.dim() == 2 else _record_images(settings, x_0)
 
 
-def load_x_0(request: Request) -> Tensor:
+def load_x_0(settings: RecordingSettings) -> Tensor:
     """Load the data: points float32 [N, 2] of the scale of N(0, I), or images float32 [N, C, H, W] in [-1, 1]."""
-    name, path = request.data, Path(request.data)
+    name, path = settings.data, Path(settings.data)
     if name in points.DATA_SETS:
-        return points.draw(name, _n_points(request) if request.exact else N_TRAIN, request.seed)
+        return points.draw(name, _n_points(settings) if settings.exact else N_TRAIN, settings.seed)
     if name not in data.BUILT_IN:
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             return _all_x_0(data.image_file(path, resolution=MAX_SIDE))
@@ -141,33 +143,35 @@ def _all_x_0(images: data.Dataset) -> Tensor:
     return images.x_0(torch.arange(len(images)))
 
 
-def _n_points(request: Request) -> int:
-    return 2000 if request.shown is None else request.shown
+def _n_points(settings: RecordingSettings) -> int:
+    return 2000 if settings.shown is None else settings.shown
 
 
-def _tell_points(request: Request, x_0: Tensor, progress: Callable[[int, float], None] | None) -> tuple[Story, Sampler]:
-    if request.model is not None:
+def _record_points(
+    settings: RecordingSettings, x_0: Tensor, progress: Callable[[int, float], None] | None
+) -> tuple[Recording, Sampler]:
+    if settings.model is not None:
         raise ValueError(
-            f"--model goes with images, and {request.data} are points; their network is trained on the spot"
+            f"--model goes with images, and {settings.data} are points; their network is trained on the spot"
         )
-    diffusion = point_diffusion(x_0, request.schedule, request.steps)
+    diffusion = point_diffusion(x_0, settings.schedule, settings.steps)
     model: Model
-    if request.exact:
-        model, name = ExactDenoiser(x_0, diffusion.schedule(), request.device), r"exact $\epsilon^*$"
+    if settings.exact:
+        model, name = ExactDenoiser(x_0, diffusion.schedule(), settings.device), r"exact $\epsilon^*$"
     else:
         model = train_points(
             x_0,
             diffusion,
-            steps=request.train_steps,
-            seed=request.seed,
-            device=request.device,
-            backend=request.backend,
+            steps=settings.train_steps,
+            seed=settings.seed,
+            device=settings.device,
+            backend=settings.backend,
             progress=progress,
         )
         name = "small MLP"
-    sampler = point_sampler(model, diffusion, device=request.device, backend=request.backend)
-    story = _walk(request, x_0, x_0[: _n_points(request)], Process.of(diffusion.schedule()), sampler, name)
-    return story, sampler
+    sampler = point_sampler(model, diffusion, device=settings.device, backend=settings.backend)
+    recording = _walk(settings, x_0, x_0[: _n_points(settings)], Process.of(diffusion.schedule()), sampler, name)
+    return recording, sampler
 
 
 def point_diffusion(x_0: Tensor, schedule: str, steps: int) -> DiffusionConfig:
@@ -190,30 +194,32 @@ def point_sampler(model: Model, diffusion: DiffusionConfig, *, device: str = "cp
     return Sampler(model, table, (2,), device=device, backend=backend, compile=False)
 
 
-def _tell_images(request: Request, x_0: Tensor) -> tuple[Story, Sampler]:
-    shown = x_0[_picked(len(x_0), 2 if request.shown is None else request.shown, request.seed)]
-    if request.model is not None:
-        return _tell_model(request, x_0, shown)
-    schedule = Schedule.named(request.schedule, request.steps)
-    exact = ExactDenoiser(x_0, schedule, request.device)
+def _record_images(settings: RecordingSettings, x_0: Tensor) -> tuple[Recording, Sampler]:
+    shown = x_0[_picked(len(x_0), 2 if settings.shown is None else settings.shown, settings.seed)]
+    if settings.model is not None:
+        return _record_model(settings, x_0, shown)
+    schedule = Schedule.named(settings.schedule, settings.steps)
+    exact = ExactDenoiser(x_0, schedule, settings.device)
     table = ddpm_table(schedule)
-    sampler = Sampler(exact, table, tuple(x_0.shape[1:]), device=request.device, backend=request.backend, compile=False)
-    return _walk(request, x_0, shown, Process.of(schedule), sampler, r"exact $\epsilon^*$"), sampler
+    sampler = Sampler(
+        exact, table, tuple(x_0.shape[1:]), device=settings.device, backend=settings.backend, compile=False
+    )
+    return _walk(settings, x_0, shown, Process.of(schedule), sampler, r"exact $\epsilon^*$"), sampler
 
 
-def _tell_model(request: Request, x_0: Tensor, shown: Tensor) -> tuple[Story, Sampler]:
-    model = load(request.model or "")
+def _record_model(settings: RecordingSettings, x_0: Tensor, shown: Tensor) -> tuple[Recording, Sampler]:
+    model = load(settings.model or "")
     shape = shape_of(model)
     if shape != tuple(x_0.shape[1:]):
         raise ValueError(
-            f"model {request.model} makes images {list(shape)} and {request.data} holds {list(x_0.shape[1:])}; "
+            f"model {settings.model} makes images {list(shape)} and {settings.data} holds {list(x_0.shape[1:])}; "
             "choose data of the model's shape"
         )
     diffusion = diffusion_of(model)
-    table = make_table("ddpm", diffusion, steps=request.steps)
+    table = make_table("ddpm", diffusion, steps=settings.steps)
     process = Process.visiting(diffusion.schedule(), table.timesteps)
-    sampler = Sampler(model, table, shape, device=request.device, backend=request.backend, compile=False)
-    return _walk(request, x_0, shown, process, sampler, f"model {_label(str(request.model))}"), sampler
+    sampler = Sampler(model, table, shape, device=settings.device, backend=settings.backend, compile=False)
+    return _walk(settings, x_0, shown, process, sampler, f"model {_label(str(settings.model))}"), sampler
 
 
 def _label(source: str) -> str:
@@ -227,11 +233,13 @@ def _picked(n: int, count: int, seed: int) -> Tensor:
     return torch.from_numpy(generator.permutation(n)[:count])
 
 
-def _walk(request: Request, x_0: Tensor, shown: Tensor, process: Process, sampler: Sampler, model: str) -> Story:
-    indices = spread(process.steps, request.states)
+def _walk(
+    settings: RecordingSettings, x_0: Tensor, shown: Tensor, process: Process, sampler: Sampler, model: str
+) -> Recording:
+    indices = spread(process.steps, settings.states)
     forward = forward_walk(
-        shown.to(request.device), process.schedule, indices, seed=request.seed, backend=request.backend
+        shown.to(settings.device), process.schedule, indices, seed=settings.seed, backend=settings.backend
     )
     labels = labels_for(sampler.model, range(len(shown)), None)
-    reverse, x0_estimates = reverse_walk(sampler, len(shown), indices, seed=request.seed, class_labels=labels)
-    return Story(_label(request.data), process, indices, x_0, forward, reverse, x0_estimates, model)
+    reverse, x0_estimates = reverse_walk(sampler, len(shown), indices, seed=settings.seed, class_labels=labels)
+    return Recording(_label(settings.data), process, indices, x_0, forward, reverse, x0_estimates, model)

@@ -1,4 +1,4 @@
-"""The picture of a `Story` as a strip of panels; matplotlib is loaded when the first one is drawn."""
+"""The picture of a `Recording` as a strip of panels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fastddpm.files.figures import new_figure
 from fastddpm.files.images import to_uint8
 from fastddpm.pictures.process import GAUSSIAN_END, Process, marginal
-from fastddpm.pictures.recording import Story, spread
+from fastddpm.pictures.recording import Recording, spread
 
 # Panels that stay legible side by side at the width of a README.
 MAX_PANELS = 9
-DPI = 100
 # Points are drawn to three standard deviations of N(0, I): all but 0.5 %.
 LIMIT = 3.0
 COLOURS = 160
@@ -29,58 +29,49 @@ _SIDE, _GAP, _LEFT, _TOP, _BOTTOM = 1.9, 0.04, 0.72, 1.58, 0.72
 _MIN_WIDTH, _ONE_LINE = 7.0, 14.0
 
 
-def strip(story: Story) -> bytes:
-    """Draw a story as a PNG (see `strip_figure`).
+def strip(recording: Recording) -> bytes:
+    """Draw a recording as a PNG (see `strip_figure`).
 
     Raises:
         ImportError: matplotlib is missing.
     """
     stream = io.BytesIO()
-    picture = pixels(strip_figure(story))
-    if is_points(story):
+    picture = pixels(strip_figure(recording))
+    if is_points(recording):
         # The points' soft edges make the file three times as large as a palette does.
         picture = picture.quantize(COLOURS, dither=Image.Dither.NONE)
     picture.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
 
 
-def strip_figure(story: Story) -> Any:
-    """Lay the states of a story out side by side: the forward process, and beneath it the reverse, column by column."""
-    columns = spread(len(story.indices) - 1, MAX_PANELS)
-    rows = _rows(story)
+def strip_figure(recording: Recording) -> Any:
+    """Lay the states of a recording out side by side: the forward process, beneath it the reverse, column by column."""
+    columns = spread(len(recording.indices) - 1, MAX_PANELS)
+    rows = _rows(recording)
     heights = [_SIDE * _aspect(states) for _, states in rows]
     content = _LEFT + _SIDE * len(columns) + 0.08
     width = max(content, _MIN_WIDTH)
     left = _LEFT + (width - content) / 2
     height = _TOP + sum(heights) + (_BOTTOM if width >= _ONE_LINE else 1.5 * _BOTTOM)
     figure = new_figure(width, height)
-    _text(figure, width / 2, height - 0.32, headline(story), size=_fitting(21, headline(story), width), weight="bold")
+    _text(
+        figure,
+        width / 2,
+        height - 0.32,
+        headline(recording),
+        size=_fitting(21, headline(recording), width),
+        weight="bold",
+    )
     for c, k in enumerate(columns):
-        _titles(figure, story.process, story.indices[k], left + _SIDE * (c + 0.5), height - 0.80)
+        _titles(figure, recording.process, recording.indices[k], left + _SIDE * (c + 0.5), height - 0.80)
     top = height - _TOP
     for (label, states), row_height in zip(rows, heights, strict=True):
         top -= row_height
         _text(figure, left - 0.38, top + row_height / 2, label, rotation=90, size=15, linespacing=1.5)
         for c, k in enumerate(columns):
             axes = add_axes(figure, left + _SIDE * c + _GAP, top + _GAP, _SIDE - 2 * _GAP, row_height - 2 * _GAP)
-            _panel(axes, story, states, k)
-    _footer(figure, story, width)
-    return figure
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Return an empty figure of this many inches.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the picture is drawn with matplotlib: pip install 'fastddpm[train]'") from error
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+            _panel(axes, recording, states, k)
+    _footer(figure, recording, width)
     return figure
 
 
@@ -104,18 +95,18 @@ def _fitting(size: float, text: str, width: float) -> float:
     return min(size, 72 * (width - 0.2) / (0.65 * len(text)))
 
 
-def _rows(story: Story) -> list[tuple[str, Tensor]]:
+def _rows(recording: Recording) -> list[tuple[str, Tensor]]:
     rows = [
-        ("forward $\\rightarrow$\n$q(x_t\\,|\\,x_{t-1})$", story.forward),
-        (f"$\\leftarrow$ reverse\n{story.model}", story.reverse),
-        (f"$\\hat{{x}}_0$ from $x_t$\n{story.model}", story.x0_estimates),
+        ("forward $\\rightarrow$\n$q(x_t\\,|\\,x_{t-1})$", recording.forward),
+        (f"$\\leftarrow$ reverse\n{recording.model}", recording.reverse),
+        (f"$\\hat{{x}}_0$ from $x_t$\n{recording.model}", recording.x0_estimates),
     ]
-    return rows[:2] if is_points(story) else rows
+    return rows[:2] if is_points(recording) else rows
 
 
-def is_points(story: Story) -> bool:
-    """Tell whether the story is about points, not images."""
-    return story.x_0.dim() == 2
+def is_points(recording: Recording) -> bool:
+    """Tell whether the recording is about points, not images."""
+    return recording.x_0.dim() == 2
 
 
 def _aspect(states: Tensor) -> float:
@@ -126,19 +117,19 @@ def _aspect(states: Tensor) -> float:
     return height / width
 
 
-def headline(story: Story) -> str:
+def headline(recording: Recording) -> str:
     """Say in one line what is seen."""
-    process, n = story.process, story.forward.shape[1]
+    process, n = recording.process, recording.forward.shape[1]
     steps = f"{process.steps:,}" if process.t[-1] == process.steps else f"{process.steps:,} of {process.t[-1]:,}"
     steps += " step" if process.steps == 1 else " steps"
-    one = n == 1 and not is_points(story)
-    if is_points(story):
+    one = n == 1 and not is_points(recording)
+    if is_points(recording):
         what, back = f"{n:,} points", "come back"
     else:
         what, back = ("an image", "a sample comes back") if one else (f"{n} images", "samples come back")
     if not process.ends_gaussian():
-        return f"{story.name}: {what} after {steps} of noise {'is' if one else 'are'} not Gaussian"
-    return f"{story.name}: {what} {'dissolves' if one else 'dissolve'} into a Gaussian in {steps}, and {back}"
+        return f"{recording.name}: {what} after {steps} of noise {'is' if one else 'are'} not Gaussian"
+    return f"{recording.name}: {what} {'dissolves' if one else 'dissolve'} into a Gaussian in {steps}, and {back}"
 
 
 def _titles(figure: Any, process: Process, i: int, x: float, y: float) -> None:
@@ -163,15 +154,15 @@ def number(value: float) -> str:
     return rf"{mantissa}\cdot 10^{{{int(power)}}}".replace(r"1.0\cdot ", "")
 
 
-def _panel(axes: Any, story: Story, states: Tensor, k: int) -> None:
-    if not is_points(story):
+def _panel(axes: Any, recording: Recording, states: Tensor, k: int) -> None:
+    if not is_points(recording):
         axes.imshow(mosaic(states[k]), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
         return
     axes.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
     points = states[k].numpy()
     axes.scatter(points[:, 0], points[:, 1], s=3.2, c=colours(states[0]), alpha=0.75, linewidths=0)
     axes.add_patch(ellipse(np.zeros(2), np.eye(2), edgecolor=TARGET, linewidth=1.2, linestyle=(0, (3, 2))))
-    mean, covariance = (m.numpy() for m in marginal(story.x_0, story.process.alpha_bar(story.indices[k])))
+    mean, covariance = (m.numpy() for m in marginal(recording.x_0, recording.process.alpha_bar(recording.indices[k])))
     axes.add_patch(ellipse(mean, covariance, edgecolor=INK, linewidth=1.5))
     axes.plot(*mean, marker="+", markersize=8, markeredgewidth=1.5, color=INK)
 
@@ -232,14 +223,14 @@ def verdict_colour(process: Process) -> str:
     return GOOD if process.ends_gaussian() else BAD
 
 
-def _footer(figure: Any, story: Story, width: float) -> None:
-    process = story.process
+def _footer(figure: Any, recording: Recording, width: float) -> None:
+    process = recording.process
     text = verdict(process)
     if width >= _ONE_LINE:
-        L_T = number(process.prior_term(story.x_0))
+        L_T = number(process.prior_term(recording.x_0))
         text += rf",   $\mathrm{{KL}}(q(x_T|x_0)\,\|\,\mathcal{{N}}(0, I)) = {L_T}$ nats"
     _text(figure, width - 0.1, 0.34, text, ha="right", size=16, color=verdict_colour(process))
-    if is_points(story):
+    if is_points(recording):
         _legend(figure, 0.34 if width >= _ONE_LINE else 0.72)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import importlib.util
 import json
 import math
 import sys
@@ -14,6 +14,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from fastddpm.files.atomic import write_files
+from fastddpm.files.figures import new_figure, to_png
 from fastddpm.files.images import make_grid, save_png, to_uint8
 from fastddpm.sampling.model import num_classes_of
 from fastddpm.sampling.sample import sample
@@ -109,18 +110,13 @@ def read_log(out: Path) -> Iterator[dict[str, float]]:
 
 def loss_plot(lines: list[dict[str, float]], bins: int = 400) -> bytes | None:
     """Plot the loss over the steps as a PNG, averaged into at most ``bins`` points; None without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, StrMethodFormatter
-    except ImportError:
+    if not lines or importlib.util.find_spec("matplotlib") is None:
         return None
-    if not lines:
-        return None
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     width = math.ceil(len(lines) / bins)
     groups = [lines[i : i + width] for i in range(0, len(lines), width)]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4, dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot([g[-1]["step"] for g in groups], [sum(line["loss"] for line in g) / len(g) for g in groups])
     axes.set(xlabel="gradient step", ylabel="loss", yscale="log", title="training loss")
@@ -128,9 +124,7 @@ def loss_plot(lines: list[dict[str, float]], bins: int = 400) -> bytes | None:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(True, which="both", alpha=0.3)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=120)
-    return stream.getvalue()
+    return to_png(figure)
 
 
 def _save_grid(path: Path, model: UNet) -> None:

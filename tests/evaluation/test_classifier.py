@@ -1,4 +1,4 @@
-"""The classifier: what it learns from, what it is stored as, and that the shipped one is good enough to judge."""
+"""The classifier: what it learns from, what it is stored as, and that the shipped one is good enough."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from fastddpm.data.datasets import Dataset, mnist
 from fastddpm.evaluation import classifier_training
-from fastddpm.evaluation.classifier import SHIPPED_CLASSIFIER, Classifier, judge, load_classifier, save_classifier
+from fastddpm.evaluation.classifier import SHIPPED_CLASSIFIER, Classifier, classify, load_classifier, save_classifier
 from fastddpm.evaluation.classifier_training import distort, train_classifier
 from fastddpm.evaluation.measures import accuracy
 
@@ -34,7 +34,7 @@ def untrained() -> Classifier:
 
 def test_shipped_classifier_recognises_held_out_digits() -> None:
     held_out = mnist("test")
-    assert accuracy(judge(load_classifier(SHIPPED_CLASSIFIER), held_out), held_out).value >= 0.965
+    assert accuracy(classify(load_classifier(SHIPPED_CLASSIFIER), held_out), held_out).value >= 0.965
     assert SHIPPED_CLASSIFIER.stat().st_size < 700_000
 
 
@@ -42,7 +42,7 @@ def test_training_learns_and_repeats() -> None:
     losses: list[list[float]] = [[], []]
     data = bars()
     first, second = (train_classifier(data, epochs=25, seed=1, progress=found.append) for found in losses)
-    assert accuracy(judge(first, data), data).value == 1.0
+    assert accuracy(classify(first, data), data).value == 1.0
     assert losses[0] == losses[1]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert len(losses[0]) == classifier_training.count_steps(data, 25)
@@ -116,4 +116,4 @@ def test_load_refuses_other_weights(untrained: Classifier, tmp_path: Path) -> No
 def test_accuracy_needs_labels(untrained: Classifier) -> None:
     data = Dataset("unlabelled", torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match="no labels"):
-        accuracy(judge(untrained, data), data)
+        accuracy(classify(untrained, data), data)
