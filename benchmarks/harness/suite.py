@@ -13,6 +13,7 @@ from fastddpm.benchmarks.harness.compare import MIN_ROUNDS, Timing, compare, rat
 from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
 from fastddpm.benchmarks.harness.runner import GateError, LocalRunner
 
+from fastddpm.diagnostics import environment
 from fastddpm.machine import hardware as machine
 
 Say = Callable[[str], None]
@@ -58,8 +59,8 @@ def run(
         known = " ".join(case.id for _, offered in cases for case in offered) or "none"
         raise ValueError(f"no case has the parts of {' or '.join(chosen)}; the cases are: {known}")
     started = datetime.datetime.now(datetime.UTC)
-    facts = machine.facts()
-    say(f"measuring this machine: {machine.summary(facts)}")
+    facts = environment.facts()
+    say(f"measuring this machine: {environment.summary(facts)}")
     limits = bandwidth.measure(device, rounds, smoke=smoke)
     rows: list[dict[str, Any]] = []
 

@@ -10,7 +10,7 @@ from fastddpm.benchmarks.harness import subjects
 from fastddpm.benchmarks.harness.compare import NOISY
 from fastddpm.benchmarks.peers import networks
 
-from fastddpm.machine import hardware as machine
+from fastddpm.diagnostics import environment
 
 WIDTH = 80
 Row = Mapping[str, Any]
@@ -41,7 +41,7 @@ def heading(results: Results) -> str:
     load = facts["load_average"]
     rates = ", ".join(f"{rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["gflop_per_s"].items())
     lines = [
-        f"{results['date'][:10]}, {device}. {machine.summary(facts)}.",
+        f"{results['date'][:10]}, {device}. {environment.summary(facts)}.",
         f"Measured in this run: copying {limits['copy_gb_per_s']:.1f} GB/s (read plus write, "
         f"{limits['copy_mb']:.0f} MB tensors), multiplying matrices {rates}.",
         f"Load average {' '.join(map(str, load)) if load else 'unknown'} before, "

@@ -10,8 +10,8 @@ from typing import Any
 from fastddpm.benchmarks.harness import subjects
 from fastddpm.benchmarks.report import markdown as report
 
+from fastddpm.diagnostics import environment
 from fastddpm.files.atomic import write_files
-from fastddpm.machine import hardware as machine
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _WARNING = "<!-- Written by `fastddpm bench --readme README.md`; changes made by hand are lost. -->"
@@ -40,7 +40,7 @@ def render(results: Results) -> str:
     kind = "on a CPU (not comparable with a GPU)" if results["device"] == "cpu" else "on CUDA"
     facts = results["machine"]
     origin = (
-        f"Measured {results['date'][:10]} {kind}: {machine.summary(facts)}. Interleaved rounds; milliseconds "
+        f"Measured {results['date'][:10]} {kind}: {environment.summary(facts)}. Interleaved rounds; milliseconds "
         "(median), and how many times faster than diffusers as people run it (median of the rounds' ratios, 20th-80th "
         "percentile) and, '2nd', than diffusers' best settings. '1st s': the first call, with what it compiles and "
         "torch has not kept from an earlier run. ~: the rounds spread over more than 10 %."

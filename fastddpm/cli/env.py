@@ -24,9 +24,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts."""
-    from fastddpm.machine import hardware as machine
+    from fastddpm.diagnostics import environment
 
-    facts = machine.facts()
+    facts = environment.facts()
     print(json.dumps(facts, indent=1) if args.json else render(facts))
     return 0
 

@@ -119,9 +119,9 @@ def _files(args: argparse.Namespace) -> dict[str, Any]:
 
 def command(args: argparse.Namespace) -> str:
     """Return the command line that repeats this run."""
-    from fastddpm.machine import hardware as machine
+    from fastddpm.diagnostics import environment
 
-    parts = [machine.executable(), "-m", "fastddpm", "profile", "--model", args.model]
+    parts = [environment.executable(), "-m", "fastddpm", "profile", "--model", args.model]
     parts += ["--batch", str(args.batch), "--steps", str(args.steps), "--dtype", args.dtype, "--sampler", args.sampler]
     parts += ["--device", args.device, "--compile", args.compile, *(["--cuda-graph"] if args.cuda_graph else [])]
     return shlex.join(parts)

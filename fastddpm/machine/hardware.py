@@ -1,7 +1,4 @@
-"""What a measurement depends on besides the code: processor, threads, versions, devices, allocator, load.
-
-Behind ``fastddpm env``; every report of ``fastddpm bench`` carries it.
-"""
+"""What this machine has: processor, threads, memory, load, versions of packages, CUDA devices and their clocks."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +34,7 @@ CPU_FLAGS = (
     "sve",
     "bf16",
 )
-_THREADS = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "TORCH_NUM_THREADS")
-_ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-_COMPILERS = ("TRITON_", "TORCHINDUCTOR_", "TORCH_COMPILE", "CXX", "CUDA_VISIBLE_DEVICES")
 _GIB = 1 << 30
-
-
-def facts() -> dict[str, Any]:
-    """Return everything below as plain types, ready for JSON."""
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "versions": versions(),
-        "cpu": cpu(),
-        "threads": threads(),
-        "memory_gib": memory_gib(),
-        "load_average": load_average(),
-        "environment": {
-            "threads": environment(_THREADS),
-            "allocator": environment(_ALLOCATOR),
-            "compilers": environment(_COMPILERS),
-        },
-        "cuda": cuda(),
-        "compiles": compiles(),
-        "backends": backends(),
-    }
 
 
 def versions() -> dict[str, str | None]:
@@ -141,11 +112,6 @@ def load_average() -> list[float] | None:
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
-def environment(prefixes: tuple[str, ...]) -> dict[str, str]:
-    """Variables whose name begins with one of the prefixes."""
-    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(prefixes)}
-
-
 def cuda() -> dict[str, Any]:
     """CUDA or ROCm as torch sees it: the build, whether it works and why not, and each device."""
     import torch
@@ -192,64 +158,3 @@ def clocks(index: int) -> dict[str, Any]:
     except Exception:
         # A missing package, an old driver, no permission: clocks are a remark, never a condition.
         return {}
-
-
-def compiles() -> dict[str, Any]:
-    """What torch.compile and Triton need: a C++ compiler, caches that can be written."""
-    from fastddpm.machine import caches
-    from fastddpm.sampling.compile_policy import has_cpp_compiler, has_triton
-
-    found = (caches.triton(), caches.inductor())
-    return {
-        "cpp_compiler": has_cpp_compiler(),
-        "triton": has_triton(),
-        "caches": {
-            cache.variable: {
-                "path": str(cache.path),
-                "writable": cache.writable,
-                "others_can_write": cache.others_can_write,
-            }
-            for cache in found
-        },
-    }
-
-
-def backends() -> list[dict[str, str]]:
-    """For each device: the backend that "auto" takes for the fused operations, and why."""
-    import torch
-
-    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
-    return [_backend(torch.device(name)) for name in names]
-
-
-def _backend(device: Any) -> dict[str, str]:
-    from fastddpm.ops.backend import use_triton, why_not_triton
-
-    chosen = "triton" if use_triton("auto", device) else "torch"
-    reason = why_not_triton(device)
-    if chosen == "torch" and reason is None:
-        reason = "Triton could only interpret here; backend='triton' does"
-    return {"device": str(device), "auto": chosen, "why": reason or "the Triton kernels run on this device"}
-
-
-def summary(facts: Mapping[str, Any]) -> str:
-    """One line that names the machine under a number: processor or GPU, cores, versions of torch and Triton."""
-    cpu, known = facts["cpu"], facts["versions"]
-    parts = [f"{cpu['model']}, {cpu['usable_cores']} cores, {facts['threads']['intra_op']} threads"]
-    parts += [_gpu(device) for device in facts["cuda"]["devices"]]
-    if facts["cuda"].get("tf32_convolutions"):
-        parts.append("float32 convolutions in TF32")
-    parts.append(f"Python {facts['python']}, torch {known['torch']}, Triton {known['triton'] or 'not installed'}")
-    return "; ".join(parts)
-
-
-def _gpu(device: Mapping[str, Any]) -> str:
-    """Its name, and where nvidia-ml-py is installed the clock that it ran at and may run at."""
-    if "sm_clock_mhz" not in device:
-        return device["name"]
-    return f"{device['name']} at {device['sm_clock_mhz']} of {device['max_sm_clock_mhz']} MHz"
-
-
-def executable() -> str:
-    """The Python that runs this, for command lines that a reader may copy."""
-    return Path(sys.executable).name or "python"

@@ -10,7 +10,6 @@ import logging
 import torch
 
 from fastddpm.errors import BackendUnavailable
-from fastddpm.machine import hardware as machine
 from fastddpm.machine.caches import triton
 
 logger = logging.getLogger("fastddpm")
@@ -83,27 +82,6 @@ def why_not_triton(device: torch.device) -> str | None:
         if capability < _OLDEST:
             return f"Triton needs compute capability 7.5, this GPU has {capability[0]}.{capability[1]}"
     return triton().why_unusable()
-
-
-@functools.cache
-def note_emulation(dtype: torch.dtype, device: torch.device) -> None:
-    """Say once where bfloat16 is asked of what emulates it: a CPU without it, a GPU before compute capability 8.0."""
-    if dtype != torch.bfloat16 or torch.version.hip is not None:
-        return
-    if device.type == "cpu":
-        processor = machine.cpu()
-        if processor["flags"] and not processor["native_bfloat16"]:
-            logger.warning("this processor emulates bfloat16, slowly: use dtype=torch.float32")
-    if device.type != "cuda":
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        logger.warning(
-            "%s has compute capability %d.%d, which emulates bfloat16, slowly: use dtype=torch.float16",
-            device,
-            major,
-            minor,
-        )
 
 
 @functools.cache

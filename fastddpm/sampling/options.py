@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
+
+from fastddpm.machine import hardware
+
+logger = logging.getLogger("fastddpm")
 
 NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,3 +85,24 @@ def decide_graph(choice: bool | str, device: torch.device) -> bool:
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a CUDA device current: Triton launches on whatever device is."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def note_emulation(dtype: torch.dtype, device: torch.device) -> None:
+    """Say once where bfloat16 is asked of what emulates it: a CPU without it, a GPU before compute capability 8.0."""
+    if dtype != torch.bfloat16 or torch.version.hip is not None:
+        return
+    if device.type == "cpu":
+        processor = hardware.cpu()
+        if processor["flags"] and not processor["native_bfloat16"]:
+            logger.warning("this processor emulates bfloat16, slowly: use dtype=torch.float32")
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        logger.warning(
+            "%s has compute capability %d.%d, which emulates bfloat16, slowly: use dtype=torch.float16",
+            device,
+            major,
+            minor,
+        )

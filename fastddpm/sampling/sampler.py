@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.errors import ModelOutputError
-from fastddpm.ops.backend import note_emulation, use_triton
+from fastddpm.ops.backend import use_triton
 from fastddpm.sampling import model as net
 from fastddpm.sampling.compile_policy import decide_compile
 from fastddpm.sampling.engine import CudaGraphEngine, Engine, GraphPool, LoopEngine
 from fastddpm.sampling.errors import explain, explain_cuda, is_oom, raise_if_bad
-from fastddpm.sampling.options import check_dtype, check_shape, decide_graph, device_guard, resolve_device
+from fastddpm.sampling.options import (
+    check_dtype,
+    check_shape,
+    decide_graph,
+    device_guard,
+    note_emulation,
+    resolve_device,
+)
 from fastddpm.sampling.request import Call, ModelLimits, resolve_call
 from fastddpm.sampling.step import Plan, Program
 from fastddpm.tables.table import COLUMN, Table

@@ -15,14 +15,14 @@ from fastddpm.benchmarks.report import plots
 from fastddpm.benchmarks.report.merge import merge
 
 from fastddpm.cli import main
-from fastddpm.machine import hardware as machine
+from fastddpm.diagnostics import environment
 
 CASES = [Case("sampling", batch, (3, 32, 32), "cifar10", 20) for batch in (1, 4, 16)]
 
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
-    return machine.facts()
+    return environment.facts()
 
 
 def run(facts: dict[str, Any], batch: int, *providers: str, date: str = "2026-01-02T03:04:05", **changed: Any) -> Any:

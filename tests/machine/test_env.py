@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from fastddpm.cli import env, main
+from fastddpm.diagnostics import environment
 from fastddpm.machine import caches
 from fastddpm.machine import hardware as machine
 
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
-    return machine.facts()
+    return environment.facts()
 
 
 def test_env_json_is_machine_facts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +75,7 @@ def test_env_warns_of_a_cache_that_others_can_write(
     for mode, warned in ((0o777, True), (0o700, False)):
         tmp_path.chmod(mode)
         assert caches.triton().others_can_write == warned
-        changed = facts | {"compiles": machine.compiles()}
+        changed = facts | {"compiles": environment.compiles()}
         assert ("OTHERS CAN WRITE to it, and its code is executed" in caches_of(env.render(changed))) == warned
 
 
@@ -85,7 +86,7 @@ def test_cache_that_cannot_be_made_names_its_variable(
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv(variable, str(file / "cache"))
-    assert f"set {variable} to a folder of yours" in caches_of(env.render(facts | {"compiles": machine.compiles()}))
+    assert f"set {variable} to a folder of yours" in caches_of(env.render(facts | {"compiles": environment.compiles()}))
     look = caches.triton if variable == "TRITON_CACHE_DIR" else caches.inductor
     assert f"set {variable} to a folder that can be written" in (look().why_unusable() or "")
 
@@ -127,6 +128,6 @@ def test_cpu_reads_the_containers_quota(
 
 
 def test_summary_names_the_machine(facts: dict[str, Any]) -> None:
-    line = machine.summary(facts)
+    line = environment.summary(facts)
     assert facts["cpu"]["model"] in line
     assert f"torch {torch.__version__}" in line

@@ -13,7 +13,6 @@ import torch
 
 from fastddpm import ops
 from fastddpm.errors import BackendUnavailable
-from fastddpm.machine import hardware as machine
 from fastddpm.ops import backend
 from tests.ops.step_cases import Case, inputs
 
@@ -23,7 +22,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     """Decisions are cached and reasons logged once: start and end without either."""
-    caches = (backend.use_triton, backend.note_emulation, backend._say_once)
+    caches = (backend.use_triton, backend._say_once)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -93,49 +92,6 @@ def test_backend_takes_the_kernel_from_sm_75_on(monkeypatch: pytest.MonkeyPatch,
     assert backend.use_triton("auto", CUDA)
     assert backend.use_triton("triton", CUDA)
     assert not backend.use_triton("torch", CUDA)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "capability", "said"),
-    [
-        (torch.bfloat16, (7, 5), 1),
-        (torch.bfloat16, (8, 0), 0),
-        (torch.float16, (7, 5), 0),
-        (torch.float32, (7, 5), 0),
-    ],
-    ids=str,
-)
-def test_bfloat16_on_a_gpu_without_it_is_noted_once(
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    said: int,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    fake_gpu(monkeypatch, capability)
-    for _ in range(2):
-        backend.note_emulation(dtype, CUDA)
-    assert len(caplog.records) == said
-    assert "cuda:0 has compute capability 7.5" in caplog.text or not said
-
-
-@pytest.mark.parametrize(
-    ("flags", "native", "said"), [(["avx2"], False, True), (["avx512_bf16"], True, False), ([], False, False)]
-)
-def test_bfloat16_on_a_processor_without_it_is_noted(
-    flags: list[str],
-    native: bool,
-    said: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(machine, "cpu", lambda: {"flags": flags, "native_bfloat16": native})
-    backend.note_emulation.cache_clear()
-    backend.note_emulation(torch.bfloat16, CPU)
-    backend.note_emulation(torch.float16, CPU)
-    assert [r.getMessage() for r in caplog.records] == [
-        "this processor emulates bfloat16, slowly: use dtype=torch.float32"
-    ][: int(said)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
