@@ -1,0 +1,32 @@
+"""The pages of docs/ that are read from top to bottom run as printed, with less work than their readers do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fastddpm
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@pytest.mark.parametrize("page", ["index.md", "concepts.md", "your-network.md"])
+def test_python_of_a_page_runs_as_printed(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        shorter = re.sub(r"steps=\d+", "steps=2", block).replace("range(200)", "range(2)")
+        exec(compile(shorter, page, "exec"), names)
+
+
+def test_every_public_name_is_documented() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    assert [name for name in fastddpm.__all__ if not re.search(rf"\b{name}\b", pages)] == []
+
+
+def test_every_page_is_reached_from_the_navigation() -> None:
+    navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in DOCS.glob("*.md") if page.name not in navigation] == []
