@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.evaluation.real_images import load_reference
     from fastddpm.evaluation.report import PLOT, REPORT, guidance_plot, text_report
     from fastddpm.files.atomic import write_files
-    from fastddpm.sampling.outputs import locked
+    from fastddpm.files.run_folder import RunFolder
     from fastddpm.sampling.sample import shape_of
     from fastddpm.unet.load import load
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     reference = load_reference(args.data, shape_of(model))
     classifier = _classifier(args, reference)
     planned = sampling_options.plan(args, model, range(args.seed, args.seed + args.samples))
-    with locked(args.outdir, shared=False):
+    with RunFolder(args.outdir, ()).locked():
         results = [
             _result(args, model, dataclasses.replace(planned, guidance=weight), reference, classifier)
             for weight in args.guidance
@@ -106,7 +106,7 @@ def _result(
     directory = args.outdir / f"guidance-{planned.guidance:g}"
     outputs = Outputs(directory, "npz", planned.seeds, planned.labels, planned.batches, planned.batches)
     config = describe(model, planned, sampler=args.sampler, classes=None, file_format="npz")
-    outputs.begin(config, resume=args.resume, overwrite=args.overwrite)
+    outputs.folder.begin(config, resume=args.resume, overwrite=args.overwrite)
     drawn = draw_missing(planned, outputs, quiet=args.quiet)
     speed = _speed(directory / SPEED, drawn)
     outputs.finish(grid=False)

@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the samples and write them."""
-    from fastddpm.sampling.outputs import Outputs, locked
+    from fastddpm.sampling.outputs import Outputs
     from fastddpm.sampling.to_files import describe, draw_missing
     from fastddpm.unet.load import load
 
@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
         planned.batches[rank::world],
         shared=world > 1,
     )
-    with locked(args.outdir, shared=outputs.shared):
+    with outputs.folder.locked():
         classes = args.classes if args.classes != [None] else "none"
         config = describe(model, planned, sampler=args.sampler, classes=classes, file_format=args.format)
-        outputs.begin(config, resume=args.resume, overwrite=args.overwrite)
+        outputs.folder.begin(config, resume=args.resume, overwrite=args.overwrite)
         started = time.perf_counter()
         drawn = sum(n for n, _ in draw_missing(planned, outputs, quiet=args.quiet))
         seconds = time.perf_counter() - started

@@ -1,129 +1,193 @@
-"""The manifest of a sampling run: what its files were made from, so that a later run can complete them or refuse."""
+"""The folder that a run writes to: one run at a time, and a manifest of what its files were made from.
+
+A later run of the same settings completes the files that are missing; one of other settings is refused, and what a
+killed process left half-written is removed. Files that no run writes are left alone.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from fastddpm.checks import shown
 from fastddpm.files.atomic import write_files
 from fastddpm.files.safejson import read_object
-from fastddpm.tables.table import Table
-
-NAME = "manifest.json"
-FORMAT = "fastddpm-run-1"
 
 # Seeds that form no ranges take up to 21 bytes each.
 MAX_BYTES = 256 * 2**20
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
+class RunFolder:
+    """A folder, and the files in it that belong to a run.
+
+    Args:
+        path: where it is; it is made when it is locked.
+        patterns: of all files that a run may write, relative to the folder, as in a shell.
+        manifest: name of the file that says what the others were made from.
+        kind: what the manifest calls itself.
+        mine: where other processes of the same run write to the folder too, the names that this process writes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        patterns: Sequence[str],
+        *,
+        manifest: str = "manifest.json",
+        kind: str = "fastddpm-run-1",
+        mine: Sequence[str] | None = None,
+    ) -> None:
+        self.path, self.manifest, self.kind = path, path / manifest, kind
+        self._patterns = patterns
+        self._mine = None if mine is None else frozenset(mine)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against other runs; a folder that is new and still empty at the end is removed.
+
+        Raises:
+            BlockingIOError: another run is writing there.
+            NotADirectoryError: the path, or a part of it, is a file.
+        """
+        new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(f"{self.path} is a file; give another --outdir") from None
+        try:
+            with _flock(self.path, shared=self._mine is not None):
+                yield
+        finally:
+            if new:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+
+    def begin(
+        self,
+        config: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+        defaults: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        """Make the folder ready for a run, or refuse; call it while the folder is locked.
+
+        Args:
+            config: what decides the bytes of the run's files, as JSON types.
+            resume: complete an earlier run of the same config, if there is one.
+            overwrite: remove what an earlier run wrote.
+            defaults: what a manifest has that was written before there were these fields.
+            more: further entries of the manifest.
+
+        Raises:
+            FileExistsError, ValueError: what is there must not be touched, see `refuse_unless_free`.
+            ValueError: the earlier run has another config.
+            OSError: the folder cannot be written to.
+        """
+        self.refuse_unless_free(resume=resume, overwrite=overwrite, config=config)
+        earlier = None if overwrite else self.read()
+        if resume and earlier is not None:
+            changed = differences({**(defaults or {}), **earlier["config"]}, config)
+            if changed:
+                raise ValueError(f"cannot resume {self.path}, the run differs: {'; '.join(changed)}")
+        # Before the new manifest: an old file must never pass for one of the new run's.
+        stale = self._mine_of(self._found()) if overwrite else []
+        # What `atomic.write_files` leaves in a killed process; another process of this run may be writing now.
+        leftovers = [*self._found(".{}.*.tmp"), *self.path.glob(f".{self.manifest.name}.*.tmp")]
+        for path in [*stale, *(leftovers if self._mine is None else [])]:
+            path.unlink(missing_ok=True)
+        content = {"format": self.kind, "config_hash": config_hash(config), "config": config, **more}
+        write_files({self.manifest: (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()})
+
+    def refuse_unless_free(self, *, resume: bool, overwrite: bool, config: Mapping[str, Any] | None = None) -> None:
+        """Refuse a run that would harm, or could not tell apart, what the folder holds.
+
+        Raises:
+            FileExistsError: files of a run are there, and neither resume nor overwrite was asked for.
+            ValueError: resume was asked for, and nothing says what made them.
+        """
+        if overwrite:
+            return
+        files, earlier = self._found(), self.read()
+        if self._mine is not None and earlier is not None and earlier["config"] == config:
+            # Another process of this run was here before.
+            files = self._mine_of(files)
+        if files and not resume:
+            raise FileExistsError(
+                f"{files[0]} exists already; use --resume to complete that run, --overwrite to replace it, or another "
+                "--outdir"
+            )
+        if files and earlier is None:
+            raise ValueError(
+                f"{self.path} has outputs but no {self.manifest.name}, so nothing says what made them; use --overwrite"
+            )
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the manifest of the run that the folder holds, or None where there is none.
+
+        Raises:
+            ValueError: it is damaged, or of another format.
+        """
+        if not self.manifest.exists():
+            return None
+        content = read_object(self.manifest, max_bytes=MAX_BYTES)
+        # Training runs of version 0.1.0 call it identity, and have no hash.
+        config = content.get("config", content.get("identity"))
+        known = content.get("format") == self.kind and isinstance(config, dict)
+        if not known or content.get("config_hash", config_hash(config)) != config_hash(config):
+            raise ValueError(
+                f"{self.manifest} is damaged or was written by another version; start again with --overwrite"
+            )
+        return {**content, "config": config}
+
+    def _found(self, name: str = "{}") -> list[Path]:
+        """The files whose names are those of a run's, put into ``name``."""
+        places = [(self.path / pattern).parent for pattern in self._patterns]
+        names = [name.format(Path(pattern).name) for pattern in self._patterns]
+        return [path for place, pattern in zip(places, names, strict=True) for path in sorted(place.glob(pattern))]
+
+    def _mine_of(self, files: list[Path]) -> list[Path]:
+        return files if self._mine is None else [path for path in files if path.name in self._mine]
+
+
+def config_hash(config: Any) -> str:
     """Return the SHA-256 of a config of JSON types; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def write_manifest(directory: Path, config: Mapping[str, Any]) -> None:
-    """Write the manifest of a run atomically.
-
-    Raises:
-        OSError: the directory cannot be written to.
-    """
-    content = {"format": FORMAT, "config_hash": config_hash(config), "config": config}
-    write_files({directory / NAME: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()})
-
-
-def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the config of the run that a directory holds, or None where it has no manifest.
-
-    Raises:
-        ValueError: the manifest is damaged, or of another format.
-    """
-    path = directory / NAME
-    if not path.exists():
-        return None
-    content = read_object(path, max_bytes=MAX_BYTES)
-    config = content.get("config")
-    if (
-        content.get("format") != FORMAT
-        or not isinstance(config, dict)
-        or content.get("config_hash") != config_hash(config)
-    ):
-        raise ValueError(f"{path} is damaged or was written by another version; start again with --overwrite")
-    return config
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Name each field in which two configs differ, with both values."""
 
     def value(config: Mapping[str, Any], key: str) -> str:
-        return repr(config[key]) if key in config else "absent"
+        return shown(config[key]) if key in config else "absent"
 
     return [
         f"{key} was {value(old, key)} and is {value(new, key)}"
         for key in sorted({*old, *new})
-        if value(old, key) != value(new, key)
+        if key not in old or key not in new or old[key] != new[key]
     ]
 
 
-def model_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_raw_bytes(tensor))
-    return digest.hexdigest()
-
-
-def table_digest(table: Table) -> str:
-    """Return the SHA-256 of a table: its rows, timesteps and flags."""
-    flags = f"{table.name} {table.clip} {table.learned} {table.use_m} {table.use_prev} {table.timesteps.dtype}\n"
-    return hashlib.sha256(flags.encode() + _raw_bytes(table.rows) + _raw_bytes(table.timesteps)).hexdigest()
-
-
-def _raw_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def check_resumable(
-    directory: Path, config: Mapping[str, Any], outputs: Iterable[Path], *, resume: bool, overwrite: bool, shared: bool
-) -> None:
-    """Refuse a run that would harm, or could not tell apart, what its directory holds already.
-
-    Args:
-        directory: where the run writes.
-        config: what the run makes its files from.
-        outputs: every file that the run may write.
-        resume: complete an earlier run of the same config.
-        overwrite: replace whatever is there.
-        shared: other processes of the same run write to the directory too, and may have begun.
-
-    Raises:
-        FileExistsError: outputs exist, or another run's files, and neither resume nor overwrite was asked for.
-        ValueError: resume was asked for and the directory holds a run of another config, or files without one.
-    """
-    if overwrite:
+@contextlib.contextmanager
+def _flock(folder: Path, *, shared: bool) -> Iterator[None]:
+    """Hold a lock that the system releases even when the process is killed."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
         return
-    existing = [path for path in outputs if path.exists()]
-    earlier = read_manifest(directory)
-    if not resume:
-        if earlier is not None and not (shared and earlier == config) and _holds_files(directory):
-            existing.append(directory / NAME)
-        if existing:
-            raise FileExistsError(
-                f"{existing[0]} exists already; use --resume to complete that run, --overwrite to replace it, or "
-                "another --outdir"
-            )
-    elif earlier is None and existing:
-        raise ValueError(f"{directory} has outputs but no {NAME}, so nothing says what made them; use --overwrite")
-    elif earlier is not None and (changed := differences(earlier, config)):
-        raise ValueError(f"cannot resume {directory}, the run differs: {'; '.join(changed)}")
-
-
-def _holds_files(directory: Path) -> bool:
-    """Tell whether anything but a manifest is there; a run that failed at once leaves nothing worth keeping."""
-    return any(path.name != NAME and not path.name.startswith(".") for path in directory.iterdir())
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another run is writing to {folder}; wait for it, or use another --outdir") from None
+        yield
+    finally:
+        os.close(handle)

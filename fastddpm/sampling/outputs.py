@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,13 @@ import torch
 from torch import Tensor
 
 from fastddpm.files import images
-from fastddpm.files import run_folder as manifest
 from fastddpm.files.image_reader import open_image
+from fastddpm.files.run_folder import RunFolder
 
 # A grid of more images is larger than anyone looks at, and than viewers open.
 MAX_GRID = 1024
+
+PATTERNS = ("seed-*.png", "part-*.npz", "samples.npz", "grid.png")
 
 
 class Outputs:
@@ -48,44 +48,19 @@ class Outputs:
         shared: bool = False,
     ) -> None:
         self.directory, self.format = directory, file_format
+        self._numbers = {batch: i for i, batch in enumerate(batches)}
         self.seeds, self.labels, self.batches, self.mine = seeds, labels, batches, mine
         self.shared = shared
+        own = [path.name for batch in mine for path in self.paths(batch)]
+        self.folder = RunFolder(directory, PATTERNS, mine=own if shared else None)
         self.grid_path = directory / "grid.png"
         self.samples_path = directory / "samples.npz"
-        self._numbers = {batch: i for i, batch in enumerate(batches)}
 
     def paths(self, batch: range) -> list[Path]:
         """Return the files that one batch writes."""
         if self.format == "npz":
             return [self.directory / f"part-{self._numbers[batch]:05d}.npz"]
         return [self.directory / f"seed-{self.seeds[i]:06d}.png" for i in batch]
-
-    def all_paths(self) -> list[Path]:
-        """Return every file that this process may write, except the manifest."""
-        paths = [path for batch in self.mine for path in self.paths(batch)]
-        return paths if self.shared else [*paths, self.grid_path, self.samples_path]
-
-    def begin(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Make the directory ready, or refuse (see `manifest.check_resumable`).
-
-        Raises:
-            FileExistsError, ValueError: what is there must not be touched.
-            OSError: the directory cannot be made or written to.
-        """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        paths = self.all_paths()
-        manifest.check_resumable(self.directory, config, paths, resume=resume, overwrite=overwrite, shared=self.shared)
-        # Before the new manifest: an old file must never pass for one of the new run's.
-        stale = [path for path in paths if overwrite and path.exists()]
-        for path in [*stale, *self._leftovers(paths)]:
-            path.unlink(missing_ok=True)
-        manifest.write_manifest(self.directory, config)
-
-    def _leftovers(self, paths: Sequence[Path]) -> list[Path]:
-        """Return temporary files of a killed run; `atomic.write_files` calls them .NAME.PID.tmp."""
-        names = {path.name for path in paths}
-        hidden = [path for path in self.directory.iterdir() if path.name.startswith(".") and path.suffix == ".tmp"]
-        return [path for path in hidden if path.name[1:].rsplit(".", 2)[0] in names]
 
     def complete(self, batch: range) -> bool:
         """Tell whether every file of a batch is there."""
@@ -138,29 +113,3 @@ def _read_png(path: Path) -> Tensor:
     with open_image(path) as image:
         pixels = np.array(image)
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
-
-
-@contextlib.contextmanager
-def locked(directory: Path, *, shared: bool) -> Iterator[None]:
-    """Hold a directory against other runs; the processes of one run share it.
-
-    Raises:
-        BlockingIOError: another run is writing there.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"another run is writing to {directory}; wait for it, or use another --outdir"
-            ) from None
-        yield
-    finally:
-        os.close(handle)

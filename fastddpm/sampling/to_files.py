@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 import time
 from typing import Any
 
-from torch import Tensor
-from tqdm import tqdm
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from fastddpm.files.run_folder import config_hash, model_digest, table_digest
+from fastddpm.files.run_folder import config_hash
 from fastddpm.noise.seed_ranges import format_seeds
 from fastddpm.noise.v1 import NOISE_VERSION
 from fastddpm.sampling.outputs import Outputs
 from fastddpm.sampling.sample import Run
+from fastddpm.tables.table import Table
 from fastddpm.unet.unet import UNet
 
 
@@ -47,6 +50,25 @@ def describe(model: UNet, planned: Run, *, sampler: str, classes: Any, file_form
         "compile": engine.compiles,
         "format": file_format,
     }
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def table_digest(table: Table) -> str:
+    """Return the SHA-256 of a table: its rows, timesteps and flags."""
+    flags = f"{table.name} {table.clip} {table.learned} {table.use_m} {table.use_prev} {table.timesteps.dtype}\n"
+    return hashlib.sha256(flags.encode() + _raw_bytes(table.rows) + _raw_bytes(table.timesteps)).hexdigest()
+
+
+def _raw_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def draw_missing(planned: Run, outputs: Outputs, *, quiet: bool) -> list[tuple[int, float]]:

@@ -40,6 +40,7 @@ class TrainLog:
 
     def __init__(self, config: TrainConfig, out: Path, start: int, state: dict[str, Any], *, quiet: bool) -> None:
         self._config, self._out = config, out
+        self._tensorboard = _tensorboard_writer(out, start) if config.tensorboard else None
         self._sum, self._count = float(state.get("sum", 0.0)), int(state.get("count", 0))
         self._bar = tqdm(
             total=config.steps,
@@ -52,7 +53,6 @@ class TrainLog:
         kept = "".join(f"{json.dumps(line)}\n" for line in read_log(out) if line["step"] <= start)
         write_files({out / LOG: kept.encode()})
         self._file: IO[str] = (out / LOG).open("a")
-        self._tensorboard = _tensorboard_writer(out, start) if config.tensorboard else None
 
     def __enter__(self) -> TrainLog:
         return self

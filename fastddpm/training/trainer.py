@@ -27,7 +27,7 @@ from fastddpm.schedules.schedule import Schedule
 from fastddpm.training.checkpoint import load_checkpoint, save_checkpoint
 from fastddpm.training.config import TrainConfig
 from fastddpm.training.ema import EMA
-from fastddpm.training.folder import Run, export, open_run
+from fastddpm.training.folder import TrainingRun, export, open_run
 from fastddpm.training.log import TrainLog
 from fastddpm.training.loss import ddpm_loss
 from fastddpm.unet.unet import UNet
@@ -115,13 +115,7 @@ def learning_rate(config: TrainConfig, n: int) -> float:
 
 
 def batch_indices(seed: int, n: int, n_images: int, batch: int) -> Tensor:
-    """Return the images of step n, [batch] int64: each epoch is a permutation that (seed, epoch) determines.
-
-    Raises:
-        ValueError: there are fewer images than a batch takes.
-    """
-    if batch > n_images:
-        raise ValueError(f"a batch of {batch} is more than the {n_images} images; use a smaller --batch")
+    """Return the images of step n, [batch] int64: each epoch is a permutation that (seed, epoch) determines."""
     epoch, place = divmod(n, n_images // batch)
     generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch]))
     order = generator.permutation(n_images)
@@ -171,7 +165,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         return _train(run, build_trainer(config, run.data, run.build_model()), quiet)
 
 
-def _train(run: Run, trainer: Trainer, quiet: bool) -> TrainResult:
+def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
     config, model, ema = run.config, trainer.model, trainer.ema
     state: dict[str, Any] = {"step": 0, "log": {}}
     if run.has_checkpoint:

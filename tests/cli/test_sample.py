@@ -22,6 +22,7 @@ from fastddpm import DiffusionConfig, UNet, UNetConfig
 from fastddpm.cli import main
 from fastddpm.cli.sample import rank_and_world
 from fastddpm.files import images
+from fastddpm.files.run_folder import RunFolder
 from fastddpm.sampling import outputs
 
 STEPS = 3
@@ -353,7 +354,7 @@ def test_local_rank_beyond_the_devices_is_an_error(
 
 
 def test_two_runs_do_not_share_a_directory(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with outputs.locked(tmp_path / "out", shared=False):
+    with RunFolder(tmp_path / "out", []).locked():
         assert run("--seeds", "0") == 1
     assert "another run is writing" in capsys.readouterr().err
     assert run("--seeds", "0") == 0

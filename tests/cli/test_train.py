@@ -53,7 +53,7 @@ def test_train_writes_a_model_and_says_so(
     out, err = capsys.readouterr()
     assert out.startswith("4 steps, loss ")
     assert err == ""
-    expected = {CHECKPOINT, LOG, SETTINGS, "config.json", "scheduler_config.json", "model.safetensors", "raw", ".lock"}
+    expected = {CHECKPOINT, LOG, SETTINGS, "config.json", "scheduler_config.json", "model.safetensors", "raw"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == expected
 
 

@@ -26,7 +26,7 @@ from fastddpm.evaluation import classifier_training, fid, report
 from fastddpm.evaluation import model_card as card
 from fastddpm.evaluation.classifier import Classifier, save_classifier
 from fastddpm.files import images
-from fastddpm.files.run_folder import model_digest
+from fastddpm.sampling.to_files import model_digest
 from fastddpm.training.folder import LOG
 from fastddpm.training.likelihood import bits_per_dim
 

@@ -1,11 +1,10 @@
-"""Images: 8-bit values, grids, files; lists of seeds as text; the manifest that a run is resumed by."""
+"""Images: 8-bit values, grids, files; lists of seeds as text."""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastddpm.files import images
-from fastddpm.files import run_folder as manifest
 from fastddpm.noise.seed_ranges import format_seeds, parse_seeds
 
 
@@ -113,84 +111,3 @@ def test_parse_seeds_refuses(text: str) -> None:
 @given(st.lists(st.integers(0, 40), min_size=1))
 def test_format_seeds_is_read_back(seeds: list[int]) -> None:
     assert parse_seeds(format_seeds(seeds)) == seeds
-
-
-CONFIG: dict[str, Any] = {"steps": 10, "seeds": "0-3", "noise": "noise-v1"}
-
-
-def refuse(directory: Path, config: dict[str, Any] = CONFIG, **how: bool) -> None:
-    options = {"resume": False, "overwrite": False, "shared": False, **how}
-    manifest.check_resumable(directory, config, [directory / "a.png"], **options)
-
-
-def test_manifest_is_read_back(tmp_path: Path) -> None:
-    manifest.write_manifest(tmp_path, CONFIG)
-    assert manifest.read_manifest(tmp_path) == CONFIG
-    assert manifest.read_manifest(tmp_path / "other") is None
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": "other"}', b'{"config": {"steps": NaN}}'])
-def test_manifest_that_is_damaged_is_refused(tmp_path: Path, damage: bytes) -> None:
-    (tmp_path / manifest.NAME).write_bytes(damage)
-    with pytest.raises(ValueError, match=manifest.NAME):
-        manifest.read_manifest(tmp_path)
-
-
-def test_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
-    manifest.write_manifest(tmp_path, CONFIG)
-    path = tmp_path / manifest.NAME
-    path.write_text(path.read_text().replace('"steps": 10', '"steps": 11'))
-    with pytest.raises(ValueError, match="damaged"):
-        manifest.read_manifest(tmp_path)
-
-
-def test_check_resumable_accepts_an_empty_directory(tmp_path: Path) -> None:
-    refuse(tmp_path)
-    refuse(tmp_path, resume=True)
-
-
-def test_check_resumable_refuses_existing_outputs(tmp_path: Path) -> None:
-    (tmp_path / "a.png").touch()
-    with pytest.raises(FileExistsError, match=r"a\.png exists already"):
-        refuse(tmp_path)
-    with pytest.raises(ValueError, match=r"no manifest\.json"):
-        refuse(tmp_path, resume=True)
-    refuse(tmp_path, overwrite=True)
-
-
-def test_check_resumable_refuses_another_config_by_name(tmp_path: Path) -> None:
-    manifest.write_manifest(tmp_path, CONFIG)
-    refuse(tmp_path, resume=True)
-    with pytest.raises(ValueError, match="other was absent and is 1; steps was 10 and is 20"):
-        refuse(tmp_path, {**CONFIG, "steps": 20, "other": 1}, resume=True)
-    with pytest.raises(ValueError, match="noise was 'noise-v1' and is 'noise-v2'"):
-        refuse(tmp_path, {**CONFIG, "noise": "noise-v2"}, resume=True)
-
-
-def test_check_resumable_lets_processes_of_one_run_start_one_after_the_other(tmp_path: Path) -> None:
-    manifest.write_manifest(tmp_path, CONFIG)
-    (tmp_path / "b.png").touch()
-    refuse(tmp_path, shared=True)
-    with pytest.raises(FileExistsError, match="exists already"):
-        refuse(tmp_path)
-    with pytest.raises(FileExistsError, match="exists already"):
-        refuse(tmp_path, {**CONFIG, "steps": 20}, shared=True)
-
-
-def test_check_resumable_accepts_a_manifest_without_files(tmp_path: Path) -> None:
-    manifest.write_manifest(tmp_path, CONFIG)
-    (tmp_path / ".a.png.1.tmp").touch()
-    refuse(tmp_path)
-    refuse(tmp_path, {**CONFIG, "steps": 20})
-
-
-def test_model_digest_sees_every_weight() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    first = manifest.model_digest(model)
-    assert manifest.model_digest(model) == first
-    for tensor in model.state_dict().values():
-        before = tensor.clone()
-        tensor.add_(1)
-        assert manifest.model_digest(model) != first
-        tensor.copy_(before)
-    assert manifest.model_digest(model) == first

@@ -119,7 +119,7 @@ def test_train_drops_labels_to_the_networks_own_null_class(config: TrainConfig) 
 
 def test_train_refuses_a_folder_in_use(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def second_run() -> None:
-        with pytest.raises(BlockingIOError, match="another process"):
+        with pytest.raises(BlockingIOError, match="another run"):
             train(dataclasses.replace(config, resume=True), quiet=True)
         tried.append(True)
 
@@ -171,23 +171,23 @@ def test_train_resumes_a_run_that_is_older_than_a_setting(config: TrainConfig) -
     train(dataclasses.replace(config, steps=2), quiet=True)
     path = Path(config.out) / SETTINGS
     stored = json.loads(path.read_text())
-    for values in (stored["settings"], stored["identity"]):
+    for values in (stored["settings"], stored["config"]):
         for name in ("variance", "vlb_weight", "loss_weight", "gamma"):
             del values[name]
-    path.write_text(json.dumps(stored))
+    # As version 0.1.0 wrote it.
+    old = {"format": stored["format"], "settings": stored["settings"], "identity": stored["config"]}
+    path.write_text(json.dumps(old))
     with pytest.raises(ValueError, match="loss_weight was 'uniform' and is 'p2'"):
         train(dataclasses.replace(config, resume=True, loss_weight="p2"), quiet=True)
     assert train(dataclasses.replace(config, resume=True, steps=4), quiet=True).steps == 4
 
 
-def test_train_resumes_an_empty_folder_from_the_start_and_refuses_a_foreign_one(
-    config: TrainConfig, tmp_path: Path
-) -> None:
+def test_train_resumes_an_empty_folder_from_the_start_and_refuses_a_model(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert train(dataclasses.replace(config, resume=True, steps=2), quiet=True).steps == 2
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    (foreign / "thesis.txt").write_text("x")
+    (foreign / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=f"no {SETTINGS}"):
         train(dataclasses.replace(config, out=str(foreign), resume=True), quiet=True)
 
@@ -217,7 +217,7 @@ def test_train_names_a_damaged_checkpoint(config: TrainConfig, damage: str) -> N
 def test_default_unet_fits_the_images(
     shape: tuple[int, int, int], classes: int, widths: tuple[int, ...], embeds: int | None
 ) -> None:
-    unet = default_unet(shape, classes, with_null=True)
+    unet = default_unet(shape, classes, TrainConfig(data="", out=""))
     assert (unet.block_out_channels, unet.num_class_embeds) == (widths, embeds)
     with torch.device("meta"):
         model = UNet(unet)
@@ -228,4 +228,4 @@ def test_default_unet_fits_the_images(
 
 def test_default_unet_refuses_a_size_it_cannot_halve() -> None:
     with pytest.raises(ValueError, match="--resolution"):
-        default_unet((3, 50, 50), 0, with_null=False)
+        default_unet((3, 50, 50), 0, TrainConfig(data="", out=""))

@@ -44,11 +44,6 @@ def test_batch_indices_visits_every_image_once_an_epoch_in_another_order() -> No
     assert not torch.equal(epochs[0][:8], batch_indices(6, 0, 32, 8))
 
 
-def test_batch_indices_refuses_more_than_there_are() -> None:
-    with pytest.raises(ValueError, match="a batch of 9"):
-        batch_indices(0, 0, 8, 9)
-
-
 def test_drop_classes_drops_the_share_asked_for_by_image_and_step() -> None:
     k, labels = torch.arange(20_000), torch.full((20_000,), 4)
     dropped = drop_classes(labels, 10, 0.1, 0, k, 3) == 10

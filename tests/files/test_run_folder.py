@@ -1,0 +1,113 @@
+"""The folder of a run: what may be written to, completed or replaced, and what a killed process leaves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastddpm.files.run_folder import RunFolder
+
+CONFIG: dict[str, Any] = {"steps": 10, "seeds": "0-3", "noise": "noise-v1"}
+NAME = "manifest.json"
+
+
+def begin(path: Path, config: dict[str, Any] = CONFIG, mine: list[str] | None = None, **how: bool) -> RunFolder:
+    folder = RunFolder(path, ["*.png", "raw/x.bin"], mine=mine)
+    folder.begin(config, **{"resume": False, "overwrite": False, **how})
+    return folder
+
+
+def test_manifest_is_read_back(tmp_path: Path) -> None:
+    content = begin(tmp_path).read()
+    assert content is not None
+    assert content["config"] == CONFIG
+    assert RunFolder(tmp_path / "other", []).read() is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": "other"}', b'{"config": {"steps": NaN}}'])
+def test_manifest_that_is_damaged_is_refused(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / NAME).write_bytes(damage)
+    with pytest.raises(ValueError, match=NAME):
+        begin(tmp_path, resume=True)
+
+
+def test_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
+    begin(tmp_path)
+    path = tmp_path / NAME
+    path.write_text(path.read_text().replace('"steps": 10', '"steps": 11'))
+    with pytest.raises(ValueError, match="damaged"):
+        begin(tmp_path, resume=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_manifest_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / NAME)
+    with pytest.raises(ValueError, match="not a regular file"):
+        begin(tmp_path, resume=True)
+
+
+def test_begin_refuses_existing_outputs(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match=r"a\.png exists already"):
+        begin(tmp_path)
+    with pytest.raises(ValueError, match=r"no manifest\.json"):
+        begin(tmp_path, resume=True)
+    begin(tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, "notes.txt"]
+
+
+def test_begin_refuses_another_config_by_name(tmp_path: Path) -> None:
+    begin(tmp_path)
+    begin(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="other was absent and is 1; steps was 10 and is 20"):
+        begin(tmp_path, {**CONFIG, "steps": 20, "other": 1}, resume=True)
+    with pytest.raises(ValueError, match="noise was 'noise-v1' and is 'noise-v2'"):
+        begin(tmp_path, {**CONFIG, "noise": "noise-v2"}, resume=True)
+
+
+def test_begin_lets_processes_of_one_run_start_one_after_the_other(tmp_path: Path) -> None:
+    begin(tmp_path, mine=["b.png"])
+    (tmp_path / "b.png").touch()
+    (tmp_path / ".b.png.7.tmp").touch()
+    begin(tmp_path, mine=["a.png"])
+    begin(tmp_path, mine=["a.png"], overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.png.7.tmp", "b.png", NAME]
+    for mine, config in ((None, CONFIG), (["b.png"], CONFIG), (["a.png"], {**CONFIG, "steps": 20})):
+        with pytest.raises(FileExistsError, match="exists already"):
+            begin(tmp_path, config, mine)
+
+
+def test_begin_accepts_a_manifest_without_files(tmp_path: Path) -> None:
+    begin(tmp_path)
+    begin(tmp_path, {**CONFIG, "steps": 20})
+
+
+def test_begin_removes_what_killed_processes_left(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    left = [".a.png.1.tmp", f".{NAME}.22.tmp", "raw/.x.bin.3.tmp"]
+    for name in (*left, ".notes.txt.1.tmp"):
+        (tmp_path / name).touch()
+    begin(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".notes.txt.1.tmp", NAME]
+
+
+def test_locked_keeps_other_runs_out_and_leaves_no_empty_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / "b", [])
+    with folder.locked():
+        with pytest.raises(BlockingIOError, match="another run is writing"), RunFolder(folder.path, []).locked():
+            pass
+        with pytest.raises(BlockingIOError), RunFolder(folder.path, [], mine=[]).locked():
+            pass
+    assert not folder.path.exists()
+    with RunFolder(tmp_path, [], mine=[]).locked(), RunFolder(tmp_path, [], mine=[]).locked():
+        assert tmp_path.exists()
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(NotADirectoryError, match="file is a file; give another --outdir"),
+        RunFolder(tmp_path / "file", []).locked(),
+    ):
+        pass
