@@ -15,7 +15,7 @@ from fastddpm.benchmarks.harness.inputs import MIDDLE, T, gaussian
 from fastddpm.benchmarks.peers import lucidrains, networks
 from torch import Tensor, nn
 
-from fastddpm.integrations.acceleration import accelerate
+from fastddpm.integrations import accelerate
 
 # One call of the original, or of what `accelerate` made of it; the seed is that of the generator it draws from.
 Call = Callable[[int], Tensor]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastddpm.errors import BackendUnavailable as BackendUnavailable
-    from fastddpm.integrations.acceleration import accelerate as accelerate
+    from fastddpm.integrations import accelerate as accelerate
     from fastddpm.noise.v1 import randn as randn
     from fastddpm.sampling.sample import sample as sample
     from fastddpm.sampling.sampler import Sampler as Sampler
@@ -39,7 +39,7 @@ _HOME = {
     "Table": "tables.table",
     "UNet": "unet.unet",
     "UNetConfig": "unet.config",
-    "accelerate": "integrations.acceleration",
+    "accelerate": "integrations",
     "bits_per_dim": "training.likelihood",
     "ddim_inversion_table": "tables.ddim",
     "ddim_table": "tables.ddim",

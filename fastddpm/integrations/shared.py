@@ -1,10 +1,10 @@
-"""What the drop-ins for denoising-diffusion-pytorch and OpenAI's packages share: arguments, noise and the fast loop."""
+"""What the drop-ins share: seeds as arguments, the source of a call's noise, and the replay of a whole table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,22 @@ from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import COLUMN
 
 Seeds = int | Sequence[int] | Tensor
-_NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Draw = Callable[[Tensor], Tensor]
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Seeding(TypedDict, total=False):
+    """Keyword arguments that make noise a function of seeds.
+
+    Attributes:
+        seeds: one per sample; equal seeds give equal noise. An int is one sample.
+        seed: or one for all, told apart by
+        sample_ids: one id per sample.
+    """
+
+    seeds: Seeds | None
+    seed: int | None
+    sample_ids: Sequence[int] | Tensor | None
 
 
 class InvalidArgumentError(ValueError, AssertionError):
@@ -29,65 +44,66 @@ def require(condition: bool, message: str) -> None:
         raise InvalidArgumentError(message)
 
 
+def _randn_like(x: Tensor) -> Tensor:
+    return torch.randn_like(x)
+
+
 @dataclass(frozen=True)
 class NoiseSource:
-    """Where a call's noise comes from: noise-v1 where seeds are given, else torch's global generator.
+    """Where a call's noise comes from: noise-v1 where seeds are given, else what the original draws from.
 
     Attributes:
-        key: (seed, sample_id), int64 [B] each; None for the global generator.
-        arguments: the same as arguments of `Sampler.sample`.
+        randn: the original's draw: noise of a tensor's shape, dtype and device.
+        key: (seed, sample_id), int64 [B] each; None where the original's draw is used.
+        arguments: the seeds as arguments of `Sampler.sample`.
     """
 
+    randn: Draw = _randn_like
     key: tuple[Tensor, Tensor] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def seeded(self) -> bool:
-        """Whether noise is a function of seeds."""
-        return self.key is not None
-
-    @property
-    def batch(self) -> int | None:
-        """How many samples the seeds are for; None for the global generator."""
-        return None if self.key is None else len(self.key[0])
-
     @classmethod
-    def resolve(
-        cls, batch: int | None, seeds: Seeds | None = None, seed: int | None = None, sample_ids: Any = None
-    ) -> NoiseSource:
-        """Check the seed arguments of a call for `batch` samples (None: as many as there are seeds).
+    def resolve(cls, batch: int | None, randn: Draw = _randn_like, **seeding: Any) -> NoiseSource:
+        """Check the `Seeding` of a call for `batch` samples (None: as many as there are seeds).
 
         Raises:
+            TypeError: an argument is not one of `Seeding`.
             ValueError: both seeds and seed are given, an id without a seed, a value out of range, or a wrong count.
         """
+        if unknown := seeding.keys() - Seeding.__annotations__.keys():
+            raise TypeError(f"unexpected keyword argument {min(unknown)!r}; noise takes seeds, or seed and sample_ids")
+        seeds, seed, sample_ids = (seeding.get(name) for name in ("seeds", "seed", "sample_ids"))
         if seeds is None and seed is None:
             if sample_ids is not None:
                 raise ValueError("sample_ids tell the samples of one seed apart; pass seed= too")
-            return cls()
+            return cls(randn)
         if isinstance(seeds, int):
             seeds = [seeds]
         key, sample_id = resolve_seeds(seeds=seeds, seed=seed, sample_ids=sample_ids, batch=batch)
         require(batch is None or len(key) == batch, f"got {len(key)} seeds for a batch of {batch}; give one per sample")
         arguments = {"seeds": seeds} if seeds is not None else {"seed": seed, "sample_ids": sample_ids}
-        return cls((key, sample_id.expand(len(key))), arguments)
+        return cls(randn, (key, sample_id.expand(len(key))), arguments)
 
-    def start(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """Draw x_T ~ N(0, I), float32 of `shape`."""
+    @property
+    def batch(self) -> int | None:
+        """How many samples the seeds are for; None without seeds."""
+        return None if self.key is None else len(self.key[0])
+
+    def start(self, like: Tensor) -> Tensor:
+        """Draw x_T ~ N(0, I) of a tensor's shape: in its dtype, or in float32 from seeds."""
         if self.key is None:
-            return torch.randn(*shape, device=device)
-        counter = self._counter(torch.zeros(1, dtype=torch.int64), STREAM_X_T, torch.device(device))
-        return ops.randn(counter, tuple(shape[1:]), torch.float32, torch.device(device))
+            return self.randn(like)
+        first = torch.zeros(1, dtype=torch.int64)
+        return ops.randn(self._counter(first, STREAM_X_T, like.device), like.shape[1:], device=like.device)
 
     def at(self, step: Tensor, x: Tensor) -> ops.Counter | Tensor:
-        """Return z of `step` (int64 [B] or [1]) for `ops.p_sample`: a counter, or randn_like(x)."""
-        return torch.randn_like(x) if self.key is None else self._counter(step, STREAM_REVERSE, x.device)
+        """Return z of `step` (int64 [B] or [1]) for `ops.p_sample`: a counter, or noise like x."""
+        return self.randn(x) if self.key is None else self._counter(step, STREAM_REVERSE, x.device)
 
-    def draw(self, step: Tensor, x: Tensor) -> Tensor:
+    def z(self, step: Tensor, x: Tensor) -> Tensor:
         """Return z of `step` as a tensor like x."""
         noise = self.at(step, x)
-        if isinstance(noise, Tensor):
-            return noise
-        return ops.randn(noise, tuple(x.shape[1:]), torch.float32, x.device).to(x.dtype)
+        return noise if isinstance(noise, Tensor) else ops.randn(noise, x.shape[1:], device=x.device).to(x.dtype)
 
     def _counter(self, step: Tensor, stream: int, device: torch.device) -> ops.Counter:
         assert self.key is not None
@@ -95,34 +111,37 @@ class NoiseSource:
         return ops.Counter(seed.to(device), sample_id.to(device), step.to(device), stream)
 
 
-def run_table(
+def replay(
     sampler: Sampler,
     source: NoiseSource,
     x_T: Tensor,
     draws: Sequence[bool],
     on_step: Callable[[StepResult], None] | None = None,
     **call: Any,
-) -> Tensor:
-    """Run a whole table, drawing from the global generator exactly where the original draws.
+) -> Any:
+    """Run a whole table, drawing exactly where the original draws; return what `Sampler.sample` does.
 
     Args:
         sampler: the table and its model.
         source: where noise comes from.
-        x_T: the start, [B, ...].
+        x_T: the start, [B, ...], in the dtype that the original draws in.
         draws: per row, whether the original draws z there, used or not.
         on_step: called after each step with live tensors.
         call: further arguments of `Sampler.sample`.
+
+    Raises:
+        Exception: what the model raised, as it raised it.
     """
     noisy = (sampler.table.rows[:, COLUMN["sigma"]] != 0).tolist()
 
     def after(result: StepResult) -> None:
         # Drawn and thrown away, so that the next call finds the generator where the original leaves it.
-        if not source.seeded and draws[result.index] and not noisy[result.index]:
-            torch.randn_like(x_T)
+        if source.key is None and draws[result.index] and not noisy[result.index]:
+            source.randn(x_T)
         if on_step is not None:
             on_step(result)
 
-    z = source.arguments if source.seeded else {"noise": lambda i: torch.randn_like(x_T)}
+    z = source.arguments if source.key is not None else {"noise": lambda i: source.randn(x_T)}
     try:
         return sampler.sample(x_T=x_T, callback=after, **z, **call)
     except SamplingError as error:
@@ -134,9 +153,14 @@ def run_table(
 
 def fits_rows(x: Tensor, output: Any) -> TypeGuard[Tensor]:
     """Tell whether the fused step may replace the original's arithmetic: a float32 state and no gradient to keep."""
-    if not isinstance(output, Tensor) or x.dtype != torch.float32 or output.dtype not in _NETWORK_DTYPES:
+    if not isinstance(output, Tensor) or x.dtype != torch.float32 or output.dtype not in FUSED_DTYPES:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or output.requires_grad))
+    return not needs_gradient(x, output)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Tell whether something is to be differentiated, which a step that returns x_0 as well cannot be."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def draws_randomly(model: nn.Module) -> bool:

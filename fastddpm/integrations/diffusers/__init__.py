@@ -42,15 +42,15 @@ Different, and worth knowing:
       too (and leaves it out). Iterating over `scheduler.timesteps` is not such a case, nor is an int.
     - Float64, and tensors that need gradients, run diffusers' own step, which reads from the device as ever.
     - `pred_original_sample` is a new tensor in the dtype of `prev_sample`, also where diffusers returns the output.
-    - Assigning to a scheduler's attributes (alphas_cumprod, timesteps, ...) is noticed; writing into them is not.
+    - A compiled step does not see what is written into a scheduler's tensors (alphas_cumprod, ...); an eager one does.
 """
 
 from __future__ import annotations
 
 from fastddpm.integrations.diffusers.accelerate import accelerate
+from fastddpm.integrations.diffusers.native_unet import native_unet
 from fastddpm.integrations.diffusers.pipelines import FastDDIMPipeline, FastDDPMPipeline
 from fastddpm.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler
-from fastddpm.integrations.diffusers.unets import native_unet
 
 __all__ = [
     "FastDDIMPipeline",

@@ -1,19 +1,105 @@
-"""What both schedulers do with a row: execute it, or the whole run as a `Table`."""
+"""DDPM's and DDIM's scheduler on rows by timestep, which follow whatever its attributes and its config say now."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastddpm import ops
-from fastddpm.integrations.diffusers.noising import Noising
+from fastddpm.integrations.diffusers import timesteps as at
+from fastddpm.integrations.diffusers.rows import PREDICTION_TYPES, by_timestep, dynamic_rows, q_rows
+from fastddpm.integrations.shared import FUSED_DTYPES
 from fastddpm.tables.table import COLUMN, Table
 
+_CPU = torch.device("cpu")
+# eta is part of a table's key: a caller who varies it at every step must not fill the memory.
+_MAX_TABLES = 32
 
-class FusedScheduler(Noising):
-    """Mixin before one of diffusers' scheduler classes."""
+
+class NamedAsOriginal:
+    """Mixin before a class of diffusers: saved files name the original, and load where there is no fastddpm.
+
+    They name a class by its __name__, and a scheduler also by its instance's __module__. The class itself is still
+    found, and pickled, by its __qualname__ and its own __module__.
+    """
+
+    _original: ClassVar[type]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__name__ = getattr(cls, "_original", cls).__name__
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        instance = super().__new__(cls)
+        object.__setattr__(instance, "__module__", cls._original.__module__)
+        return instance
+
+
+@dataclass
+class _Made:
+    """What was made of a scheduler's settings.
+
+    Attributes:
+        settings: as `FusedScheduler.settings` returned them.
+        versions: how often the tensors among them had been written into; None where a compiled step cannot tell.
+        listed: `timesteps` on the CPU.
+        visited: the same as Python numbers, made when first needed.
+        tables: by kind, device and options.
+    """
+
+    settings: Mapping[str, Any]
+    versions: list[int] | None
+    listed: Tensor
+    visited: list[int] | None = None
+    tables: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def holds_for(self, settings: Mapping[str, Any]) -> bool:
+        """Whether nothing has changed since."""
+        for name, value in settings.items():
+            kept = self.settings[name]
+            if value is not kept if isinstance(value, Tensor) else value != kept:
+                return False
+        versions = _versions(settings)
+        return versions is None or self.versions is None or versions == self.versions
+
+
+def _versions(settings: Mapping[str, Any]) -> list[int] | None:
+    if torch.compiler.is_compiling():
+        return None
+    # Tensors made under inference_mode count no versions.
+    return [v._version for v in settings.values() if isinstance(v, Tensor) and not v.is_inference()]
+
+
+class FusedScheduler(NamedAsOriginal, ABC):
+    """Mixin before diffusers' DDPMScheduler or DDIMScheduler."""
+
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+    config: Any
+    _default_options: ClassVar[dict[str, Any]] = {}
+    _made: _Made | None = None
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return what rows are made of, `alphas_cumprod` and `timesteps` among it, read where diffusers' step reads."""
+
+    @property
+    @abstractmethod
+    def takes_only_listed(self) -> bool:
+        """Whether a step takes only the timesteps that set_timesteps listed, not all 0..T-1."""
+
+    @abstractmethod
+    def transitions(self) -> tuple[Tensor, Tensor]:
+        """Return the timesteps that a step takes, int64 [n] on the CPU, and the ones that they lead to."""
+
+    @abstractmethod
+    def make_rows(self, t: Tensor, prev_t: Tensor, **options: Any) -> Tensor:
+        """Tabulate the steps from t to prev_t on the CPU, float32 [n, K]."""
 
     @property
     def clips(self) -> bool:
@@ -30,63 +116,154 @@ class FusedScheduler(Noising):
         """Whether rows that are the same for all samples express a run; dynamic thresholding makes them per sample."""
         return not self.config.thresholding
 
+    @property
+    def visited(self) -> list[int]:
+        """`timesteps` as Python numbers."""
+        made = self._current()
+        if made.visited is None:
+            made.visited = made.listed.tolist()
+        return made.visited
+
+    def float32_alphas_cumprod(self) -> Tensor:
+        """Return alpha_bar as diffusers computed it: float32 [T] on the CPU."""
+        return self.alphas_cumprod.detach().cpu().float()
+
+    def listed(self) -> Tensor:
+        """Return `timesteps` on the CPU."""
+        return self._current().listed
+
+    def move_timesteps(self, device: torch.device | str | None) -> None:
+        """Move `timesteps` from the CPU to a device, keeping what the host can read."""
+        listed = self.timesteps
+        self.timesteps = listed.to(device)
+        settings = self.settings()
+        self._made = _Made(settings, _versions(settings), listed)
+        if self.config.prediction_type in PREDICTION_TYPES:
+            # Made now, so that a compiled step finds them.
+            self.table("step", self.timesteps.device, **self._default_options)
+            self.table("index", self.timesteps.device)
+
+    def table(self, kind: str, device: torch.device, **options: Any) -> Tensor:
+        """Return a table on `device`: the rows of "step", "q" (add_noise) or "v" (get_velocity), or 0..T as "index"."""
+        tables = self._current().tables
+        key = (kind, str(device), *options.values())
+        if key not in tables:
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+                # Made under inference_mode, it would be useless to a later call that needs gradients.
+                with torch.inference_mode(False):
+                    return self.table(kind, device, **options)
+            if len(tables) >= _MAX_TABLES:
+                tables.clear()
+            on_cpu = self._make(kind, options) if device.type == "cpu" else self.table(kind, _CPU, **options)
+            tables[key] = on_cpu.to(device)
+        return tables[key]
+
+    def _current(self) -> _Made:
+        settings = self.settings()
+        if self._made is None or not self._made.holds_for(settings):
+            self._made = _Made(settings, _versions(settings), self.timesteps.cpu())
+        return self._made
+
+    def _make(self, kind: str, options: dict[str, Any]) -> Tensor:
+        if kind == "index":
+            return torch.arange(len(self.alphas_cumprod) + 1)
+        if kind == "step":
+            return self.step_rows(**options)
+        rows = q_rows(self.float32_alphas_cumprod())
+        return rows * torch.tensor([1.0, -1.0]) if kind == "v" else rows
+
+    def step_rows(self, **options: Any) -> Tensor:
+        """Tabulate all steps by timestep on the CPU, float32 [T + 1, K]; NaN where there is none."""
+        T = len(self.alphas_cumprod)
+        t, prev_t = self.transitions()
+        known = (t >= 0) & (t < T)
+        t, prev_t = t[known], prev_t[known]
+        return by_timestep(self.make_rows(t, prev_t, **options), t, T)
+
+    def host_timestep(self, timestep: Any) -> int | None:
+        """Return the timestep as a Python int, checked, or None where only the accelerator knows it."""
+        known = at.on_host(timestep, self.timesteps, lambda: self.visited)
+        if known is not None:
+            self.check_timestep(known)
+        return known
+
+    def check_timestep(self, t: int) -> None:
+        """Raise IndexError unless a step takes timestep t."""
+        T = len(self.alphas_cumprod)
+        if not 0 <= t < T:
+            raise IndexError(f"timestep {t} is out of range; the schedule has timesteps 0 to {T - 1}")
+        # Looking up a symbolic number would compile once per timestep; the row of one that is not listed is NaN.
+        if not torch.compiler.is_compiling() and self.takes_only_listed and t not in self.visited:
+            raise IndexError(f"timestep {t} is not in the list that set_timesteps made; step takes those in .timesteps")
+
+    def row(self, timestep: Any, known: int | None, device: torch.device) -> Tensor:
+        """Return the row's index, int64 [1] on `device`, without reading from the device."""
+        if known is not None:
+            return self.table("index", device).narrow(0, known, 1)
+        return at.safe_index(timestep.reshape(1), len(self.alphas_cumprod), device)
+
     def tabulate(self, options: dict[str, Any], *, quiet_end: bool, **flags: bool) -> Table:
         """Write the run that set_timesteps chose as a `Table`; quiet_end leaves out the last step's noise.
 
         Raises:
             IndexError: a timestep is out of range.
         """
-        for t in self.visited():
+        for t in self.visited:
             self.check_timestep(t)
         rows64 = self.step_rows(**options)[self.listed()].double()
         if quiet_end:
             rows64[-1, COLUMN["sigma"]] = 0.0
         return Table(rows64, self.listed(), name=f"diffusers' {self._original.__name__}", clip=self.clips, **flags)
 
-    def execute(
-        self,
-        rows: Tensor,
-        row: Tensor,
-        output: Tensor,
-        x_t: Tensor,
-        z: Tensor | None,
-        *,
-        learned: bool = False,
-        use_m: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def execute(self, rows: Tensor, row: Tensor, output: Tensor, x_t: Tensor, z: Tensor | None, **flags: Any) -> Any:
         """Run one row of a table; return x_prev and x_0, both in the dtype that x_t and the output promote to."""
         dtype = torch.promote_types(output.dtype, x_t.dtype)
         x_t = x_t.to(dtype)
         scale = None
         if self.config.thresholding:
-            m = output[:, : x_t.shape[1]] if learned else output
-            scale, rows = self._dynamic_rows(rows[row], x_t, m)
+            m = output[:, : x_t.shape[1]]
+            scale, rows = dynamic_rows(
+                rows[row], x_t, m, self.config.dynamic_thresholding_ratio, self.config.sample_max_value
+            )
             row = torch.arange(len(rows), device=rows.device)
         # Divided by s before its only rounding, so float32 until then.
         x_0 = x_t.new_empty(x_t.shape, dtype=dtype if scale is None else torch.float32)
-        x_prev = ops.p_sample(
-            x_t,
-            output,
-            rows,
-            row,
-            z,
-            clip=self.clips or scale is not None,
-            learned=learned,
-            use_m=use_m,
-            x0_out=x_0,
-        )
+        clip = self.clips or scale is not None
+        x_prev = ops.p_sample(x_t, output, rows, row, z, clip=clip, x0_out=x_0, **flags)
         return x_prev, x_0 if scale is None else (x_0 / scale).to(dtype)
 
-    def _dynamic_rows(self, row: Tensor, x_t: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s [B, 1, ...] and one row per sample that clips x_0 to [-s, s] and divides it by s.
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise data, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4).
 
-        s is a quantile of |x_0| of the sample, at least 1 and at most sample_max_value (Saharia et al. 2022, section
-        2.3); where that is below 1, it wins, as in diffusers.
+        Args:
+            original_samples: x_0, [B, ...].
+            noise: eps, of the same shape (or one that broadcasts).
+            timesteps: integers [B] or [1].
+
+        Returns:
+            [B, ...] in the dtype that both promote to; the coefficients are float32 whatever that is.
+
+        Raises:
+            IndexError: a timestep on the CPU is out of range (on an accelerator its sample is NaN), or no integer.
         """
-        x_0 = row[:, COLUMN["a"], None] * x_t.float().flatten(1) + row[:, COLUMN["b"], None] * m.float().flatten(1)
-        s = torch.quantile(x_0.abs(), self.config.dynamic_thresholding_ratio, dim=1)
-        s = torch.clamp(s, min=1, max=self.config.sample_max_value)
-        rows = row.repeat(len(s), 1)
-        rows[:, COLUMN["lo"]], rows[:, COLUMN["hi"]] = -s, s
-        rows[:, COLUMN["c_x0"]] /= s
-        return s.view(-1, *[1] * (x_t.dim() - 1)), rows
+        return self._mix("q", original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022); as `add_noise` else."""
+        return self._mix("v", noise, sample, timesteps)
+
+    def _mix(self, kind: str, x: Tensor, y: Tensor, timesteps: Tensor) -> Tensor:
+        timesteps, T = timesteps.flatten(), len(self.alphas_cumprod)
+        at.check_on_host(timesteps, T)
+        index = at.safe_index(timesteps, T, x.device)
+        shape = torch.broadcast_shapes(x.shape, y.shape, (len(index), *[1] * (max(x.dim(), y.dim()) - 1)))
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(dtype).expand(shape), y.to(dtype).expand(shape)
+        if dtype in FUSED_DTYPES:
+            return ops.q_sample(x, self.table(kind, x.device), index, y)  # type: ignore[return-value]
+        # Float64, as diffusers mixes it.
+        alpha_bar = self.alphas_cumprod.to(device=x.device, dtype=x.dtype)
+        alpha_bar = torch.cat([alpha_bar, alpha_bar.new_full((1,), float("nan"))])[index]
+        alpha_bar = alpha_bar.view(-1, *[1] * (x.dim() - 1))
+        signal, noise = alpha_bar.sqrt() * x, (1 - alpha_bar).sqrt() * y
+        return signal - noise if kind == "v" else signal + noise

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from fastddpm.integrations.diffusers.loop import Generators, Noise, Request, step_by_step, whole_loop
+from fastddpm.integrations.diffusers.fused import NamedAsOriginal
+from fastddpm.integrations.diffusers.loop import Generators, draw_like, step_by_step
+from fastddpm.integrations.diffusers.native_unet import native_unet, shares_parameters
 from fastddpm.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler, fast_scheduler
-from fastddpm.integrations.diffusers.unets import native_unet, shares_parameters
+from fastddpm.integrations.shared import FUSED_DTYPES, NoiseSource, Seeds, replay
 from fastddpm.sampling.model import Model
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import Table
@@ -21,24 +25,20 @@ logger = logging.getLogger("fastddpm")
 
 # A sampler holds buffers and captured graphs; two are enough to alternate between settings.
 _MAX_SAMPLERS = 2
+# Held while a call sets timesteps and takes its copy of them.
+_TURN = threading.Lock()
 
 Callback = Callable[[StepResult], None]
 
 
-class WholeLoop:
+class WholeLoop(NamedAsOriginal):
     """Mixin before one of diffusers' unconditional pipelines."""
 
     unet: Any
     scheduler: Any
-    _original: ClassVar[type]
     _options: dict[str, Any] | None = None
     _samplers: dict[Any, Sampler] | None = None
     _native: tuple[Any, Any] = (None, None)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # model_index.json names the class by its __name__, and is to load where there is no fastddpm.
-        cls.__name__ = cls._original.__name__
 
     def register_modules(self, **modules: Any) -> None:
         """Take the network and the scheduler, this in its fast form."""
@@ -51,7 +51,7 @@ class WholeLoop:
         return {name: value for name, value in vars(self).items() if name not in ("_samplers", "_native")}
 
     def configure(self, **options: Any) -> Any:
-        """Set further arguments of `Sampler`: compile, cuda_graph, backend, check_finite, calls_ahead, dtype.
+        """Set further arguments of `Sampler`: compile, cuda_graph, backend, check_finite, samples_ahead, dtype.
 
         Returns:
             The pipeline itself.
@@ -71,7 +71,7 @@ class WholeLoop:
         batch_size: int,
         generator: Generators | None,
         num_inference_steps: int,
-        seeds: int | Sequence[int] | Tensor | None,
+        seeds: Seeds | None,
         class_labels: int | Sequence[int] | Tensor | None,
         callback: Callback | None,
         **step_options: Any,
@@ -83,12 +83,14 @@ class WholeLoop:
                 f"{type(self).__qualname__} runs DDPMScheduler and DDIMScheduler, got {type(self.scheduler).__name__}; "
                 f"use diffusers' own {self._original.__name__} for it"
             )
-        device = self._execution_device  # type: ignore[attr-defined]
-        noise = Noise.resolve(self._shape(), device, self.unet.dtype, batch_size, generator, seeds)
         self._check_labels(class_labels)
-        self.scheduler.set_timesteps(num_inference_steps)
-        table = self.scheduler.as_table(quiet_end=noise.seeded, **step_options) if self._can_replay(device) else None
-        draws = [self.scheduler.draws(t, **step_options) for t in self.scheduler.timesteps.tolist()]
+        source, x_T = self._start(batch_size, generator, seeds)
+        # Threads may share the pipeline: this call's steps are those of its own copy of the scheduler.
+        with _TURN:
+            self.scheduler.set_timesteps(num_inference_steps)
+            scheduler = copy.copy(self.scheduler)
+            sampler = self._sampler(scheduler, source, x_T, step_options)
+        draws = [scheduler.draws(t, **step_options) for t in scheduler.visited]
         with self.progress_bar(total=len(draws)) as bar:  # type: ignore[attr-defined]
 
             def after(result: StepResult) -> None:
@@ -96,10 +98,31 @@ class WholeLoop:
                 if callback is not None:
                     callback(result)
 
-            request = Request(noise, class_labels, draws, after, wants_x0=callback is not None)
-            if table is not None:
-                return whole_loop(self._sampler(table, noise.shape[1:]), request)
-            return step_by_step(self.unet, self.scheduler, request, step_options)
+            if sampler is None:
+                return step_by_step(
+                    self.unet,
+                    scheduler,
+                    source,
+                    x_T.to(self.unet.dtype),
+                    generator=generator,
+                    class_labels=class_labels,
+                    after=after,
+                    step_options=step_options,
+                )
+            x = replay(sampler, source, x_T, draws, after, class_labels=class_labels, return_x0=callback is not None)
+            return x if callback is None else x[0]
+
+    def _start(self, batch_size: int, generator: Generators | None, seeds: Seeds | None) -> tuple[NoiseSource, Tensor]:
+        """Return a call's source of noise and x_T."""
+        source = NoiseSource.resolve(None, lambda like: draw_like(like, generator), seeds=seeds)
+        if source.batch is not None:
+            if generator is not None:
+                raise ValueError("noise comes from one source, got seeds and generator; pass one of them")
+            if batch_size not in (1, source.batch):
+                raise ValueError(f"got {source.batch} seeds for a batch size of {batch_size}; leave batch_size out")
+            batch_size = source.batch
+        device = self._execution_device  # type: ignore[attr-defined]
+        return source, source.start(torch.empty(batch_size, *self._shape(), device=device, dtype=self.unet.dtype))
 
     def _shape(self) -> tuple[int, ...]:
         size = self.unet.config.sample_size
@@ -113,20 +136,14 @@ class WholeLoop:
         if class_labels is not None and not conditional:
             raise ValueError("class_labels were given, and the UNet has no class embedding; leave them out")
 
-    def _can_replay(self, device: torch.device) -> bool:
-        """Whether a table expresses the steps, and the UNet may be called from a captured step."""
-        scheduler = self.scheduler
-        return (
-            type(scheduler) in (FastDDPMScheduler, FastDDIMScheduler)
-            and scheduler.fits_a_table
-            and device.type in ("cpu", "cuda")
-            and self.unet.dtype in (torch.float32, torch.float16, torch.bfloat16)
-            and getattr(self.unet.config, "class_embed_type", None) is None
-            and not hasattr(self.unet, "_hf_hook")
-        )
-
-    def _sampler(self, table: Table, shape: tuple[int, ...]) -> Sampler:
-        model = self._network()
+    def _sampler(
+        self, scheduler: Any, source: NoiseSource, x_T: Tensor, step_options: dict[str, Any]
+    ) -> Sampler | None:
+        """Return the sampler that runs the whole loop, or None where it has to go step by step."""
+        if not self._can_replay(scheduler, x_T.device):
+            return None
+        table: Table = scheduler.as_table(quiet_end=source.key is not None, **step_options)
+        model, shape = self._network(), tuple(x_T.shape[1:])
         rows, t = table.rows.numpy().tobytes(), tuple(table.timesteps.tolist())
         key = (id(model), rows, t, shape, self.unet.dtype, str(self.unet.device))
         samplers = self._samplers = self._samplers or {}
@@ -135,6 +152,17 @@ class WholeLoop:
                 samplers.pop(next(iter(samplers))).clear()
             samplers[key] = Sampler(model, table, shape, **(self._options or {}))
         return samplers[key]
+
+    def _can_replay(self, scheduler: Any, device: torch.device) -> bool:
+        """Whether a table expresses the steps, and the UNet may be called from a captured step."""
+        return (
+            type(scheduler) in (FastDDPMScheduler, FastDDIMScheduler)
+            and scheduler.fits_a_table
+            and device.type in ("cpu", "cuda")
+            and self.unet.dtype in FUSED_DTYPES
+            and getattr(self.unet.config, "class_embed_type", None) is None
+            and not hasattr(self.unet, "_hf_hook")
+        )
 
     def _network(self) -> Model:
         """Return this library's form of the UNet where it has one, else the UNet itself."""
@@ -173,7 +201,7 @@ class FastDDPMPipeline(WholeLoop, DDPMPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         *,
-        seeds: int | Sequence[int] | Tensor | None = None,
+        seeds: Seeds | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         callback: Callback | None = None,
     ) -> Any:
@@ -214,7 +242,7 @@ class FastDDIMPipeline(WholeLoop, DDIMPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         *,
-        seeds: int | Sequence[int] | Tensor | None = None,
+        seeds: Seeds | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         callback: Callback | None = None,
     ) -> Any:

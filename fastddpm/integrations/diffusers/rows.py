@@ -14,6 +14,7 @@ from torch import Tensor
 from fastddpm.tables.table import COLUMN, K
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+LEARNED = ("learned", "learned_range")
 
 # x_0 = (x_t - eps) / 0 at zero terminal SNR is +-inf, to be clipped. A power of two times (x_t - eps) has the sign of
 # that and is clipped to the same bound, while inf * x_t - inf * eps would be NaN.
@@ -26,6 +27,7 @@ def ddpm_rows(
     prev_t: Tensor,
     *,
     prediction_type: str,
+    variance_kind: str,
     variance_type: str,
     bound: float,
 ) -> Tensor:
@@ -36,8 +38,9 @@ def ddpm_rows(
         t: int64 [n], in 0..T-1.
         prev_t: int64 [n]; below 0 for the end of the chain, alpha_bar = 1.
         prediction_type: "epsilon", "sample" or "v_prediction".
-        variance_type: diffusers' names; an unknown one means "fixed_small", as there. "learned" has sigma = 1 and
-            leaves the network's variance to the caller.
+        variance_kind: diffusers' `config.variance_type`; an unknown one means "fixed_small", as there. "learned" has
+            sigma = 1 and leaves the network's variance to the caller.
+        variance_type: the scheduler's own `variance_type`.
         bound: x_0 is clipped to [-bound, bound]; inf for no clipping.
 
     Returns:
@@ -47,7 +50,7 @@ def ddpm_rows(
     beta_bar, beta_bar_prev = 1 - alpha_bar, 1 - alpha_bar_prev
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
-    sigma, h0, h1 = _ddpm_std(beta_bar_prev / beta_bar * beta, beta, variance_type)
+    sigma, h0, h1 = _ddpm_std(beta_bar_prev / beta_bar * beta, beta, variance_kind, variance_type)
     a, b = _x0_from_output(alpha_bar, beta_bar, prediction_type)
     return _rows(
         a=a,
@@ -121,6 +124,20 @@ def by_timestep(rows: Tensor, t: Tensor, T: int) -> Tensor:
     return spread
 
 
+def dynamic_rows(row: Tensor, x_t: Tensor, m: Tensor, ratio: float, largest: float) -> tuple[Tensor, Tensor]:
+    """Return s [B, 1, ...] and one row per sample that clips x_0 to [-s, s] and divides it by s.
+
+    s is the quantile `ratio` of |x_0| of the sample, at least 1 and at most `largest` (Saharia et al. 2022, section
+    2.3); where that is below 1, it wins, as in diffusers.
+    """
+    x_0 = row[:, COLUMN["a"], None] * x_t.float().flatten(1) + row[:, COLUMN["b"], None] * m.float().flatten(1)
+    s = torch.clamp(torch.quantile(x_0.abs(), ratio, dim=1), min=1, max=largest)
+    rows = row.repeat(len(s), 1)
+    rows[:, COLUMN["lo"]], rows[:, COLUMN["hi"]] = -s, s
+    rows[:, COLUMN["c_x0"]] /= s
+    return s.view(-1, *[1] * (x_t.dim() - 1)), rows
+
+
 def _x0_from_output(alpha_bar: Tensor, beta_bar: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
     """Return a and b of x_0 = a x_t + b m.
 
@@ -140,22 +157,29 @@ def _x0_from_output(alpha_bar: Tensor, beta_bar: Tensor, prediction_type: str) -
     )
 
 
-def _ddpm_std(variance: Tensor, beta: Tensor, variance_type: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sigma, h0 and h1 of std = sigma * exp(h0 + h1 * v)."""
-    zero = torch.zeros_like(beta)
+def _ddpm_std(variance: Tensor, beta: Tensor, kind: str, variance_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sigma, h0 and h1 of std = sigma * exp(h0 + h1 * v).
+
+    diffusers keeps a variance type in two places: its config's (`kind`) says which variance is taken, the scheduler's
+    own (`variance_type`) what becomes of it. They are the same unless one was assigned.
+    """
+    zero, one = torch.zeros_like(beta), torch.ones_like(beta)
     # diffusers' floor, which keeps the logarithm finite.
     variance = variance.clamp(min=1e-20)
-    if variance_type in ("fixed_large", "fixed_large_log"):
-        return beta.sqrt(), zero, zero
-    if variance_type == "fixed_small_log":
-        return (0.5 * variance.log()).exp(), zero, zero
-    if variance_type == "learned":
-        return torch.ones_like(beta), zero, zero
-    if variance_type == "learned_range":
+    if kind == "learned_range" and variance_type == kind:
         # log sigma^2 = f max + (1 - f) min with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
         smallest, largest = variance.log().double(), beta.log().double()
-        return torch.ones_like(beta), 0.25 * (largest + smallest), 0.25 * (largest - smallest)
-    return variance.sqrt(), zero, zero
+        return one, 0.25 * (largest + smallest), 0.25 * (largest - smallest)
+    if kind in LEARNED:
+        # The caller multiplies by a "learned" deviation; the root of a logarithm is NaN.
+        return one if kind == "learned" else one * float("nan"), zero, zero
+    if kind in ("fixed_large", "fixed_large_log"):
+        variance = beta
+    elif kind == "fixed_small_log":
+        variance = (0.5 * variance.log()).exp()
+    if variance_type == "fixed_small_log":
+        return variance, zero, zero
+    return (0.5 * variance).exp() if variance_type == "learned_range" else variance.sqrt(), zero, zero
 
 
 def _rows(**columns: Tensor | float) -> Tensor:

@@ -10,13 +10,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from fastddpm.integrations.diffusers.draws import Draw, draw_like
 from fastddpm.integrations.diffusers.fused import FusedScheduler
-from fastddpm.integrations.diffusers.rows import ddim_rows, ddpm_rows
-from fastddpm.integrations.diffusers.tables import fuses, needs_gradient
+from fastddpm.integrations.diffusers.loop import draw_like
+from fastddpm.integrations.diffusers.rows import LEARNED, ddim_rows, ddpm_rows
+from fastddpm.integrations.shared import FUSED_DTYPES, Draw, needs_gradient
 from fastddpm.tables.table import Table
-
-LEARNED = ("learned", "learned_range")
 
 
 class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
@@ -37,13 +35,26 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
         timesteps: list[int] | None = None,
     ) -> None:
         """Choose the timesteps, by number or as a list; see `diffusers.DDPMScheduler.set_timesteps`."""
+        _check_steps(num_inference_steps)
         super().set_timesteps(num_inference_steps, None, timesteps)
         self.move_timesteps(device)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what rows are made of; diffusers reads the variance type in two places."""
+        return {
+            "alphas_cumprod": self.alphas_cumprod,
+            "timesteps": self.timesteps,
+            "listed": self.takes_only_listed,
+            "prediction_type": self.config.prediction_type,
+            "variance_kind": self.config.variance_type,
+            "variance_type": self.variance_type,
+            "bound": self.bound,
+        }
 
     @property
     def takes_only_listed(self) -> bool:
         """Every timestep is taken until set_timesteps was called."""
-        return bool(self.custom_timesteps or self.num_inference_steps)
+        return self.custom_timesteps or self.num_inference_steps is not None
 
     def transitions(self) -> tuple[Tensor, Tensor]:
         """Each timestep leads to the next of the list; to t - 1 until set_timesteps was called."""
@@ -60,6 +71,7 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
             t,
             prev_t,
             prediction_type=self.config.prediction_type,
+            variance_kind=self.config.variance_type,
             variance_type=self.variance_type,
             bound=self.bound,
         )
@@ -86,7 +98,7 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
             ValueError: shapes do not fit, or the prediction type is unknown.
             TypeError: the variance is learned, and the output has no second half.
         """
-        if not fuses(model_output, sample) or needs_gradient(model_output, sample):
+        if not _fuses(model_output, sample):
             return super().step(model_output, timestep, sample, generator, return_dict)
         x_prev, x_0 = self.advance(model_output, timestep, sample, lambda output: draw_like(output, generator))
         if not return_dict:
@@ -98,17 +110,19 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
         t = self.host_timestep(timestep)
         # A timestep that only the accelerator knows may be 0, whose row leaves the noise out.
         noisy = t is None or t > 0
+        kind = self.config.variance_type
         learned = self.variance_type in LEARNED and model_output.shape[1] == 2 * x_t.shape[1]
-        if self.variance_type in LEARNED and noisy and not learned:
+        if kind in LEARNED and noisy and not learned:
             raise TypeError(
-                f"variance_type {self.variance_type!r} needs an output of {2 * x_t.shape[1]} channels, twice the "
-                f"sample's, got {model_output.shape[1]}; choose a fixed variance_type"
+                f"variance_type {kind!r} needs an output of {2 * x_t.shape[1]} channels, twice the sample's, got "
+                f"{model_output.shape[1]}; choose a fixed variance_type"
             )
         m, v = model_output.split(x_t.shape[1], dim=1) if learned else (model_output, None)
         z = draw(m) if noisy else None
-        if self.variance_type == "learned" and v is not None:
+        if kind != "learned_range":
             model_output, learned = m, False
-            z = None if z is None else v.float().sqrt() * z
+        if kind == "learned" and z is not None and v is not None:
+            z = z * ((0.5 * v.float()).exp() if self.variance_type == "learned_range" else v.float().sqrt())
         rows, row = self.table("step", x_t.device), self.row(timestep, t, x_t.device)
         return self.execute(rows, row, model_output, x_t, z, learned=learned)
 
@@ -119,7 +133,8 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
     @property
     def fits_a_table(self) -> bool:
         """Whether rows express a run; they have no term for the variance itself, which is diffusers' "learned"."""
-        return super().fits_a_table and self.variance_type != "learned"
+        kind = self.config.variance_type
+        return super().fits_a_table and kind != "learned" and (kind == self.variance_type or kind not in LEARNED)
 
     def as_table(self, *, quiet_end: bool = False) -> Table:
         """Write the run that set_timesteps chose as a `Table`, if it fits one.
@@ -146,8 +161,21 @@ class FastDDIMScheduler(FusedScheduler, DDIMScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the timesteps by number; see `diffusers.DDIMScheduler.set_timesteps`."""
+        _check_steps(num_inference_steps)
         super().set_timesteps(num_inference_steps, None)
         self.move_timesteps(device)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what rows are made of."""
+        return {
+            "alphas_cumprod": self.alphas_cumprod,
+            "final_alpha_cumprod": self.final_alpha_cumprod,
+            "timesteps": self.timesteps,
+            "T": self.config.num_train_timesteps,
+            "steps": self.num_inference_steps,
+            "prediction_type": self.config.prediction_type,
+            "bound": self.bound,
+        }
 
     @property
     def takes_only_listed(self) -> bool:
@@ -198,7 +226,7 @@ class FastDDIMScheduler(FusedScheduler, DDIMScheduler):
             ValueError: set_timesteps was not called, both sources of noise are given, or shapes do not fit.
             IndexError: t is no integer, or out of range.
         """
-        if not fuses(model_output, sample) or needs_gradient(model_output, sample):
+        if not _fuses(model_output, sample):
             return super().step(
                 model_output,
                 timestep,
@@ -249,6 +277,18 @@ class FastDDIMScheduler(FusedScheduler, DDIMScheduler):
         """Write the run that set_timesteps chose as a `Table`; arguments as in `step`."""
         options = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
         return self.tabulate(options, quiet_end=quiet_end, use_m=not use_clipped_model_output)
+
+
+def _fuses(model_output: Tensor, sample: Tensor) -> bool:
+    """Tell whether the fused step takes these tensors; float64 and gradients go through diffusers' own."""
+    dtypes_fit = model_output.dtype in FUSED_DTYPES and sample.dtype in FUSED_DTYPES
+    return dtypes_fit and not needs_gradient(model_output, sample)
+
+
+def _check_steps(num_inference_steps: int | None) -> None:
+    """Raise ValueError for no steps, which diffusers divides by."""
+    if num_inference_steps is not None and num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
 
 
 def fast_scheduler(scheduler: Any) -> Any:

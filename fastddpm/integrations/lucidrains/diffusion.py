@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from fastddpm.integrations.lucidrains.process import (
     WithoutSelfCondition,
     unsupported,
 )
-from fastddpm.integrations.shared import NoiseSource, Seeds, draws_randomly, fits_rows, overrides, run_table
+from fastddpm.integrations.shared import NoiseSource, Seeding, draws_randomly, fits_rows, overrides, replay
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import Table
 
@@ -102,26 +102,20 @@ class GaussianDiffusion(DiffusionProcess):
         x: Tensor,
         t: int,
         x_self_cond: Tensor | None = None,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> tuple[Tensor, Tensor]:
         """Draw x_{t-1}; return it and the clipped x_0. t is one int for the whole batch."""
-        return self._p_sample(x, int(t), x_self_cond, NoiseSource.resolve(len(x), seeds, seed, sample_ids))
+        return self._p_sample(x, int(t), x_self_cond, NoiseSource.resolve(len(x), **seeding))
 
     @torch.inference_mode()
     def p_sample_loop(
         self,
         shape: Sequence[int],
         return_all_timesteps: bool = False,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> Tensor:
         """Draw images by T steps of p_sample; see `sample`."""
-        source = NoiseSource.resolve(shape[0], seeds, seed, sample_ids)
+        source = NoiseSource.resolve(shape[0], **seeding)
         if self._steps_alone():
             steps = [
                 lambda x, t=t: self.p_sample(x, t, **source.arguments)[0] for t in reversed(range(self.num_timesteps))
@@ -135,13 +129,10 @@ class GaussianDiffusion(DiffusionProcess):
         self,
         shape: Sequence[int],
         return_all_timesteps: bool = False,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> Tensor:
         """Draw images by sampling_timesteps steps of DDIM (Song et al. 2021, eq. 12); see `sample`."""
-        source = NoiseSource.resolve(shape[0], seeds, seed, sample_ids)
+        source = NoiseSource.resolve(shape[0], **seeding)
         if self._steps_alone():
             times = tables.ddim_timesteps(self.num_timesteps, self.sampling_timesteps)
             steps = [
@@ -160,32 +151,24 @@ class GaussianDiffusion(DiffusionProcess):
         self,
         batch_size: int | None = None,
         return_all_timesteps: bool = False,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> Tensor:
         """Draw images, by DDIM where is_ddim_sampling, else by DDPM.
 
         Args:
             batch_size: B; default as many as seeds or sample_ids are given, else 16.
             return_all_timesteps: return every state, x_T first.
-            seeds: one seed per image; equal seeds give equal noise.
-            seed: one seed for all, told apart by sample_ids.
-            sample_ids: one id per image, with seed.
+            seeding: seeds, one per image; or one seed for all, told apart by sample_ids.
 
         Returns:
             float32 [B, C, H, W] (or [B, steps + 1, C, H, W]), x_0 mapped to [0, 1] where auto_normalize; not clamped.
         """
         if batch_size is None:
-            given = seeds if seeds is not None else sample_ids
-            batch_size = _DEFAULT_BATCH if given is None else 1 if isinstance(given, int) else len(given)
+            counted = seeding.get("seeds") is not None or seeding.get("sample_ids") is not None
+            batch_size = NoiseSource.resolve(None, **seeding).batch if counted else _DEFAULT_BATCH
         draw = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
         shape = (batch_size, self.channels, *self.image_size)
-        if seeds is None and seed is None and sample_ids is None:
-            # Without keywords, for subclasses that replace the loop with the original's signature.
-            return draw(shape, return_all_timesteps=return_all_timesteps)
-        return draw(shape, return_all_timesteps=return_all_timesteps, seeds=seeds, seed=seed, sample_ids=sample_ids)
+        return draw(shape, return_all_timesteps=return_all_timesteps, **seeding)
 
     def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
         """Not supported."""
@@ -206,7 +189,7 @@ class GaussianDiffusion(DiffusionProcess):
                 return ops.p_sample(x, output, rows, step, noise, clip=True, x0_out=x_start, backend=backend), x_start
             x_start = self._start_from(output, x, times).clamp(-1.0, 1.0)
             mean, _, log_variance = self.q_posterior(x_start, x, times)
-        z = source.draw(step, x) if t > 0 else 0.0
+        z = source.z(step, x) if t > 0 else 0.0
         return mean + (0.5 * log_variance).exp() * z, x_start
 
     def _ddim_step(self, x: Tensor, step: int, t: int, t_next: int, source: NoiseSource) -> Tensor:
@@ -216,7 +199,7 @@ class GaussianDiffusion(DiffusionProcess):
             return x_start
         alpha, alpha_next = self._buffer("alphas_cumprod")[t], self._buffer("alphas_cumprod")[t_next]
         sigma = self.ddim_sampling_eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
-        z = source.draw(torch.tensor([step]), x)
+        z = source.z(torch.tensor([step]), x)
         return x_start * alpha_next.sqrt() + (1 - alpha_next - sigma**2).sqrt() * eps + sigma * z
 
     def _steps_alone(self) -> bool:
@@ -225,7 +208,7 @@ class GaussianDiffusion(DiffusionProcess):
     def _step_by_step(
         self, shape: Sequence[int], source: NoiseSource, steps: Sequence[Callable[[Tensor], Tensor]], keep_all: bool
     ) -> Tensor:
-        x = source.start(shape, self.device)
+        x = source.start(torch.empty(*shape, device=self.device))
         states = [x]
         for step in tqdm(steps, desc=_DESCRIPTION):
             x = step(x)
@@ -236,7 +219,7 @@ class GaussianDiffusion(DiffusionProcess):
     def _run(
         self, table: Table, shape: Sequence[int], source: NoiseSource, draws: Sequence[bool], keep_all: bool
     ) -> Tensor:
-        x_T = source.start(shape, self.device)
+        x_T = source.start(torch.empty(*shape, device=self.device))
         states = [x_T]
 
         def on_step(result: StepResult) -> None:
@@ -245,7 +228,7 @@ class GaussianDiffusion(DiffusionProcess):
                 states.append(result.x_t.clone())
 
         with tqdm(total=len(table), desc=_DESCRIPTION) as bar:
-            x = run_table(self._sampler(table, tuple(shape[1:])), source, x_T, draws, on_step)
+            x = replay(self._sampler(table, tuple(shape[1:])), source, x_T, draws, on_step)
         return self.unnormalize(torch.stack(states, dim=1) if keep_all else x)
 
     def _sampler(self, table: Table, shape: tuple[int, ...]) -> Sampler:

@@ -16,7 +16,7 @@ keyword, because guided-diffusion put cond_fn there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from fastddpm.integrations.openai.tables import (
     get_named_beta_schedule,
     space_timesteps,
 )
-from fastddpm.integrations.shared import NoiseSource, Seeds, require
+from fastddpm.integrations.shared import NoiseSource, Seeding, require
 
 __all__ = [
     "GaussianDiffusion",
@@ -65,7 +65,7 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         shape, noise: of x_T; noise is x_T itself, drawn where None.
         clip_denoised, denoised_fn: applied to the estimate of x_0, denoised_fn first.
         cond_fn: gradient of log p(y | x_t), called as cond_fn(x, t, **model_kwargs).
-        seeds: one seed per sample.   seed, sample_ids: one seed for all, and one id per sample.
+        seeding: seeds, one per sample; or one seed for all, told apart by sample_ids.
 
     Args:
         betas: [T] in (0, 1].
@@ -91,13 +91,10 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         denoised_fn: DenoisedFn = None,
         cond_fn: Model | None = None,
         model_kwargs: Kwargs = None,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> dict[str, Tensor]:
         """Draw x_{t-1} ~ p_theta(x_{t-1} | x_t) as "sample"; also return "pred_xstart"   (Ho et al. 2020, eq. 11)."""
-        source = NoiseSource.resolve(len(x), seeds, seed, sample_ids)
+        source = NoiseSource.resolve(len(x), **seeding)
         return self._step(model, x, t, Step("p", clip_denoised, denoised_fn, cond_fn, model_kwargs), source)
 
     def p_sample_loop(
@@ -111,14 +108,11 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         model_kwargs: Kwargs = None,
         device: torch.device | str | None = None,
         progress: bool = False,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> Tensor:
         """Draw x_0 by T steps of p_sample; `progress` shows a bar, `device` defaults to the model's."""
         step = Step("p", clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        source = NoiseSource.resolve(shape[0], seeds, seed, sample_ids)
+        source = NoiseSource.resolve(shape[0], **seeding)
         return self._loop(model, shape, noise, step, device, progress, source)
 
     def p_sample_loop_progressive(
@@ -132,14 +126,11 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         model_kwargs: Kwargs = None,
         device: torch.device | str | None = None,
         progress: bool = False,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> Iterator[dict[str, Tensor]]:
         """Yield p_sample's result of each step of p_sample_loop."""
         step = Step("p", clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        source = NoiseSource.resolve(shape[0], seeds, seed, sample_ids)
+        source = NoiseSource.resolve(shape[0], **seeding)
         return self._progressive(model, shape, noise, step, device, progress, source)
 
     def ddim_sample(
@@ -152,13 +143,10 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         cond_fn: Model | None = None,
         model_kwargs: Kwargs = None,
         eta: float = 0.0,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> dict[str, Tensor]:
         """Draw x_{t-1} by DDIM as "sample"; also return "pred_xstart"   (Song et al. 2021, eq. 12)."""
-        source = NoiseSource.resolve(len(x), seeds, seed, sample_ids)
+        source = NoiseSource.resolve(len(x), **seeding)
         return self._step(model, x, t, Step("ddim", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta), source)
 
     def ddim_reverse_sample(
@@ -188,14 +176,11 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         device: torch.device | str | None = None,
         progress: bool = False,
         eta: float = 0.0,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> Tensor:
         """Draw x_0 by T steps of ddim_sample; `progress` shows a bar, `device` defaults to the model's."""
         step = Step("ddim", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
-        source = NoiseSource.resolve(shape[0], seeds, seed, sample_ids)
+        source = NoiseSource.resolve(shape[0], **seeding)
         return self._loop(model, shape, noise, step, device, progress, source)
 
     def ddim_sample_loop_progressive(
@@ -210,14 +195,11 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         device: torch.device | str | None = None,
         progress: bool = False,
         eta: float = 0.0,
-        *,
-        seeds: Seeds | None = None,
-        seed: int | None = None,
-        sample_ids: Any = None,
+        **seeding: Unpack[Seeding],
     ) -> Iterator[dict[str, Tensor]]:
         """Yield ddim_sample's result of each step of ddim_sample_loop."""
         step = Step("ddim", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
-        source = NoiseSource.resolve(shape[0], seeds, seed, sample_ids)
+        source = NoiseSource.resolve(shape[0], **seeding)
         return self._progressive(model, shape, noise, step, device, progress, source)
 
 

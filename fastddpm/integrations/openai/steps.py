@@ -14,7 +14,7 @@ from fastddpm import ops
 from fastddpm.integrations.openai import tables
 from fastddpm.integrations.openai.process import DiffusionProcess, Kwargs, Model
 from fastddpm.integrations.openai.tables import ModelMeanType
-from fastddpm.integrations.shared import NoiseSource, draws_randomly, fits_rows, overrides, require, run_table
+from fastddpm.integrations.shared import NoiseSource, draws_randomly, fits_rows, overrides, replay, require
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.tables.table import Table
 
@@ -112,7 +112,7 @@ class StepRunner(DiffusionProcess):
         order = self.num_timesteps - 1 - t
         noisy = (t != 0).float().reshape(-1, *[1] * (x.dim() - 1))
         if step.kind == "p":
-            z = source.draw(order, x)
+            z = source.z(order, x)
             mean = out["mean"]
             if step.cond_fn is not None:
                 mean = self.condition_mean(step.cond_fn, out, x, t, model_kwargs=step.model_kwargs)
@@ -130,7 +130,7 @@ class StepRunner(DiffusionProcess):
         bar, bar_prev = self._at("alphas_cumprod", t, x), self._at("alphas_cumprod_prev", t, x)
         sigma = step.eta * ((1 - bar_prev) / (1 - bar)).sqrt() * (1 - bar / bar_prev).sqrt()
         mean = x_start * bar_prev.sqrt() + (1 - bar_prev - sigma**2).sqrt() * eps
-        return {"sample": mean + noisy * sigma * source.draw(order, x), "pred_xstart": x_start}
+        return {"sample": mean + noisy * sigma * source.z(order, x), "pred_xstart": x_start}
 
     def _progressive(
         self,
@@ -175,7 +175,7 @@ class StepRunner(DiffusionProcess):
         kwargs = dict(step.model_kwargs or {})
         labels = kwargs.pop("class_labels", None)
         with torch.no_grad(), tqdm(total=self.num_timesteps, disable=not progress) as bar:
-            return run_table(
+            return replay(
                 self._sampler(model, step, x_T),
                 source,
                 x_T,
@@ -192,7 +192,8 @@ class StepRunner(DiffusionProcess):
         require(isinstance(shape, (tuple, list)), f"shape must be a tuple or a list, got {type(shape).__name__}")
         if noise is not None:
             return noise
-        return source.start(shape, next(model.parameters()).device if device is None else device)  # type: ignore[attr-defined]
+        device = next(model.parameters()).device if device is None else device  # type: ignore[attr-defined]
+        return source.start(torch.empty(*shape, device=device))
 
     def _runs_whole(self, model: Model, noise: Tensor | None, step: Step) -> bool:
         """Whether `Sampler` gives the original's result: nothing but rows, and no random draws in the network."""

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor
 
-from fastddpm.integrations.acceleration import accelerate
+from fastddpm.integrations import accelerate
 from fastddpm.integrations.diffusers import FastDDIMScheduler, FastDDPMScheduler
 from tests.integrations.diffusers.cases import tiny_unet
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from fastddpm.integrations.acceleration import accelerate
+from fastddpm.integrations import accelerate
 from fastddpm.integrations.diffusers import (
     FastDDIMPipeline,
     FastDDIMScheduler,
@@ -260,6 +261,21 @@ def test_pipeline_follows_weights_schedulers_and_copies() -> None:
     assert_same_images(copy.deepcopy(fast), theirs, steps=3)
     assert_same_images(pickle.loads(pickle.dumps(fast)), theirs, steps=3)
     assert len(fast._samplers) <= 2
+
+
+@pytest.mark.parametrize("config", [{}, {"thresholding": True}], ids=["whole-loop", "step-by-step"])
+def test_threads_that_share_a_pipeline_get_the_steps_that_they_asked_for(config: dict[str, Any]) -> None:
+    fast = quiet(FastDDPMPipeline(tiny_unet(), DDPMScheduler(**config)))
+    counts = [2, 3, 4, 5] * 2
+
+    def draw(steps: int) -> torch.Tensor:
+        return fast(seeds=[steps], num_inference_steps=steps, output_type="pt").images
+
+    expected = {steps: draw(steps) for steps in set(counts)}
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(draw, counts))
+    for steps, images in zip(counts, drawn, strict=True):
+        assert torch.equal(images, expected[steps])
 
 
 def test_pipeline_runs_half_precision_with_a_float32_state() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,6 +154,62 @@ def test_step_follows_attributes_that_are_assigned(fast: Any, original: Any) -> 
         scheduler.register_to_config(prediction_type="v_prediction", clip_sample=False)
     results = [scheduler.step(m, 500, x, generator=torch.Generator().manual_seed(1)) for scheduler in (ours, theirs)]
     torch.testing.assert_close(results[0].prev_sample, results[1].prev_sample, rtol=0, atol=3e-6)
+
+
+CHANGES: dict[str, Any] = {
+    "clip_sample": lambda s: setattr(s.config, "clip_sample", False),
+    "clip_sample_range": lambda s: setattr(s.config, "clip_sample_range", 0.5),
+    "prediction_type": lambda s: setattr(s.config, "prediction_type", "sample"),
+    "thresholding": lambda s: vars(s.config).update(thresholding=True, sample_max_value=3.0),
+    "config.variance_type": lambda s: setattr(s.config, "variance_type", "fixed_large"),
+    "variance_type": lambda s: setattr(s, "variance_type", "fixed_small_log"),
+    "num_train_timesteps": lambda s: setattr(s.config, "num_train_timesteps", 500),
+    "alphas_cumprod in place": lambda s: s.alphas_cumprod.mul_(0.5),
+    "timesteps in place": lambda s: s.timesteps[1:].sub_(3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@BOTH
+def test_step_follows_what_is_written_into_config_and_tensors(fast: Any, original: Any, change: str) -> None:
+    x, m = x_and_m()
+    results = []
+    for scheduler in (fast(), original()):
+        scheduler.set_timesteps(10)
+        first = scheduler.step(m, 900, x, generator=torch.Generator().manual_seed(1)).prev_sample
+        CHANGES[change](scheduler)
+        changed = scheduler.step(m, 900, x, generator=torch.Generator().manual_seed(1)).prev_sample
+        results.append((first, changed))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=STEP_RTOL * float(theirs.abs().max()))
+    only_one_of_them_reads = ("timesteps in place", "variance_type", "config.variance_type", "num_train_timesteps")
+    assert change in only_one_of_them_reads or not torch.equal(*results[1])
+
+
+def test_variance_types_that_disagree_mean_what_they_do_in_diffusers() -> None:
+    x = normal(*SHAPE, seed=1)
+    m = normal(SHAPE[0], 2 * SHAPE[1], *SHAPE[2:], seed=2).tanh()
+    for kind, own in itertools.product(["fixed_small", "fixed_large", "learned", "learned_range"], repeat=2):
+        results: list[Any] = []
+        for scheduler in (FastDDPMScheduler(variance_type=kind), DDPMScheduler(variance_type=kind)):
+            scheduler.variance_type = own
+            output = m if own.startswith("learned") else m[:, : SHAPE[1]]
+            try:
+                step = scheduler.step(output, 500, x, generator=torch.Generator().manual_seed(1))
+                results.append(step.prev_sample)
+            except TypeError:
+                results.append(None)
+        if results[1] is None:
+            assert results[0] is None, (kind, own)
+        else:
+            torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5, equal_nan=True, msg=f"{kind}, {own}")
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+@BOTH
+def test_set_timesteps_refuses_no_steps(fast: Any, original: Any, steps: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 1, got {steps}"):
+        fast().set_timesteps(steps)
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (1, 3, 7, 5), (3, 1, 2, 3, 4)], ids=["points", "odd", "video"])
