@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastddpm.training.likelihood import bits_per_dim as bits_per_dim
     from fastddpm.training.loss import ddpm_loss as ddpm_loss
     from fastddpm.unet.load import load as load
-    from fastddpm.unet.load import save_pretrained as save_pretrained
+    from fastddpm.unet.save import save_pretrained as save_pretrained
     from fastddpm.unet.unet import UNet as UNet
     from fastddpm.unet.unet import UNetConfig as UNetConfig
 
@@ -49,7 +49,7 @@ _HOME = {
     "load": "unet.load",
     "randn": "noise.v1",
     "sample": "sampling.sample",
-    "save_pretrained": "unet.load",
+    "save_pretrained": "unet.save",
 }
 
 __all__ = sorted(_HOME)

@@ -73,4 +73,4 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel_names: set[str]) -> None:
 
 
 def test_wheel_holds_the_shipped_model(wheel_names: set[str]) -> None:
-    assert "fastddpm/models/digits/model.safetensors" in wheel_names
+    assert "fastddpm/models/digits/diffusion_pytorch_model.safetensors" in wheel_names

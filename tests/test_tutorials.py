@@ -72,7 +72,7 @@ def test_tutorial_digits_runs(
     assert named - {"samples-0001000.png"} < written
     assert "samples-0000002.png" in written
     assert (workdir / "runs" / "drawn" / "grid.png").is_file()
-    assert (workdir / "runs" / "finer" / "model.safetensors").is_file()
+    assert (workdir / "runs" / "finer" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def test_tutorials_show_pictures_that_exist() -> None:

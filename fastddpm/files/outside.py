@@ -1,4 +1,4 @@
-"""What comes from outside: regular files of a known size, and strings made fit for a message."""
+"""Files from outside: regular ones of a known size."""
 
 from __future__ import annotations
 
@@ -18,11 +18,3 @@ def regular_size(path: str | os.PathLike[str]) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{Path(path)}: not a regular file")
     return status.st_size
-
-
-def shown(value: object, length: int = 120) -> str:
-    """Return what came out of a file as one short printable line, without control characters."""
-    if isinstance(value, int) and value.bit_length() > 4 * length:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,6 +68,15 @@ def parse_object(content: bytes, *, source: str, max_depth: int = MAX_DEPTH) -> 
     if not isinstance(value, dict):
         raise ValueError(f"{source}: must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """Write a JSON object for people and diffs: indented, its keys sorted, a newline at the end.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _check_depth(text: str, max_depth: int) -> None:

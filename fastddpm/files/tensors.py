@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastddpm.files.outside import regular_size
 from fastddpm.files.safejson import parse_object
 
 # The largest networks of this family have some 1,500 tensors and headers of 200 kB.
@@ -32,7 +33,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         ValueError: the header is too long, no JSON, has too many tensors, a dtype other than those of `ITEM_BYTES`, a
             shape that does not fit its bytes, or bytes outside the file.
     """
-    size = path.stat().st_size
+    size = regular_size(path)
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
@@ -49,7 +50,10 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(
-    path: Path, expected: Mapping[str, torch.Size], rename: Callable[[str], str] = lambda name: name
+    path: Path,
+    expected: Mapping[str, torch.Size],
+    rename: Callable[[str], str] = lambda name: name,
+    digest: str | None = None,
 ) -> dict[str, Tensor]:
     """Read exactly the tensors that a network has, as float32.
 
@@ -57,19 +61,22 @@ def read_tensors(
         path: a safetensors file.
         expected: shape by name.
         rename: from a name in the file to a name in `expected`.
+        digest: SHA-256 of the file, compared where it is given.
 
     Returns:
         float32 tensors on the CPU, by the names of `expected`; copies, so the file may change afterwards.
 
     Raises:
-        ValueError: see `read_shapes`; tensors missing, left over or of another shape than expected; a value that is
-            NaN or infinite.
+        ValueError: see `read_shapes`; tensors missing, left over or of another shape than expected; another
+            digest; a value that is NaN or infinite.
     """
     shapes = read_shapes(path)
     names = {rename(name): name for name in shapes}
     if len(names) < len(shapes):
         raise ValueError(f"{path}: two tensors stand for the same parameter under an old and a new name")
     _check_match(path, {new: shapes[old] for new, old in names.items()}, expected)
+    if digest is not None and sha256(path) != digest:
+        raise ValueError(f"{path}: its SHA-256 is not weights_sha256={digest}; it is damaged or not its own")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {new: file.get_tensor(old).to(torch.float32, copy=True) for new, old in names.items()}

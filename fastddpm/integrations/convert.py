@@ -8,7 +8,6 @@ lucidrains     a Trainer's or GaussianDiffusion's .pt: the schedule only, unless
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -22,15 +21,16 @@ from torch import Tensor
 
 from fastddpm.files.atomic import write_files
 from fastddpm.files.pickles import read_checkpoint
-from fastddpm.files.safejson import read_object
+from fastddpm.files.safejson import read_object, to_json
 from fastddpm.files.tensors import refuse_escape
 from fastddpm.integrations.lucidrains.tables import BUFFERS, OBJECTIVES, SCHEDULES
 from fastddpm.integrations.openai.unet_weights import OpenAIFlags, convert_unet, diffusion_of, is_openai
 from fastddpm.schedules.diffusion import DiffusionConfig
-from fastddpm.unet import load as model_files
+from fastddpm.unet.load import load
+from fastddpm.unet.save import CONFIG, INDEX, OLD_WEIGHTS, SCHEDULER, WEIGHTS, save_pretrained
 from fastddpm.unet.unet import UNet
 
-_SAFETENSORS = (model_files.FLAT_WEIGHTS, model_files.DIFFUSERS_WEIGHTS)
+_SAFETENSORS = (WEIGHTS, OLD_WEIGHTS)
 _DIFFUSERS_PICKLE = "diffusion_pytorch_model.bin"
 _PREDICTION = {"pred_noise": "epsilon", "pred_x0": "x_0", "pred_v": "v"}
 
@@ -78,18 +78,18 @@ def convert(
             what stands in the way and what to use instead.
     """
     folder = Path(destination)
-    for name in (model_files.CONFIG, model_files.SCHEDULER, model_files.INDEX, "unet"):
+    for name in (CONFIG, SCHEDULER, INDEX, "unet"):
         if (folder / name).exists():
             raise FileExistsError(f"{folder} holds a model already ({name}); choose another folder")
     converted = read(source, schedule_only=schedule_only, **options)
     if schedule_only:
         if converted.diffusion is None:
             raise ValueError(f"{os.fspath(source)} does not say what schedule it was trained with")
-        write_files({folder / model_files.SCHEDULER: _json_bytes(converted.diffusion.to_scheduler_config())})
+        write_files({folder / SCHEDULER: to_json(converted.diffusion.to_scheduler_config())})
     elif converted.model is None:
         raise ValueError(f"{os.fspath(source)}: {converted.obstacle}")
     else:
-        model_files.save_pretrained(converted.model, folder, layout=layout, dtype=dtype)
+        save_pretrained(converted.model, folder, layout=layout, dtype=dtype)
     return converted
 
 
@@ -179,9 +179,9 @@ def _read_folder(folder: Path) -> UNet:
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     pickled = unet_folder / _DIFFUSERS_PICKLE
     if not pickled.exists() or any((unet_folder / name).exists() for name in _SAFETENSORS):
-        return model_files.load(folder)
-    config = unet_folder / model_files.CONFIG
-    schedulers = (folder / model_files.SCHEDULER, folder / "scheduler" / model_files.SCHEDULER)
+        return load(folder)
+    config = unet_folder / CONFIG
+    schedulers = (folder / SCHEDULER, folder / "scheduler" / SCHEDULER)
     scheduler = next((path for path in schedulers if path.exists()), None)
     for path in (pickled, config, scheduler):
         if path is not None:
@@ -209,18 +209,16 @@ def _assemble(tensors: Mapping[str, Tensor], config: Path, scheduler: Mapping[st
     """Load tensors and configurations as if they lay in one folder, so that `weights.load` makes all its checks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = {model_files.CONFIG: read_object(config)}
+        files = {CONFIG: read_object(config)}
         if scheduler is not None:
-            files[model_files.SCHEDULER] = dict(scheduler)
-        write_files({folder / file: _json_bytes(value) for file, value in files.items()})
-        stored = folder / model_files.FLAT_WEIGHTS
+            files[SCHEDULER] = dict(scheduler)
+        write_files({folder / file: to_json(value) for file, value in files.items()})
+        stored = folder / WEIGHTS
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, stored)
         try:
-            return model_files.load(folder)
+            return load(folder)
         except ValueError as error:
-            message = (
-                str(error).replace(str(stored), str(source)).replace(str(folder / model_files.CONFIG), str(config))
-            )
+            message = str(error).replace(str(stored), str(source)).replace(str(folder / CONFIG), str(config))
             raise ValueError(message) from None
 
 
@@ -252,7 +250,3 @@ def _explains_loss_weight(objective: str, weights: Mapping[str, Tensor]) -> bool
     factor = {"pred_noise": snr, "pred_x0": torch.ones_like(snr), "pred_v": snr + 1.0}[objective]
     capped = weights["loss_weight"].double() * factor
     return torch.allclose(capped, snr.clamp(max=float(capped.max())), rtol=1e-3, atol=0.0)
-
-
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()

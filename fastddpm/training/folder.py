@@ -18,14 +18,15 @@ from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.config import TrainConfig
 from fastddpm.training.ema import EMA
-from fastddpm.unet.load import load, save_pretrained
+from fastddpm.unet.load import load
+from fastddpm.unet.save import CONFIG, OLD_WEIGHTS, SCHEDULER, WEIGHTS, save_pretrained
 from fastddpm.unet.unet import UNet, UNetConfig
 
 SETTINGS, LOG, PLOT, SAMPLES = "train.json", "log.jsonl", "loss.png", "samples-*.png"
 RAW = "raw"
 FORMAT = "fastddpm-training-1"
 
-_MODEL = ("config.json", "scheduler_config.json", "model.safetensors")
+_MODEL = (CONFIG, SCHEDULER, WEIGHTS, OLD_WEIGHTS)
 # All that a run writes: whatever else the user keeps in its folder stays.
 WRITTEN = (
     *(LOG, PLOT, SAMPLES, "events.out.tfevents.*", CHECKPOINT),

@@ -8,36 +8,15 @@ names are those of diffusers, because its checkpoints load without renaming.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "mish": functional.mish,
-    "gelu": functional.gelu,
-    "relu": functional.relu,
-}
+from fastddpm.unet.config import ACTIVATIONS, UNetConfig
 
 MAX_PERIOD = 10_000  # Vaswani et al. 2017, section 3.5, as used by Ho et al. 2020
-
-
-@dataclass(frozen=True)
-class BlockOptions:
-    """What every block of one network has in common; the fields are those of `UNetConfig`."""
-
-    temb_channels: int
-    norm_num_groups: int
-    norm_eps: float
-    act_fn: str
-    dropout: float
-    resnet_time_scale_shift: str
-    attention_head_dim: int | None
-    downsample_padding: int
 
 
 def timestep_embedding(t: Tensor, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -77,16 +56,16 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Residual block: x / s + conv(dropout(act(norm(conv(act(norm(x))) + time)))) / s, s = `output_scale_factor`."""
 
-    def __init__(self, in_channels: int, out_channels: int, opts: BlockOptions, output_scale_factor: float = 1.0):
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, output_scale_factor: float = 1.0):
         super().__init__()
-        self.scale_shift = opts.resnet_time_scale_shift == "scale_shift"
+        self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.output_scale_factor = output_scale_factor
-        self.act = ACTIVATIONS[opts.act_fn]
-        self.norm1 = nn.GroupNorm(opts.norm_num_groups, in_channels, eps=opts.norm_eps)
+        self.act = ACTIVATIONS[config.act_fn]
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, in_channels, eps=config.norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(opts.temb_channels, out_channels * (2 if self.scale_shift else 1))
-        self.norm2 = nn.GroupNorm(opts.norm_num_groups, out_channels, eps=opts.norm_eps)
-        self.dropout = nn.Dropout(opts.dropout)
+        self.time_emb_proj = nn.Linear(config.temb_channels, out_channels * (2 if self.scale_shift else 1))
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, out_channels, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -115,19 +94,15 @@ class Attention(nn.Module):
     """Self-attention over pixels with a residual connection: (x + proj(softmax(q k^T / sqrt(d)) v)) / s."""
 
     def __init__(
-        self,
-        channels: int,
-        opts: BlockOptions,
-        norm_num_groups: int | None,
-        output_scale_factor: float = 1.0,
+        self, channels: int, config: UNetConfig, norm_num_groups: int | None, output_scale_factor: float = 1.0
     ) -> None:
         super().__init__()
-        head_dim = channels if opts.attention_head_dim is None else opts.attention_head_dim
+        head_dim = channels if config.attention_head_dim is None else config.attention_head_dim
         self.heads = channels // head_dim
         self.output_scale_factor = output_scale_factor
         inner = self.heads * head_dim
         self.group_norm = (
-            None if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=opts.norm_eps)
+            None if norm_num_groups is None else nn.GroupNorm(norm_num_groups, channels, eps=config.norm_eps)
         )
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
@@ -183,13 +158,13 @@ class DownBlock(nn.Module):
     downsamplers: nn.ModuleList | None
 
     def __init__(
-        self, in_channels: int, out_channels: int, opts: BlockOptions, *, layers: int, attention: bool, downsample: bool
+        self, in_channels: int, out_channels: int, config: UNetConfig, *, layers: int, attention: bool, downsample: bool
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (layers - 1)
-        self.resnets = nn.ModuleList(ResnetBlock(width, out_channels, opts) for width in widths)
-        self.attentions = _attentions(out_channels, opts, layers) if attention else None
-        self.downsamplers = nn.ModuleList([Downsample(out_channels, opts.downsample_padding)]) if downsample else None
+        self.resnets = nn.ModuleList(ResnetBlock(width, out_channels, config) for width in widths)
+        self.attentions = _attentions(out_channels, config, layers) if attention else None
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, config.downsample_padding)]) if downsample else None
 
     def forward(self, x: Tensor, time: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """x and one time projection per residual block -> the output and every tensor the way up will want."""
@@ -210,14 +185,17 @@ class MidBlock(nn.Module):
 
     attentions: nn.ModuleList | None
 
-    def __init__(
-        self, channels: int, opts: BlockOptions, *, attention: bool, attn_norm_num_groups: int | None, scale: float
-    ) -> None:
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        if attn_norm_num_groups is None and opts.resnet_time_scale_shift == "default":
-            attn_norm_num_groups = opts.norm_num_groups
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, opts, scale) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels, opts, attn_norm_num_groups, scale)]) if attention else None
+        channels, scale, groups = (
+            config.block_out_channels[-1],
+            config.mid_block_scale_factor,
+            config.attn_norm_num_groups,
+        )
+        if groups is None and config.resnet_time_scale_shift == "default":
+            groups = config.norm_num_groups
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, config, scale) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, config, groups, scale)]) if config.add_attention else None
 
     def forward(self, x: Tensor, time: Sequence[Tensor]) -> Tensor:
         """[B, C, H, W] and two time projections -> [B, C, H, W]."""
@@ -238,7 +216,7 @@ class UpBlock(nn.Module):
         in_channels: int,
         skip_channels: Sequence[int],
         out_channels: int,
-        opts: BlockOptions,
+        config: UNetConfig,
         *,
         attention: bool,
         upsample: bool,
@@ -246,9 +224,9 @@ class UpBlock(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
-            ResnetBlock(width + skip, out_channels, opts) for width, skip in zip(widths, skip_channels, strict=True)
+            ResnetBlock(width + skip, out_channels, config) for width, skip in zip(widths, skip_channels, strict=True)
         )
-        self.attentions = _attentions(out_channels, opts, len(widths)) if attention else None
+        self.attentions = _attentions(out_channels, config, len(widths)) if attention else None
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if upsample else None
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Sequence[Tensor]) -> Tensor:
@@ -260,8 +238,8 @@ class UpBlock(nn.Module):
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
-def _attentions(channels: int, opts: BlockOptions, count: int) -> nn.ModuleList:
-    return nn.ModuleList(Attention(channels, opts, opts.norm_num_groups) for _ in range(count))
+def _attentions(channels: int, config: UNetConfig, count: int) -> nn.ModuleList:
+    return nn.ModuleList(Attention(channels, config, config.norm_num_groups) for _ in range(count))
 
 
 def _rescale(x: Tensor, factor: float) -> Tensor:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastddpm.unet.blocks import ACTIVATIONS
+from torch import Tensor
+from torch.nn import functional
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "mish": functional.mish,
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+}
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
 
@@ -38,7 +46,7 @@ class UNetConfig:
         out_channels: channels returned; twice in_channels for a learned variance.
         center_input_sample: feed 2x - 1 instead of x.
         flip_sin_to_cos: cosines before sines in the time embedding.
-        freq_shift: 0 or 1, see `unet_blocks.timestep_embedding`.
+        freq_shift: 0 or 1, see `blocks.timestep_embedding`.
         time_embedding_dim: width of the time embedding; None means 4 * block_out_channels[0].
         down_block_types: "DownBlock2D" or "AttnDownBlock2D" per resolution, finest first.
         up_block_types: "UpBlock2D" or "AttnUpBlock2D" per resolution, coarsest first.

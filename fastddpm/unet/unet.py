@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from fastddpm.unet.blocks import (
     Attention,
-    BlockOptions,
     DownBlock,
     MidBlock,
     ResnetBlock,
@@ -58,30 +57,14 @@ class UNet(nn.Module):
         self.config = config
         self.diffusion = None
         widths = config.block_out_channels
-        opts = BlockOptions(
-            temb_channels=config.temb_channels,
-            norm_num_groups=config.norm_num_groups,
-            norm_eps=config.norm_eps,
-            act_fn=config.act_fn,
-            dropout=config.dropout,
-            resnet_time_scale_shift=config.resnet_time_scale_shift,
-            attention_head_dim=config.attention_head_dim,
-            downsample_padding=config.downsample_padding,
-        )
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], config.temb_channels)
         self.class_embedding = (
             _embedding(config.num_class_embeds, config.temb_channels) if config.num_class_embeds else None
         )
-        self.down_blocks = _down_path(config, opts)
-        self.mid_block = MidBlock(
-            widths[-1],
-            opts,
-            attention=config.add_attention,
-            attn_norm_num_groups=config.attn_norm_num_groups,
-            scale=config.mid_block_scale_factor,
-        )
-        self.up_blocks = _up_path(config, opts)
+        self.down_blocks = _down_path(config)
+        self.mid_block = MidBlock(config)
+        self.up_blocks = _up_path(config)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         if zero_init:
@@ -162,8 +145,8 @@ class UNet(nn.Module):
     def save_pretrained(
         self, directory: str | os.PathLike[str], layout: str = "flat", dtype: torch.dtype | None = None
     ) -> None:
-        """Write the network, its configuration and its diffusion to a folder; see `weights.save_pretrained`."""
-        from fastddpm.unet.load import save_pretrained
+        """Write the network, its configuration and its diffusion to a folder; see `fastddpm.unet.save`."""
+        from fastddpm.unet.save import save_pretrained
 
         save_pretrained(self, directory, layout, dtype)
 
@@ -231,13 +214,13 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding(rows, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
 
 
-def _down_path(config: UNetConfig, opts: BlockOptions) -> nn.ModuleList:
+def _down_path(config: UNetConfig) -> nn.ModuleList:
     widths = config.block_out_channels
     return nn.ModuleList(
         DownBlock(
             widths[max(i - 1, 0)],
             widths[i],
-            opts,
+            config,
             layers=config.layers_per_block,
             attention=kind == "AttnDownBlock2D",
             downsample=i < len(widths) - 1,
@@ -246,7 +229,7 @@ def _down_path(config: UNetConfig, opts: BlockOptions) -> nn.ModuleList:
     )
 
 
-def _up_path(config: UNetConfig, opts: BlockOptions) -> nn.ModuleList:
+def _up_path(config: UNetConfig) -> nn.ModuleList:
     widths = config.block_out_channels[::-1]
     blocks = []
     for i, kind in enumerate(config.up_block_types):
@@ -257,7 +240,7 @@ def _up_path(config: UNetConfig, opts: BlockOptions) -> nn.ModuleList:
                 below,
                 [widths[i]] * config.layers_per_block + [above],
                 widths[i],
-                opts,
+                config,
                 attention=kind == "AttnUpBlock2D",
                 upsample=i < len(widths) - 1,
             )

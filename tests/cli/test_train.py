@@ -53,7 +53,15 @@ def test_train_writes_a_model_and_says_so(
     out, err = capsys.readouterr()
     assert out.startswith("4 steps, loss ")
     assert err == ""
-    expected = {CHECKPOINT, LOG, SETTINGS, "config.json", "scheduler_config.json", "model.safetensors", "raw"}
+    expected = {
+        CHECKPOINT,
+        LOG,
+        SETTINGS,
+        "config.json",
+        "scheduler_config.json",
+        "diffusion_pytorch_model.safetensors",
+        "raw",
+    }
     assert {p.name for p in (tmp_path / "run").iterdir()} == expected
 
 

@@ -485,7 +485,7 @@ def test_diffusers_folder_converts_to_the_same_network(tmp_path: Path, safe: boo
 def test_bin_of_another_architecture_is_refused_by_file_and_key(tmp_path: Path) -> None:
     unet = small_unet()
     unet.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     weights = unet.state_dict()
     weights["conv_in.weight"] = torch.zeros(1)
     torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
@@ -582,7 +582,7 @@ def bin_folder(tmp_path: Path) -> Path:
     """A diffusers folder whose weights are in a .bin, which load refuses and convert reads."""
     unet = small_unet()
     unet.save_pretrained(tmp_path / "bin")
-    (tmp_path / "bin" / "model.safetensors").unlink()
+    (tmp_path / "bin" / "diffusion_pytorch_model.safetensors").unlink()
     config = tmp_path / "bin" / "config.json"
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if "sha256" not in k}))
     torch.save(unet.state_dict(), tmp_path / "bin" / "diffusion_pytorch_model.bin")

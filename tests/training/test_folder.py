@@ -17,7 +17,7 @@ from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.config import TrainConfig
 from fastddpm.training.folder import SETTINGS, default_unet
 from fastddpm.training.trainer import build_trainer, train
-from fastddpm.unet.load import save_pretrained
+from fastddpm.unet.save import save_pretrained
 from fastddpm.unet.unet import UNet, UNetConfig
 from tests.training.train_cases import TINY, at_step, same_run, tiny_run
 
@@ -44,8 +44,8 @@ def _from(trained: Path, config: TrainConfig, **changes: Any) -> TrainConfig:
 def test_init_starts_from_the_weights_of_a_model(config: TrainConfig, trained: Path) -> None:
     # At a rate of 0 the first step leaves the weights as they were.
     train(_from(trained, config, steps=1, lr=0.0), quiet=True)
-    saved, out = load_file(trained / "model.safetensors"), Path(config.out)
-    for name in ("model.safetensors", "raw/model.safetensors"):
+    saved, out = load_file(trained / "diffusion_pytorch_model.safetensors"), Path(config.out)
+    for name in ("diffusion_pytorch_model.safetensors", "raw/diffusion_pytorch_model.safetensors"):
         weights = load_file(out / name)
         assert weights.keys() == saved.keys()
         assert all(torch.equal(weights[key], saved[key]) for key in saved)
@@ -78,10 +78,10 @@ def test_init_refuses_what_it_cannot_start_from(
     config: TrainConfig, trained: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(trained.parent)
-    before = (trained / "model.safetensors").read_bytes()
+    before = (trained / "diffusion_pytorch_model.safetensors").read_bytes()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(dataclasses.replace(_from(trained, config), **change), quiet=True)
-    assert (trained / "model.safetensors").read_bytes() == before
+    assert (trained / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -65,5 +65,5 @@ def same_run(one: Path, two: Path) -> bool:
     """Whether two folders hold the same checkpoint, log and models, to the bit."""
     a, b = load_file(one / CHECKPOINT), load_file(two / CHECKPOINT)
     same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    models = ("model.safetensors", "raw/model.safetensors", LOG)
+    models = ("diffusion_pytorch_model.safetensors", "raw/diffusion_pytorch_model.safetensors", LOG)
     return same and all((one / name).read_bytes() == (two / name).read_bytes() for name in models)

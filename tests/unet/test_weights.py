@@ -20,7 +20,8 @@ import fastddpm.unet.load
 from fastddpm.files.atomic import write_files
 from fastddpm.files.safejson import parse_object, read_object
 from fastddpm.schedules.diffusion import DiffusionConfig
-from fastddpm.unet.load import load, save_pretrained
+from fastddpm.unet.load import load
+from fastddpm.unet.save import save_pretrained
 from fastddpm.unet.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
@@ -73,16 +74,16 @@ def forget_digest(folder: Path) -> None:
 
 def rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Change the tensors and drop their digest, so that the next check has to find what is wrong."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     forget_digest(folder)
 
 
 def write_header(folder: Path, header: bytes | dict[str, Any], *, announced: int | None = None, data: int = 0) -> None:
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = struct.pack("<Q", len(content) if announced is None else announced)
-    (folder / "model.safetensors").write_bytes(length + content + bytes(data))
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(length + content + bytes(data))
     forget_digest(folder)
 
 
@@ -103,7 +104,7 @@ def test_save_pretrained_then_load_gives_the_same_model(model: UNet, tmp_path: P
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_load_gives_float32_whatever_is_stored(model: UNet, tmp_path: Path, dtype: torch.dtype) -> None:
     save_pretrained(model, tmp_path, dtype=dtype)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "diffusion_pytorch_model.safetensors").values()} == {dtype}
     for name, tensor in load(tmp_path).state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, model.state_dict()[name].to(dtype).float()), name
@@ -129,7 +130,7 @@ def test_save_pretrained_replaces_a_model_and_leaves_other_files(model: UNet, fo
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "config.json",
-        "model.safetensors",
+        "diffusion_pytorch_model.safetensors",
         "scheduler_config.json",
     ]
 
@@ -171,10 +172,22 @@ def test_pipeline_layout_loads_in_diffusers(model: UNet, tmp_path: Path, capfd: 
         torch.testing.assert_close(model(x, *T_AND_LABELS), theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_flat_layout_under_diffusers_name_loads_in_diffusers(model: UNet, folder: Path) -> None:
+def test_flat_layout_loads_in_diffusers(model: UNet, folder: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
-    (folder / "model.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
     assert_same_weights(diffusers.UNet2DModel.from_pretrained(folder), model)
+
+
+def test_shipped_digits_load_in_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UNet2DModel.from_pretrained(fastddpm.unet.load.SHIPPED / "digits", torch_dtype=torch.float32)
+    assert_same_weights(theirs, load("digits"))
+
+
+def test_the_name_of_weights_until_version_0_2_is_read_and_replaced(model: UNet, folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "model.safetensors")
+    assert_same_weights(load(folder), model)
+    save_pretrained(model, folder)
+    assert not (folder / "model.safetensors").exists()
     assert_same_weights(load(folder), model)
 
 
@@ -205,7 +218,7 @@ def test_load_reads_old_attention_names(model: UNet, folder: Path) -> None:
             tensors[name] = tensor
 
     rewrite_weights(folder, rename)
-    assert any(".proj_attn." in name for name in load_file(folder / "model.safetensors"))
+    assert any(".proj_attn." in name for name in load_file(folder / "diffusion_pytorch_model.safetensors"))
     assert_same_weights(load(folder), model)
 
 
@@ -227,8 +240,8 @@ def test_load_finds_a_shipped_model_by_name(model: UNet, folder: Path, monkeypat
 
 
 def test_load_names_what_a_folder_lacks(folder: Path, tmp_path: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors"):
         load(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
@@ -246,7 +259,7 @@ def test_load_refuses_pickles_and_names_convert(folder: Path, suffix: str) -> No
     torch.save({"weight": torch.zeros(1)}, pickle)
     with pytest.raises(ValueError, match=f"model{suffix}: refused.*fastddpm convert"):
         load(pickle)
-    (folder / "model.safetensors").unlink()
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match=f"model{suffix}: refused.*fastddpm convert"):
         load(folder)
 
@@ -256,24 +269,24 @@ def test_load_refuses_pickles_and_names_convert(folder: Path, suffix: str) -> No
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 100, -1])
 def test_load_refuses_truncated_weights(folder: Path, kept: int) -> None:
-    path = folder / "model.safetensors"
+    path = folder / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     forget_digest(folder)
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors"):
         load(folder)
 
 
 def test_load_names_the_key_whose_bytes_are_cut_off(folder: Path) -> None:
-    path = folder / "model.safetensors"
+    path = folder / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     forget_digest(folder)
-    with pytest.raises(ValueError, match=r"model\.safetensors: tensor '[a-z_0-9.]+'.*truncated"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: tensor '[a-z_0-9.]+'.*truncated"):
         load(folder)
 
 
 @pytest.mark.parametrize("spelling", ["_weights_sha256", "weights_sha256"])
 def test_load_verifies_sha256(folder: Path, spelling: str) -> None:
-    path = folder / "model.safetensors"
+    path = folder / "diffusion_pytorch_model.safetensors"
     content = bytearray(path.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     digest = config.pop("_weights_sha256")
@@ -282,7 +295,7 @@ def test_load_verifies_sha256(folder: Path, spelling: str) -> None:
     load(folder)
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors.*SHA-256"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors.*SHA-256"):
         load(folder)
 
 
@@ -296,7 +309,7 @@ def test_load_refuses_malformed_sha256(folder: Path, digest: object) -> None:
 def test_load_refuses_every_flipped_header_bit_or_loads_unharmed(model: UNet, folder: Path) -> None:
     """Without a digest, a flip in the header is found or hits what carries no meaning; nothing else comes out."""
     forget_digest(folder)
-    path = folder / "model.safetensors"
+    path = folder / "diffusion_pytorch_model.safetensors"
     sound = path.read_bytes()
     header = 8 + int.from_bytes(sound[:8], "little")
     for position in range(0, header, 211):
@@ -306,7 +319,7 @@ def test_load_refuses_every_flipped_header_bit_or_loads_unharmed(model: UNet, fo
         try:
             flipped = load(folder)
         except ValueError as error:
-            assert "model.safetensors" in str(error)  # noqa: PT017
+            assert "diffusion_pytorch_model.safetensors" in str(error)  # noqa: PT017
         else:
             assert_same_weights(flipped, model)
 
@@ -314,7 +327,7 @@ def test_load_refuses_every_flipped_header_bit_or_loads_unharmed(model: UNet, fo
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_load_names_the_key_that_is_not_finite(folder: Path, value: float) -> None:
     rewrite_weights(folder, lambda tensors: tensors[ATTENTION].view(-1)[3:4].fill_(value))
-    with pytest.raises(ValueError, match=rf"model\.safetensors: {ATTENTION}.*damaged"):
+    with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.safetensors: {ATTENTION}.*damaged"):
         load(folder)
 
 
@@ -325,7 +338,7 @@ def test_load_names_missing_unexpected_and_mismatched_keys(folder: Path) -> None
 
     rewrite_weights(folder, spoil)
     expected = (
-        r"model\.safetensors.*1 missing: conv_out\.weight; 1 unexpected: conv_out\.weigth; "
+        r"diffusion_pytorch_model\.safetensors.*1 missing: conv_out\.weight; 1 unexpected: conv_out\.weigth; "
         rf"1 of another shape: {ATTENTION} is \[16, 15\] where the configuration needs \[16, 16\]"
     )
     with pytest.raises(ValueError, match=expected):
@@ -379,7 +392,7 @@ HEADERS = [
 def test_load_refuses_hostile_headers(folder: Path, file: dict[str, Any], message: str) -> None:
     write_header(folder, **file)
     start = time.process_time()
-    with pytest.raises(ValueError, match=rf"model\.safetensors.*{message}"):
+    with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.safetensors.*{message}"):
         load(folder)
     assert time.process_time() - start < 1
 
@@ -395,14 +408,14 @@ def test_load_refuses_too_many_tensors(folder: Path, count: int) -> None:
 
 
 def test_load_refuses_overlapping_tensors(folder: Path) -> None:
-    path = folder / "model.safetensors"
+    path = folder / "diffusion_pytorch_model.safetensors"
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     first, second = "mid_block.resnets.0.conv1.weight", "mid_block.resnets.0.conv2.weight"
     header[second]["data_offsets"] = header[first]["data_offsets"]
     write_header(folder, header, data=len(content) - 8 - length)
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors"):
         load(folder)
 
 
@@ -474,6 +487,28 @@ def test_load_refuses_oversized_json_unread(folder: Path, name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_load_refuses_weights_that_are_no_regular_file_instead_of_waiting(folder: Path) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        load(folder)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="not a regular file"):
+        load(folder)
+
+
+def test_load_reads_the_header_of_a_huge_file_before_its_digest(folder: Path) -> None:
+    with (folder / "diffusion_pytorch_model.safetensors").open("wb") as stream:
+        stream.truncate(60 << 30)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: header"):
+        load(folder)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_read_object_refuses_a_pipe_instead_of_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ValueError, match="not a regular file"):
@@ -488,7 +523,7 @@ def test_parse_object_ignores_brackets_in_strings() -> None:
 # faults.md row 37: links and paths that lead out of the folder.
 
 
-@pytest.mark.parametrize("name", ["config.json", "scheduler_config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"])
 def test_load_refuses_links_out_of_the_folder(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
@@ -505,8 +540,8 @@ def test_load_refuses_a_linked_unet_folder(model: UNet, tmp_path: Path) -> None:
 
 
 def test_load_follows_links_inside_the_folder_and_in_the_hub_cache(model: UNet, folder: Path, tmp_path: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "v1.safetensors")
-    (folder / "model.safetensors").symlink_to("v1.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "v1.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").symlink_to("v1.safetensors")
     assert_same_weights(load(folder), model)
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
@@ -515,7 +550,7 @@ def test_load_follows_links_inside_the_folder_and_in_the_hub_cache(model: UNet, 
         (folder / name).rename(blobs / name)
         (snapshot / name).symlink_to(f"../../blobs/{name}")
     (folder / "v1.safetensors").rename(blobs / "cafe")
-    (snapshot / "model.safetensors").symlink_to("../../blobs/cafe")
+    (snapshot / "diffusion_pytorch_model.safetensors").symlink_to("../../blobs/cafe")
     assert_same_weights(load(snapshot), model)
 
 
