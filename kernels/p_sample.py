@@ -30,7 +30,7 @@ from fastddpm.kernels.tiles import (
 )
 from torch import Tensor
 
-COLUMNS = tl.constexpr(12)
+COLUMNS = tl.constexpr(14)
 EXP_POLY = tl.constexpr(
     (
         1.0,
@@ -67,7 +67,7 @@ def _exp(y):
 
 @triton.jit
 def _coefficients(p, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
-    """The twelve columns of a table row; those that nothing reads are never loaded."""
+    """The columns of a table row up to w; those that nothing reads are never loaded."""
     a = per_row(tl.load(p), BLOCK_G, TILE)
     b = per_row(tl.load(p + 1), BLOCK_G, TILE)
     lo = per_row(tl.load(p + 2), BLOCK_G, TILE)
@@ -75,18 +75,18 @@ def _coefficients(p, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
     c_x0 = per_row(tl.load(p + 4), BLOCK_G, TILE)
     c_xt = per_row(tl.load(p + 5), BLOCK_G, TILE)
     c_m = per_row(tl.load(p + 6), BLOCK_G, TILE)
-    c_prev = per_row(tl.load(p + 7), BLOCK_G, TILE)
+    c_1 = per_row(tl.load(p + 7), BLOCK_G, TILE)
     sigma = per_row(tl.load(p + 8), BLOCK_G, TILE)
     h0 = per_row(tl.load(p + 9), BLOCK_G, TILE)
     h1 = per_row(tl.load(p + 10), BLOCK_G, TILE)
     w = per_row(tl.load(p + 11), BLOCK_G, TILE)
-    return a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, w
+    return a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w
 
 
 @triton.jit
 def _update(x, m, v, z, x0_prev, coefficients, CLIP: tl.constexpr, USE_M: tl.constexpr):
     """The arithmetic of a row, every operation rounded on its own: (x_prev, x0). A term whose tensor is None is off."""
-    a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, _ = coefficients
+    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, _ = coefficients
     x0 = a * x + b * m
     if CLIP:
         x0 = tl.maximum(x0, lo, propagate_nan=NAN)
@@ -95,7 +95,7 @@ def _update(x, m, v, z, x0_prev, coefficients, CLIP: tl.constexpr, USE_M: tl.con
     if USE_M:
         x_prev = x_prev + c_m * m
     if x0_prev is not None:
-        x_prev = x_prev + c_prev * x0_prev
+        x_prev = x_prev + c_1 * x0_prev
     if z is not None:
         std = sigma
         if v is not None:
@@ -116,7 +116,7 @@ def _p_sample_kernel(
 
     Inputs    x_t, z, x0_prev: [batch, n] contiguous; m: the network's output, n or (LEARNED) 2 n elements a sample,
               2 batch samples if GUIDED, contiguous or (M_NHWC) channels-last; fp32/fp16/bf16 each.
-              rows: [R, 12] fp32; row, seed, sample_id, step: int64, stride 1 per sample or 0 for all
+              rows: [R, 14] fp32; row, seed, sample_id, step: int64, stride 1 per sample or 0 for all
     Output    x_prev: [batch, n], may alias x_t; x0 if X0_OUT; a copy if LOW_OUT, contiguous or (LOW_NHWC)
               channels-last
     Grid      ``tiles.launch_grid``; if a tensor is channels-last, a tile is a block of pixels and loops over channels
@@ -248,7 +248,7 @@ def launch_p_sample(
     Args:
         x_t, out, x0_prev, x0_out, z: contiguous [B, n].
         m, low_out: dense storage of the network's output and of the copy, laid out as the flags say.
-        rows: float32 [R, 12] contiguous; row: int64 [B] or [1].
+        rows: float32 [R, 14] contiguous; row: int64 [B] or [1].
         channels: of x_t; needed if something is channels-last.
     """
     batch, n = x_t.shape

@@ -45,7 +45,7 @@ def p_sample_backward(
         x_t, m, rows, row, flags: as in ``twins.p_sample``.
         z: the noise that the step used, or None if it added none.
     """
-    a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, w = columns(rows, row, x_t)
+    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w, _, _ = columns(rows, row, x_t)
     prediction, v = network_output(m, w, flags)
     g = grad.float()
     grad_x0 = c_x0 * g
@@ -60,7 +60,7 @@ def p_sample_backward(
         std = sigma if v is None else sigma * torch.exp(h0 + h1 * v)
         grad_z = torch.where(sigma == 0, 0.0, std * g)
         grad_v = torch.where(sigma == 0, 0.0, std * g * z.float() * h1)
-    return a * grad_x0 + c_xt * g, _join(grad_m, grad_v, w, flags), grad_z, c_prev * g
+    return a * grad_x0 + c_xt * g, _join(grad_m, grad_v, w, flags), grad_z, c_1 * g
 
 
 def _join(grad_m: Tensor, grad_v: Tensor, w: Tensor, flags: Flags) -> Tensor:

@@ -24,7 +24,7 @@ from fastddpm.ops.backend import check_backend
 __all__ = ["Counter", "ddpm_loss", "p_sample", "q_sample", "randn"]
 
 _STORAGE = (torch.float32, torch.float16, torch.bfloat16)
-_P_COLUMNS, _Q_COLUMNS, _LOSS_COLUMNS = 12, 2, 3
+_P_COLUMNS, _Q_COLUMNS, _LOSS_COLUMNS = 14, 2, 3
 
 
 def randn(
@@ -140,7 +140,7 @@ def p_sample(
         x_t: [B, C, ...] in any layout.
         m: the network's output on the same device, contiguous or channels-last (else it is copied): x_t's shape;
             [B, 2C, ...] if ``learned``; [2B, ...], conditional half first, if ``guided``.
-        rows: float32 [R, 12], see ``table.COLUMNS``.
+        rows: float32 [R, 14], see ``table.COLUMNS``.
         row: int64 [B] or [1].
         noise: a Counter; or z of x_t's shape; or None for no noise term.
         clip, learned, guided, use_m, use_prev: what the rows need, see ``twins.p_sample``.

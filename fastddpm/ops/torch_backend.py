@@ -124,7 +124,7 @@ def _p_sample(
     x0_prev: Tensor | None,
     targets: tuple[Tensor | None, ...],
 ) -> None:
-    x_prev, x0 = twin.p_sample(x_t, m, rows, row, noise, flags, x0_prev)
+    x_prev, x0 = twin.p_sample(x_t, m, rows, row, noise, flags, () if x0_prev is None else (x0_prev,))
     for target, result in zip(targets, (x_prev, x0, x_prev), strict=True):
         if target is not None:
             target.copy_(result)

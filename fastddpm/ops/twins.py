@@ -4,7 +4,7 @@ One table row a step (``table.COLUMNS``), float32 inside whatever the storage, e
 
     x0     = a * x_t + b * m                                  m: the network's output
     x0     = min(max(x0, lo), hi)                             if clip; keeps NaN
-    mean   = ((c_x0 * x0 + c_xt * x_t) + c_m * m) + c_prev * x0_prev
+    mean   = ((c_x0 * x0 + c_xt * x_t) + c_m * m) + c_1 * x0_1 + c_2 * x0_2 + c_3 * x0_3
     x_prev = mean + std * z                                   std = sigma, or sigma * exp(h0 + h1 * v)
 
 A term that is switched off is not computed, and no noise is added where sigma is 0: 0 * Inf would be NaN.
@@ -12,6 +12,7 @@ A term that is switched off is not computed, and no noise is added where sigma i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,23 +152,23 @@ def p_sample(
     row: Tensor,
     noise: Counter | Tensor | None,
     flags: Flags,
-    x0_prev: Tensor | None = None,
+    history: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Execute one row of a table.
 
     Args:
         x_t: [B, ...], float32, float16 or bfloat16.
         m: the network's output: x_t's shape, twice the channels if ``learned``, twice the batch if ``guided``.
-        rows: float32 [R, 12], see ``table.COLUMNS``.
+        rows: float32 [R, 14], see ``table.COLUMNS``.
         row: int64 [B] or [1].
         noise: Counter, z with x_t's shape, or None for no noise term.
         flags: what the step computes.
-        x0_prev: x_t's shape, the previous x0; needed if ``use_prev``.
+        history: the older x0 that enter, the newest first, each of x_t's shape.
 
     Returns:
         (x_prev, x0), float32; the caller rounds them once to the storage type.
     """
-    a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, w = columns(rows, row, x_t)
+    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w, c_2, c_3 = columns(rows, row, x_t)
     m, v = network_output(m, w, flags)
     x = x_t.to(torch.float32)
     x0 = a * x + b * m
@@ -176,9 +177,8 @@ def p_sample(
     x_prev = c_x0 * x0 + c_xt * x
     if flags.use_m:
         x_prev = x_prev + c_m * m
-    if flags.use_prev:
-        assert x0_prev is not None
-        x_prev = x_prev + c_prev * x0_prev.to(torch.float32)
+    for c, older in zip((c_1, c_2, c_3), history, strict=False):
+        x_prev = x_prev + c * older.to(torch.float32)
     if noise is not None:
         std = sigma if v is None else sigma * exp(h0 + h1 * v)
         x_prev = torch.where(sigma == 0, x_prev, x_prev + std * draw(noise, x_t.shape))

@@ -97,6 +97,10 @@ class Sampler:
         check_finite: bool = False,
         samples_ahead: int = 1,
     ) -> None:
+        if table.history > 1:
+            raise ValueError(
+                f"table {table.name!r} needs {table.history} older x0 and the fused step holds one; use one of order 2"
+            )
         self.model, self.table, self.backend, self.check_finite = model, table, backend, check_finite
         self.shape = check_shape(shape)
         self.device = resolve_device(net.device_of(model) if device is None else device)

@@ -111,7 +111,7 @@ class Program:
         self.x_in = buffer(n, *shape, dtype=dtype).to(memory_format=network.memory_format)
         self._own_input = dtype != torch.float32 or not self.x_in.is_contiguous()
         self.x_t = buffer(B, *shape) if self._own_input else self.x_in[:B]
-        self.x0 = buffer(B, *shape) if plan.x0_out or table.use_prev else None
+        self.x0 = buffer(B, *shape) if plan.x0_out or table.history else None
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
         # compiled twin of the draw needs none.
         twin = device.type == "cpu" and not use_triton(backend, device)
@@ -152,8 +152,8 @@ class Program:
             learned=table.learned,
             guided=self.plan.guided,
             use_m=table.use_m,
-            use_prev=table.use_prev,
-            x0_prev=self.x0 if table.use_prev else None,
+            use_prev=table.history > 0,
+            x0_prev=self.x0 if table.history else None,
             out=self.x_t,
             x0_out=self.x0,
             low_out=self.x_in[: self.plan.batch] if self._own_input else None,

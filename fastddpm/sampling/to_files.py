@@ -63,7 +63,7 @@ def model_digest(model: nn.Module) -> str:
 
 def table_digest(table: Table) -> str:
     """Return the SHA-256 of a table: its rows, timesteps and flags."""
-    flags = f"{table.name} {table.clip} {table.learned} {table.use_m} {table.use_prev} {table.timesteps.dtype}\n"
+    flags = f"{table.name} {table.clip} {table.learned} {table.use_m} {table.history} {table.timesteps.dtype}\n"
     return hashlib.sha256(flags.encode() + _raw_bytes(table.rows) + _raw_bytes(table.timesteps)).hexdigest()
 
 

@@ -10,8 +10,10 @@ import torch
 
 from fastddpm.schedules.betas import SCHEDULES, check_ends, check_num_timesteps, named_betas
 from fastddpm.schedules.schedule import Schedule, warn_unless_gaussian_end
-from fastddpm.tables.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
-from fastddpm.tables.table import check_clip_range
+
+PREDICTION_TYPES = ("epsilon", "x_0", "v")
+LEARNED = ("learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED)
 
 # The schedules that take the ends of beta; the others have a fixed shape.
 _SCHEDULES_WITH_ENDS = ("linear", "linear_rescaled", "scaled_linear", "sigmoid_geodiff")
@@ -210,3 +212,12 @@ def _translate(field: str, value: Any, names: Mapping[str, str]) -> str:
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"unknown {field} {value!r} in the scheduler config; known: {', '.join(names)}")
     return names[value]
+
+
+def check_clip_range(clip_range: float | None) -> None:
+    """Raise unless clip_range is None (no clipping) or a positive finite number."""
+    if clip_range is None:
+        return
+    number = isinstance(clip_range, (int, float)) and not isinstance(clip_range, bool)
+    if not number or not 0.0 < clip_range < float("inf"):
+        raise ValueError(f"clip_range must be positive and finite, or None for no clipping; got {clip_range!r}")

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastddpm.schedules.diffusion import LEARNED, PREDICTION_TYPES, VARIANCE_TYPES
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.schedules.spacing import resolve_timesteps
 from fastddpm.tables.table import Table, make_rows
-
-PREDICTION_TYPES = ("epsilon", "x_0", "v")
-LEARNED = ("learned", "learned_range")
-VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED)
 
 
 def ddpm_table(

@@ -82,10 +82,10 @@ def dpm_solver_table(
         b=b,
         c_x0=gain * (1 + extrapolation),
         c_xt=c_xt,
-        c_prev=0.0 - gain * extrapolation,
+        c_1=0.0 - gain * extrapolation,
     )
     return Table(
-        rows64, visited, name="dpm++2m", clip=clip_range is not None, learned=learned, use_prev=order == 2 and n > 1
+        rows64, visited, name="dpm++2m", clip=clip_range is not None, learned=learned, history=int(order == 2 and n > 1)
     )
 
 

@@ -3,10 +3,11 @@
 A row turns the state x_t and the network's output m into the next state:
 
     x0     = a * x_t + b * m                        (clipped to [lo, hi] when `clip`)
-    x_prev = c_x0 * x0 + c_xt * x_t [+ c_m * m] [+ c_prev * x0_prev] + std * z
+    x_prev = c_x0 * x0 + c_xt * x_t [+ c_m * m] [+ c_1 * x0_1 [+ c_2 * x0_2 [+ c_3 * x0_3]]] + std * z
     std    = sigma, or sigma * exp(h0 + h1 * v) when `learned` (v: the network's second half)
 
-Rows are computed in float64 and rounded once to float32. A row whose sigma is 0 adds no noise.
+x0_k is the x0 of k rows before, zeros where there is none. Rows are computed in float64 and rounded once to float32.
+A row whose sigma is 0 adds no noise.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastddpm.schedules.diffusion import check_clip_range
 from fastddpm.schedules.schedule import Schedule
 
-COLUMNS = ("a", "b", "lo", "hi", "c_x0", "c_xt", "c_m", "c_prev", "sigma", "h0", "h1", "w")
+COLUMNS = ("a", "b", "lo", "hi", "c_x0", "c_xt", "c_m", "c_1", "sigma", "h0", "h1", "w", "c_2", "c_3")
 K = len(COLUMNS)
+# The columns of the older x0, the newest first.
+HISTORY = ("c_1", "c_2", "c_3")
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 # The weightings of the training loss, with the gamma that the paper settles on where there is one.
 LOSS_WEIGHTINGS: dict[str, float | None] = {"uniform": None, "min-snr": 5.0, "p2": 1.0}
@@ -37,7 +41,7 @@ class Table:
         clip: x0 is clipped to [lo, hi].
         learned: the network returns 2C channels, and its second half sets the standard deviation.
         use_m: the term c_m * m is present.
-        use_prev: the term c_prev * x0_prev is present (x0_prev: the previous step's x0; zeros before the first).
+        history: how many older x0 enter, 0..3: the terms c_1 * x0_1 to c_history * x0_history are present.
 
     Raises:
         ValueError: a shape, dtype or value does not fit the above.
@@ -49,7 +53,7 @@ class Table:
     clip: bool = True
     learned: bool = False
     use_m: bool = False
-    use_prev: bool = False
+    history: int = 0
 
     def __post_init__(self) -> None:
         if self.rows64.dim() != 2 or self.rows64.shape[1] != K or self.rows64.shape[0] == 0:
@@ -61,6 +65,8 @@ class Table:
                 f"timesteps must be int64 or float32 of shape [{len(self.rows64)}], got {self.timesteps.dtype} "
                 f"of shape {tuple(self.timesteps.shape)}"
             )
+        if self.history not in range(len(HISTORY) + 1):
+            raise ValueError(f"history must lie in 0..{len(HISTORY)}, got {self.history!r}")
         bounds = torch.tensor([name in ("lo", "hi") for name in COLUMNS])
         bad = ~torch.where(bounds, ~self.rows64.isnan(), self.rows64.isfinite())
         if bad.any():
@@ -98,15 +104,6 @@ def make_rows(n_rows: int, clip_range: float | None = None, **columns: Tensor | 
     for name, value in {"lo": -bound, "hi": bound, "w": 1.0, **columns}.items():
         rows64[:, COLUMN[name]] = torch.as_tensor(value, dtype=torch.float64)
     return rows64
-
-
-def check_clip_range(clip_range: float | None) -> None:
-    """Raise unless clip_range is None (no clipping) or a positive finite number."""
-    if clip_range is None:
-        return
-    number = isinstance(clip_range, (int, float)) and not isinstance(clip_range, bool)
-    if not number or not 0.0 < clip_range < float("inf"):
-        raise ValueError(f"clip_range must be positive and finite, or None for no clipping; got {clip_range!r}")
 
 
 def q_rows(schedule: Schedule) -> Tensor:

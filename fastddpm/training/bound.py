@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastddpm.gaussians import discretized_log_likelihood, mean_flat, normal_kl
 from fastddpm.ops.twins import columns
+from fastddpm.reference import discretized_log_likelihood, mean_flat, normal_kl
+from fastddpm.schedules.diffusion import LEARNED, check_clip_range
 from fastddpm.schedules.schedule import Schedule
-from fastddpm.tables.ddpm import LEARNED, log_variance_coefficients, x0_coefficients
-from fastddpm.tables.table import check_clip_range
+from fastddpm.tables.ddpm import log_variance_coefficients, x0_coefficients
 
 # Bits in a nat.
 BITS = 1.0 / math.log(2.0)

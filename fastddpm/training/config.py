@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from fastddpm.sampling.options import resolve_device
-from fastddpm.schedules.diffusion import DiffusionConfig
-from fastddpm.tables.ddpm import LEARNED
+from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
 from fastddpm.tables.table import check_weighting
 from fastddpm.training.bound import VLB_WEIGHT
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.seeds import as_word, resolve_seeds
+from fastddpm.schedules.diffusion import LEARNED
 from fastddpm.schedules.schedule import Schedule
-from fastddpm.tables.ddpm import LEARNED
 from fastddpm.tables.table import loss_rows, q_rows
 from fastddpm.training.bound import BITS, VLB_WEIGHT, Bound
 

@@ -105,7 +105,7 @@ def test_x0_out_may_replace_x0_prev() -> None:
     x_t, m, x0 = (torch.randn(2, 3, 8, 8, generator=generator) for _ in range(3))
     rows, row = make_rows(2, False, generator)
     flags = Flags(clip=True, use_prev=True)
-    expected = step.p_sample(x_t, m, rows, row, None, flags, x0.clone())
+    expected = step.p_sample(x_t, m, rows, row, None, flags, [x0.clone()])
     device = PtxDevice(output_arguments=OUTPUTS)
     device.in_place(x0)
     out = torch.empty_like(x_t)
@@ -120,7 +120,7 @@ def test_an_empty_batch_launches_nothing() -> None:
     device = PtxDevice()
     x, none = torch.empty(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64)
     with device.active():
-        triton_backend.p_sample(x, x, torch.ones(1, 12), none, None, Flags(), None, x.clone(), None, None)
+        triton_backend.p_sample(x, x, torch.ones(1, 14), none, None, Flags(), None, x.clone(), None, None)
     assert device.launches == []
 
 

@@ -59,10 +59,10 @@ def row_step(
     Args:
         x, z, x0_prev: [B, C, ...].
         m: [B, C, ...], channels doubled if learned, batch doubled if guided.
-        row: [B, 12], a row per sample.
+        row: [B, 14], a row per sample.
     """
-    columns = row.reshape(len(row), 12, *(1,) * (x.ndim - 1)).swapaxes(0, 1)
-    a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, w = columns
+    columns = row.reshape(len(row), 14, *(1,) * (x.ndim - 1)).swapaxes(0, 1)
+    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w, _, _ = columns
     conditional, unconditional = (m[: len(x)], m[len(x) :]) if guided else (m, m)
     C = x.shape[1]
     v = conditional[:, C:]
@@ -77,7 +77,7 @@ def row_step(
         mean = mean + c_m * m
     if use_prev:
         assert x0_prev is not None
-        mean = mean + c_prev * x0_prev
+        mean = mean + c_1 * x0_prev
     if z is None:
         return mean, x0
     std = sigma * np.exp(h0 + h1 * v) if learned else sigma

@@ -64,7 +64,7 @@ def shape_cases() -> list[Case]:
 
 def random_rows(n: int, generator: torch.Generator) -> Tensor:
     """Rows with every column in use; the last adds no noise."""
-    rows = torch.randn(n, 12, generator=generator)
+    rows = torch.randn(n, 14, generator=generator)
     rows[:, 2], rows[:, 3] = -1.0, 1.0
     rows[:, 8] = rows[:, 8].abs()
     rows[-1, 8] = 0.0

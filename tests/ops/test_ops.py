@@ -131,7 +131,7 @@ def test_operators_are_seen_by_fake_tensors() -> None:
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, 4)
         keys = torch.empty(2, dtype=torch.int64)
-        rows, row = torch.empty(5, 12), torch.empty(1, dtype=torch.int64)
+        rows, row = torch.empty(5, 14), torch.empty(1, dtype=torch.int64)
         out = ops.p_sample(x, torch.empty(2, 3, 4, 4), rows, row, Counter(keys, keys, row, 1), clip=True)
         assert type(out) is not Tensor
         assert out.shape == x.shape
@@ -183,7 +183,7 @@ def test_p_sample_gradients_match_finite_differences(flags: frozenset[str], nois
 
 def test_p_sample_has_no_gradient_through_a_clipped_x0() -> None:
     kw = inputs(Case(shape=(1, 1, 3), noise="none")) | {"out": None, "row": torch.tensor([0])}
-    kw["rows"][0] = torch.tensor([1.0, 1.0, -1.0, 1.0, 2.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    kw["rows"][0, :12] = torch.tensor([1.0, 1.0, -1.0, 1.0, 2.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
     x = torch.tensor([[[0.25, 3.0, -3.0]]], requires_grad=True)
     m = torch.zeros(1, 1, 3, requires_grad=True)
     ops.p_sample(**(kw | {"x_t": x, "m": m})).sum().backward()

@@ -131,7 +131,7 @@ def test_p_sample_ignores_terms_that_are_switched_off() -> None:
 def test_p_sample_propagates_nan_and_clips_inf() -> None:
     kw = inputs(Case(shape=(1, 1, 4), noise="none")) | {"row": torch.tensor([0])}
     rows, x, m = kw["rows"], kw["x_t"], kw["m"]
-    rows[0] = torch.tensor([2.0, 1.0, -1.0, 1.0, 3.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+    rows[0, :12] = torch.tensor([2.0, 1.0, -1.0, 1.0, 3.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
     x[0, 0] = torch.tensor([0.0, 0.0, 0.0, NAN])
     m[0, 0] = torch.tensor([NAN, INF, -INF, 0.0])
     out = ops.p_sample(**kw)[0, 0]
@@ -178,8 +178,8 @@ REFUSED = {
     "int m": ({"m": torch.zeros(2, 3, 4, 4, dtype=torch.int32)}, TypeError, "torch.int32"),
     "complex": ({"m": torch.zeros(2, 3, 4, 4, dtype=torch.complex64)}, TypeError, "complex64"),
     "float8": ({"m": torch.zeros(2, 3, 4, 4).to(torch.float8_e4m3fn)}, TypeError, "float8"),
-    "rows": ({"rows": torch.zeros(5, 11)}, ValueError, r"rows must be float32 \[R, 12\]"),
-    "rows64": ({"rows": torch.zeros(5, 12, dtype=torch.float64)}, ValueError, "rows must be float32"),
+    "rows": ({"rows": torch.zeros(5, 11)}, ValueError, r"rows must be float32 \[R, 14\]"),
+    "rows64": ({"rows": torch.zeros(5, 14, dtype=torch.float64)}, ValueError, "rows must be float32"),
     "row": ({"row": torch.tensor([0, 1, 2])}, ValueError, r"row must be int64 \[1\] or \[2\]"),
     "row dtype": ({"row": torch.tensor([0], dtype=torch.int32)}, ValueError, "row must be int64"),
     "no x0_prev": ({"use_prev": True}, ValueError, "needs x0_prev"),

@@ -87,7 +87,7 @@ def recursion(table: Table, prediction: str) -> list[tuple[float, float]]:
     mean, var, moments = 0.0, 1.0, []
     for r in range(len(table)):
         slope, intercept = exact_output(table, prediction, r)
-        a, b, _, _, c_x0, c_xt, *_, sigma, _, _, _ = table.rows64[r].tolist()
+        a, b, _, _, c_x0, c_xt, _, _, sigma, *_ = table.rows64[r].tolist()
         gain = c_x0 * (a + b * slope) + c_xt
         mean, var = gain * mean + c_x0 * b * intercept, gain**2 * var + sigma**2
         moments.append((mean, var))

@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "noise shape": ({"noise": torch.zeros(1, 3)}, ValueError, "nothing is broadcast"),
     "noise dtype": ({"noise": X.half()}, ValueError, "noise is torch.float16, but x_0 is torch.float32"),
     "noise device": ({"noise": X.to("meta")}, ValueError, "noise is on meta, but x is on cpu"),
-    "rows": ({"rows": torch.zeros(5, 12)}, ValueError, r"rows must be float32 \[R, 2\]"),
+    "rows": ({"rows": torch.zeros(5, 14)}, ValueError, r"rows must be float32 \[R, 2\]"),
     "row": ({"row": torch.tensor([1, 2, 3])}, ValueError, "row must be int64"),
     "float64": ({"x_0": X.double()}, TypeError, "fastddpm.reference"),
     "int": ({"x_0": X.long()}, TypeError, "int64"),

@@ -14,7 +14,7 @@ from fastddpm.ops.twins import Flags
 from tests.ptx.device import PtxDevice
 
 OUTPUTS = ("out_ptr", "x0_out_ptr", "low_ptr", "eps_out_ptr")
-ROWS, TABLE_LENGTH = 12, 6
+ROWS, TABLE_LENGTH = 14, 6
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -646,6 +647,12 @@ def test_labels_outside_the_embedding_are_refused() -> None:
 
 def test_no_seeds_give_no_samples() -> None:
     assert sampler().sample(seeds=[]).shape == (0, *SHAPE)
+
+
+def test_a_table_of_a_longer_history_is_refused() -> None:
+    longer = replace(table(), history=2)
+    with pytest.raises(ValueError, match="'ddpm' needs 2 older x0 and the fused step holds one"):
+        Sampler(Pointwise(), longer, SHAPE)
 
 
 def test_triton_on_a_cpu_is_refused_at_once() -> None:

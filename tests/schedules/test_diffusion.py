@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from fastddpm.schedules.betas import SCHEDULES
-from fastddpm.schedules.diffusion import DiffusionConfig
+from fastddpm.schedules.diffusion import PREDICTION_TYPES, VARIANCE_TYPES, DiffusionConfig
 from fastddpm.schedules.schedule import Schedule
-from fastddpm.tables.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
 
 CONFIGS = {
     "default": DiffusionConfig(),

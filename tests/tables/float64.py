@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastddpm.tables.table import Table
+from fastddpm.tables.table import HISTORY, Table
 
 
 def execute_row64(
-    table: Table, r: int, x_t: Tensor, output: Tensor, z: Tensor | None = None, x0_prev: Tensor | None = None
+    table: Table, r: int, x_t: Tensor, output: Tensor, z: Tensor | None = None, history: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """Execute row r of a table in float64 as `fastddpm.tables.table` defines it; return x_prev and x0.
 
@@ -21,9 +21,9 @@ def execute_row64(
         x_t: [B, ...] float64.
         output: [B, ...] float64, the network's output; [B, 2C, ...] for a learned variance.
         z: [B, ...] float64; may be left out where the row's sigma is 0.
-        x0_prev: [B, ...] float64, needed where the table uses it and c_prev is not 0.
+        history: the x0 of the rows before, the newest first, float64; needed where a coefficient is not 0.
     """
-    a, b, lo, hi, c_x0, c_xt, c_m, c_prev, sigma, h0, h1, _ = table.rows64[r].tolist()
+    a, b, lo, hi, c_x0, c_xt, c_m, _, sigma, h0, h1, *_ = table.rows64[r].tolist()
     m, v = output.chunk(2, dim=1) if table.learned else (output, None)
     x0 = a * x_t + b * m
     if table.clip:
@@ -31,9 +31,11 @@ def execute_row64(
     x_prev = c_x0 * x0 + c_xt * x_t
     if table.use_m:
         x_prev = x_prev + c_m * m
-    if table.use_prev and c_prev != 0.0:
-        assert x0_prev is not None, f"row {r} needs x0_prev"
-        x_prev = x_prev + c_prev * x0_prev
+    for k, name in enumerate(HISTORY[: table.history]):
+        c = float(table.column(name)[r])
+        if c != 0.0:
+            assert k < len(history), f"row {r} needs x0_{k + 1}"
+            x_prev = x_prev + c * history[k]
     if sigma != 0.0:
         assert z is not None, f"row {r} needs z"
         std = sigma if v is None else sigma * torch.exp(h0 + h1 * v)
@@ -45,8 +47,10 @@ def execute_table64(
     table: Table, model: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, z: list[Tensor] | None = None
 ) -> Tensor:
     """Execute every row of a table in float64 around model(x, t); z: one noise tensor per row."""
-    x, x0 = x_T, None
+    x: Tensor = x_T
+    history: list[Tensor] = []
     for r, t in enumerate(table.timesteps):
         output = model(x, t.expand(len(x)))
-        x, x0 = execute_row64(table, r, x, output, None if z is None else z[r], x0)
+        x, x0 = execute_row64(table, r, x, output, None if z is None else z[r], history)
+        history = [x0, *history][: table.history]
     return x

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fastddpm import reference
+from fastddpm.schedules.diffusion import PREDICTION_TYPES
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddim import ddim_inversion_table, ddim_table
-from fastddpm.tables.ddpm import PREDICTION_TYPES, ddpm_table
+from fastddpm.tables.ddpm import ddpm_table
 from tests.tables.float64 import execute_row64, execute_table64
 
 SCHEDULE = Schedule.linear()

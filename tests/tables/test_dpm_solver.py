@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastddpm.schedules.diffusion import PREDICTION_TYPES
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddim import ddim_table
-from fastddpm.tables.ddpm import PREDICTION_TYPES
 from fastddpm.tables.dpm_solver import dpm_solver_table, dpm_solver_timesteps
 from fastddpm.tables.table import Table
 from tests.tables.float64 import execute_table64
@@ -68,7 +68,7 @@ def test_dpm_solver_table_runs_algorithm_2(steps, final, options, last_is_second
     table = dpm_solver_table(
         SCHEDULE, steps=steps, prediction_type="x_0", clip_range=None, final_alpha_cumprod=final, **options
     )
-    assert (table.use_prev, table.use_m) == (True, False)
+    assert (table.history, table.use_m) == (1, False)
     ts = table.timesteps.tolist()
     alpha_bars = [*SCHEDULE.alphas_cumprod[table.timesteps].tolist(), final]
     second_order = [False, *[True] * (steps - 2), last_is_second_order]
@@ -84,7 +84,7 @@ def test_dpm_solver_of_first_order_is_ddim(prediction_type, clip_range):
     timesteps = dpm_solver_timesteps(1000, 12)
     options = {"timesteps": timesteps, "prediction_type": prediction_type, "clip_range": clip_range}
     first, ddim = dpm_solver_table(SCHEDULE, order=1, **options), ddim_table(SCHEDULE, **options)
-    assert not first.use_prev
+    assert first.history == 0
     torch.testing.assert_close(first.rows64, ddim.rows64, rtol=1e-11, atol=1e-13)
 
 
@@ -188,9 +188,9 @@ def test_dpm_solver_timesteps_at_full_length_visits_everything():
 
 def test_dpm_solver_first_row_has_no_predecessor():
     table = dpm_solver_table(SCHEDULE, steps=20)
-    c_prev = table.column("c_prev")
-    assert (float(c_prev[0]), float(c_prev[-1])) == (0.0, 0.0)
-    assert (c_prev[1:-1] < 0).all()
+    c_1 = table.column("c_1")
+    assert (float(c_1[0]), float(c_1[-1])) == (0.0, 0.0)
+    assert (c_1[1:-1] < 0).all()
     assert (table.column("sigma") == 0).all()
 
 
@@ -199,7 +199,7 @@ def test_dpm_solver_starts_from_zero_terminal_snr(prediction_type):
     schedule = SCHEDULE.zero_terminal_snr()
     table = dpm_solver_table(schedule, steps=20, prediction_type=prediction_type)
     # From pure noise lambda is -inf: neither the first row nor its successor can extrapolate.
-    assert table.column("c_prev")[:2].tolist() == [0.0, 0.0]
+    assert table.column("c_1")[:2].tolist() == [0.0, 0.0]
     # DDIM's step from alpha_bar = 0: x = sqrt(alpha_bar') x_0 + sqrt(1 - alpha_bar') x_T.
     alpha_bar = float(schedule.alphas_cumprod[table.timesteps[1]])
     assert float(table.column("c_x0")[0]) == pytest.approx(math.sqrt(alpha_bar), rel=1e-12)

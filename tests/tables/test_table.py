@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from fastddpm import reference
+from fastddpm.ops import twins
+from fastddpm.schedules.diffusion import PREDICTION_TYPES, VARIANCE_TYPES
 from fastddpm.schedules.schedule import Schedule
-from fastddpm.tables.ddpm import PREDICTION_TYPES, VARIANCE_TYPES, ddpm_table
-from fastddpm.tables.table import COLUMNS, K, Table, make_rows, q_rows, q_step_rows
+from fastddpm.tables.ddpm import ddpm_table
+from fastddpm.tables.table import COLUMNS, HISTORY, K, Table, make_rows, q_rows, q_step_rows
 from tests.tables.float64 import execute_row64, execute_table64
 
 SCHEDULES = {
@@ -167,8 +169,8 @@ def test_ddpm_table_refuses_bad_options(options, message):
 
 def test_ddpm_table_leaves_absent_terms_off():
     table = ddpm_table(SCHEDULES["linear"], prediction_type="x_0", clip_range=None)
-    assert (table.name, table.clip, table.learned, table.use_m, table.use_prev) == ("ddpm", False, False, False, False)
-    for column, value in (("a", 0), ("b", 1), ("lo", -math.inf), ("hi", math.inf), ("c_m", 0), ("c_prev", 0), ("w", 1)):
+    assert (table.name, table.clip, table.learned, table.use_m, table.history) == ("ddpm", False, False, False, 0)
+    for column, value in (("a", 0), ("b", 1), ("lo", -math.inf), ("hi", math.inf), ("c_m", 0), ("c_1", 0), ("w", 1)):
         assert (table.column(column) == value).all(), column
 
 
@@ -194,19 +196,20 @@ def test_table_with_guidance_changes_only_the_weight():
     table = ddpm_table(SCHEDULES["linear"], steps=9)
     guided = table.with_guidance(3.5)
     assert (guided.column("w") == 3.5).all()
-    assert torch.equal(guided.rows64[:, : COLUMNS.index("w")], table.rows64[:, : COLUMNS.index("w")])
+    others = [k for k, name in enumerate(COLUMNS) if name != "w"]
+    assert torch.equal(guided.rows64[:, others], table.rows64[:, others])
     assert (table.column("w") == 1.0).all()
-    assert torch.equal(guided.rows[:, -1], torch.full((9,), 3.5))
+    assert torch.equal(guided.rows[:, COLUMNS.index("w")], torch.full((9,), 3.5))
 
 
 @pytest.mark.parametrize(
     ("rows64", "timesteps", "message"),
     [
-        (torch.zeros(3, 11).double(), torch.arange(3), r"shape \[R, 12\] with R >= 1, got \(3, 11\)"),
-        (torch.zeros(0, 12).double(), torch.arange(0), r"with R >= 1, got \(0, 12\)"),
-        (torch.zeros(3, 12), torch.arange(3), "must be float64, got torch.float32"),
-        (torch.zeros(3, 12).double(), torch.arange(4), r"shape \[3\], got torch.int64 of shape \(4,\)"),
-        (torch.zeros(3, 12).double(), torch.arange(3).double(), "int64 or float32 of shape"),
+        (torch.zeros(3, 11).double(), torch.arange(3), r"shape \[R, 14\] with R >= 1, got \(3, 11\)"),
+        (torch.zeros(0, 14).double(), torch.arange(0), r"with R >= 1, got \(0, 14\)"),
+        (torch.zeros(3, 14), torch.arange(3), "must be float64, got torch.float32"),
+        (torch.zeros(3, 14).double(), torch.arange(4), r"shape \[3\], got torch.int64 of shape \(4,\)"),
+        (torch.zeros(3, 14).double(), torch.arange(3).double(), "int64 or float32 of shape"),
         (make_rows(3, sigma=math.nan), torch.arange(3), "row 0 of table 'x' has sigma = nan"),
         (make_rows(3, a=torch.tensor([1.0, math.inf, 1.0])), torch.arange(3), "row 1 of table 'x' has a = inf"),
     ],
@@ -214,6 +217,26 @@ def test_table_with_guidance_changes_only_the_weight():
 def test_table_refuses_rows_that_do_not_fit(rows64, timesteps, message):
     with pytest.raises(ValueError, match=message):
         Table(rows64, timesteps, name="x")
+
+
+@pytest.mark.parametrize("history", [-1, 4, 1.5])
+def test_table_refuses_a_history_that_no_row_holds(history):
+    with pytest.raises(ValueError, match=rf"history must lie in 0\.\.3, got {history}"):
+        Table(make_rows(2), torch.arange(2), name="x", history=history)
+
+
+@pytest.mark.parametrize("history", range(4))
+def test_a_row_adds_the_older_x0_newest_first(history):
+    generator = torch.Generator().manual_seed(history)
+    columns = {name: torch.randn(1, dtype=torch.float64, generator=generator) for name in ("a", "b", "c_x0", *HISTORY)}
+    table = Table(make_rows(1, **columns), torch.zeros(1, dtype=torch.int64), name="x", history=history)
+    x_t, m, *older = torch.randn(2 + history, 3, 5, generator=generator)
+    expected, x0 = execute_row64(table, 0, x_t.double(), m.double(), history=[x.double() for x in older])
+    by_hand = columns["c_x0"] * x0 + sum(float(columns[f"c_{k + 1}"]) * x.double() for k, x in enumerate(older))
+    assert relative_error(expected, by_hand) <= 1e-15
+    flags = twins.Flags(clip=table.clip)
+    x_prev, _ = twins.p_sample(x_t, m, table.rows, torch.tensor([0]), None, flags, older)
+    assert relative_error(x_prev.double(), expected) <= 1e-6
 
 
 def test_table_is_immutable():

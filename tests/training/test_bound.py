@@ -13,7 +13,7 @@ from torch import Tensor
 import fastddpm
 from fastddpm import DiffusionConfig, Schedule, reference
 from fastddpm.noise import v1 as noise
-from fastddpm.tables.ddpm import PREDICTION_TYPES, VARIANCE_TYPES
+from fastddpm.schedules.diffusion import PREDICTION_TYPES, VARIANCE_TYPES
 from fastddpm.training.bound import Bound, prior_term
 from fastddpm.training.likelihood import _edges
 

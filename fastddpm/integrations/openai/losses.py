@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm.gaussians import discretized_log_likelihood, mean_flat, normal_kl
 from fastddpm.integrations.openai.process import DiffusionProcess, Kwargs, Model
 from fastddpm.integrations.openai.tables import LEARNED, LossType, ModelMeanType
+from fastddpm.reference import discretized_log_likelihood, mean_flat, normal_kl
 
 
 class TrainingLosses(DiffusionProcess):

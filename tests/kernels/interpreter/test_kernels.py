@@ -198,7 +198,7 @@ def test_exp_kernel_equals_its_twin_over_its_range() -> None:
     """Through a learned row with mean 0, sigma 1, h0 = 0, h1 = 1 and z = 1: x_prev = exp(v)."""
     v = torch.cat([torch.linspace(-100, 100, 4000), torch.linspace(-1e-6, 1e-6, 90)])
     x = torch.zeros(1, 1, len(v))
-    rows = torch.zeros(1, 12)
+    rows = torch.zeros(1, 14)
     rows[0, 8] = rows[0, 10] = 1.0
     m = torch.stack([torch.zeros_like(v), v])[None]
     arguments = (x, m, rows, torch.tensor([0]), torch.ones_like(x))
