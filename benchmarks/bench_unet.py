@@ -16,6 +16,7 @@ from fastddpm.benchmarks.peers.compiled import compile_frozen
 from torch import Tensor
 
 from fastddpm.sampling import model as network
+from fastddpm.sampling.network import sampling_networks
 
 # The network's output at row i of the chain's timesteps, float32 or lower.
 Call = Callable[[int], Tensor]
@@ -77,7 +78,7 @@ def _fastddpm(case: Case, dtype: torch.dtype) -> Work:
     """The network as the sampler calls it."""
     timesteps = chain.timesteps(case).to(case.device)
     model = network.place(networks.build(case.network), torch.device(case.device), dtype)
-    form = network.NetworkSource(model, timesteps, compile_model=True, strict=True).for_batch(case.batch)
+    form = sampling_networks(model, timesteps, compile_model=True, strict=True)(case.batch)
     labels = networks.labels(case.network, case.batch, case.device)
     form.load(labels)
     kwargs = {} if labels is None else {"class_labels": labels}

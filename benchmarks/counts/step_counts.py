@@ -13,7 +13,9 @@ from fastddpm.benchmarks.harness.inputs import MIDDLE, Coefficients, T, gaussian
 from fastddpm.benchmarks.peers import lucidrains
 from torch import Tensor, nn
 
-from fastddpm.sampling import step as program
+from fastddpm.sampling.request import StepKey
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.sampling.step import StaticStep
 from fastddpm.tables.ddpm import ddpm_table
 
 CASE = Case("p_sample", 4, (3, 32, 32))
@@ -102,15 +104,10 @@ def _lucidrains() -> Callable[[], Any]:
 def _fastddpm(*, compiled: bool) -> Counts:
     """All of the sampler's step but the network, on the CPU; counted inside the operator too."""
     _, m = _given()
-    prepared = program.Program(
-        program.Plan(CASE.batch),
-        _Network(m),
-        ddpm_table(schedule()),
-        CASE.shape,
-        device=torch.device("cpu"),
-        compiled=compiled,
-    )
-    prepared.step()
+    table = ddpm_table(schedule())
+    sampler = Sampler(lambda x, t: m, table, CASE.shape, device="cpu", compile=compiled)
+    step = StaticStep(StepKey(CASE.batch), _Network(m), table, sampler.options)
+    sampler.reverse_step(step)
     with OpCounter(CASE.n_elements) as counter:
-        prepared.step()
+        sampler.reverse_step(step)
     return counter.counts

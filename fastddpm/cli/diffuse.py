@@ -82,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> RecordingSettings:
     from fastddpm.data.points import DATA_SETS
+    from fastddpm.machine.devices import resolve_device
     from fastddpm.pictures.recording import RecordingSettings
     from fastddpm.pictures.strip import MAX_PANELS
-    from fastddpm.sampling.options import resolve_device
 
     if args.model is not None and args.schedule is not None:
         raise ValueError(f"--schedule {args.schedule} and --model {args.model}: a model brings its own schedule")

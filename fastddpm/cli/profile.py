@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastddpm.diagnostics.profile import Breakdown, Part
-    from fastddpm.sampling.sampler import Sampler
+    from fastddpm.diagnostics.profile import Breakdown, Part, RangedSampler
 
 WIDTH = 80
 _COMPILE: Mapping[str, bool | str] = {"auto": "auto", "on": True, "off": False}
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.diagnostics import profile as profiling
 
     model = _model(args.model)
-    profiled = profiling.run_profile(lambda: _sampler(args, model), _call(args, model), traced=not args.ranges_only)
+    profiled = profiling.run_profile(_sampler(args, model), _call(args, model), traced=not args.ranges_only)
     if profiled is None:
         return 0
     args.trace.parent.mkdir(parents=True, exist_ok=True)
@@ -77,15 +76,15 @@ def _model(name: str) -> Any:
     return networks.build(name) if name in ("cifar10", "small", "tiny") else load(name)
 
 
-def _sampler(args: argparse.Namespace, model: Any) -> Sampler:
+def _sampler(args: argparse.Namespace, model: Any) -> RangedSampler:
     import torch
 
+    from fastddpm.diagnostics.profile import RangedSampler
     from fastddpm.sampling.sample import diffusion_of, shape_of
-    from fastddpm.sampling.sampler import Sampler
     from fastddpm.tables.by_name import make_table
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return Sampler(
+    return RangedSampler(
         model,
         make_table(args.sampler, diffusion_of(model), steps=args.steps),
         shape_of(model),

@@ -98,8 +98,8 @@ def _report(args: argparse.Namespace, planned: Run, drawn: int, seconds: float) 
         "seconds": round(seconds, 3),
         "images_per_second": round(drawn / seconds, 4),
         "device": str(sampler.device),
-        "backend": "triton" if sampler.uses_triton else "torch",
-        "compiled": sampler.compiles,
+        "backend": "triton" if sampler.options.uses_triton else "torch",
+        "compiled": sampler.options.compiles,
         "seeds": format_seeds(planned.seeds),
         "outdir": str(args.outdir),
     }
@@ -108,7 +108,7 @@ def _report(args: argparse.Namespace, planned: Run, drawn: int, seconds: float) 
     elif not args.quiet:
         print(
             f"{drawn} images, {summary['steps']} steps, {seconds:.1f} s, {drawn / seconds:.3g} images/s, "
-            f"{summary['device']}, {summary['backend']}, {'' if sampler.compiles else 'not '}compiled, "
+            f"{summary['device']}, {summary['backend']}, {'' if sampler.options.compiles else 'not '}compiled, "
             f"seeds {summary['seeds']}"
         )
 

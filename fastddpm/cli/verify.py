@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fastddpm.diagnostics.verify import Result, verify
-    from fastddpm.sampling.options import resolve_device
+    from fastddpm.machine.devices import resolve_device
 
     name = args.device
     if name == "auto":

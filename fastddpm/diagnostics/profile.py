@@ -1,7 +1,4 @@
-"""Where a sampling loop's time goes: named ranges around the network and the fused step, and what they add up to.
-
-The ranges cost nothing when nobody profiles: they are put around the two calls of a step for the time of a profile.
-"""
+"""Where a sampling loop's time goes: named ranges around the network and the fused step, and what they add up to."""
 
 from __future__ import annotations
 
@@ -9,66 +6,37 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastddpm.machine.torch_compile import named_kernels
-from fastddpm.sampling import model as network
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.sampling.step import Program
+from fastddpm.sampling.step import StaticStep
 
 SAMPLE, STEP, UNET, P_SAMPLE = "fastddpm::sample", "fastddpm::step", "fastddpm::unet", "fastddpm::p_sample"
 # Our kernels' symbols, as ncu and nsys see them.
 KERNELS = ("_p_sample_kernel", "_q_sample_kernel", "_randn_kernel")
 
 
-class _RangedNetwork:
-    """A network whose calls are a named range."""
+class RangedSampler(Sampler):
+    """A sampler that names the parts of its steps; with NVTX ranges too on CUDA."""
 
-    def __init__(self, inner: network.Network, named: Callable[[str], Any]) -> None:
-        self._inner, self._named = inner, named
-        self.memory_format = inner.memory_format
-        self.reads_t = getattr(inner, "reads_t", True)
-
-    def load(self, class_labels: Tensor | None) -> None:
-        self._inner.load(class_labels)
-
-    def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        with self._named(UNET):
-            return self._inner(x, t, row, kwargs)
-
-
-@contextlib.contextmanager
-def ranges(device: torch.device) -> Iterator[Callable[[str], Any]]:
-    """Name the parts of each step of samplers that are built inside; NVTX ranges too on CUDA.
-
-    Yields:
-        The function that opens a range: name -> context manager.
-    """
-    named = _on_cuda if device.type == "cuda" else record_function
-    for_batch, p_sample, step = network.NetworkSource.for_batch, Program._p_sample, Program.step
-
-    def ranged_for_batch(self: network.NetworkSource, *args: Any, **kwargs: Any) -> network.Network:
-        return _RangedNetwork(for_batch(self, *args, **kwargs), named)
-
-    def ranged_p_sample(self: Program, m: Tensor) -> None:
-        with named(P_SAMPLE):
-            p_sample(self, m)
-
-    def ranged_step(self: Program) -> None:
+    @staticmethod
+    def reverse_step(step: StaticStep) -> None:
+        named = ranges(step.options.device)
         with named(STEP):
-            step(self)
+            with named(UNET):
+                m = step.predict()
+            with named(P_SAMPLE):
+                step.p_sample(m)
+            step.next_row()
 
-    with (
-        mock.patch.object(network.NetworkSource, "for_batch", ranged_for_batch),
-        mock.patch.object(Program, "_p_sample", ranged_p_sample),
-        mock.patch.object(Program, "step", ranged_step),
-    ):
-        yield named
+
+def ranges(device: torch.device) -> Callable[[str], contextlib.AbstractContextManager[Any]]:
+    """Return the function that opens a range on a device: name -> context manager."""
+    return _on_cuda if device.type == "cuda" else record_function
 
 
 @contextlib.contextmanager
@@ -98,7 +66,7 @@ class Breakdown:
     Attributes:
         steps: steps that ran.
         total, unet, p_sample: whole loop, network calls, fused steps.
-        rest: what a step does beside these two (the timestep's lookup, the counter, Python).
+        rest: what a step does beside these two (the counter, Python).
         gaps: what the loop does between its steps.
         operations: the longest operations by their own time, longest first.
     """
@@ -153,24 +121,22 @@ def _less(label: str, whole: Part, *parts: Part) -> Part:
     return Part(label, whole.calls, max(0.0, host), max(0.0, device))
 
 
-def run_profile(build: Callable[[], Sampler], call: Mapping[str, Any], *, traced: bool = True) -> profile | None:
-    """Build a sampler, warm it up, and profile one loop.
+def run_profile(sampler: RangedSampler, call: Mapping[str, Any], *, traced: bool = True) -> profile | None:
+    """Warm a sampler up, and profile one loop.
 
     Args:
-        build: makes the sampler; inside, so that its network gets its range.
+        sampler: one that was not called before, so that its compiled kernels get names.
         call: arguments of `Sampler.sample`.
         traced: record with torch.profiler; False leaves only ranges, for nsys and ncu, which allow no second profiler.
 
     Returns:
         The profile, None if not traced.
     """
-    with contextlib.ExitStack() as stack:
-        sampler = build()
-        stack.enter_context(named_kernels())
-        named = stack.enter_context(ranges(sampler.device))
+    named = ranges(sampler.device)
+    with named_kernels():
         sampler.sample(**call)
         if not traced:
-            _run_for_nsight(sampler, call, named)
+            _run_for_nsight(sampler, call)
             return None
         activities = [ProfilerActivity.CPU]
         if sampler.device.type == "cuda":
@@ -182,12 +148,12 @@ def run_profile(build: Callable[[], Sampler], call: Mapping[str, Any], *, traced
         return profiled
 
 
-def _run_for_nsight(sampler: Sampler, call: Mapping[str, Any], named: Callable[[str], Any]) -> None:
+def _run_for_nsight(sampler: Sampler, call: Mapping[str, Any]) -> None:
     """Run between cudaProfilerStart and Stop, which nsys waits for."""
     cuda = sampler.device.type == "cuda"
     if cuda:
         torch.cuda.profiler.start()
-    with named(SAMPLE):
+    with ranges(sampler.device)(SAMPLE):
         sampler.sample(**call)
         _wait(sampler.device)
     if cuda:

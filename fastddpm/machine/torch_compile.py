@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import logging
+import os
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -127,3 +130,14 @@ def named_kernels() -> contextlib.AbstractContextManager[Any]:
 
     name = "enable_kernel_profile"
     return config.patch({f"cpp.{name}": True}) if hasattr(config.cpp, name) else contextlib.nullcontext()
+
+
+def has_triton() -> bool:
+    """Tell whether Triton, which torch.compile needs on CUDA, is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_cpp_compiler() -> bool:
+    """Tell whether a C++ compiler, which torch.compile needs on a CPU, is there."""
+    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return any(name and shutil.which(name.split()[0]) for name in names)

@@ -149,9 +149,9 @@ def _scaled_residual(
 def _choose(function: Callable[..., Any], compiled: bool, *key: Any) -> Callable[..., Any]:
     if not compiled:
         return function
-    from fastddpm.sampling.compile_policy import has_cpp_compiler
+    from fastddpm.machine import torch_compile
 
-    return _compile(function, key) if has_cpp_compiler() else function
+    return _compile(function, key) if torch_compile.has_cpp_compiler() else function
 
 
 @functools.cache

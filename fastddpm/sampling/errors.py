@@ -1,4 +1,4 @@
-"""What a failing step says: where it failed, with what sizes, and what to do."""
+"""What the error of a failing step reads: where it failed, with what sizes, and what to do."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fastddpm.errors import FastDDPMError, ModelOutputError, SamplingError
-from fastddpm.sampling.request import Call
-from fastddpm.sampling.step import Plan
+from fastddpm.sampling.options import Options
+from fastddpm.sampling.request import Request, StepKey
 
 
 def is_oom(error: BaseException) -> bool:
@@ -20,7 +20,7 @@ def is_oom(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explain(where: str, plan: Plan, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[None]:
+def explain(where: str, key: StepKey, options: Options) -> Iterator[None]:
     """Raise what goes wrong inside again with its place; the original is the cause.
 
     Raises:
@@ -36,7 +36,7 @@ def explain(where: str, plan: Plan, shape: tuple[int, ...], dtype: torch.dtype) 
         raise
     except Exception as error:
         if is_oom(error):
-            size = f"network input [{plan.network_batch}, {', '.join(map(str, shape))}] in {dtype}"
+            size = f"network input [{key.network_batch}, {', '.join(map(str, options.shape))}] in {options.dtype}"
             raise torch.OutOfMemoryError(
                 f"out of memory at {where}, {size}; use a smaller batch or dtype=torch.bfloat16 ({error})"
             ) from error
@@ -64,13 +64,13 @@ def _advice(error: Exception) -> str:
     return ""
 
 
-def raise_if_bad(first_bad: Sequence[int], timesteps: Sequence[float], call: Call) -> None:
+def raise_if_bad(first_bad: Sequence[int], timesteps: Sequence[float], request: Request) -> None:
     """Raise SamplingError when a sample's first non-finite step is recorded (-1: none)."""
     bad = [(step, i) for i, step in enumerate(first_bad) if step >= 0]
     if bad:
         step, i = min(bad)
         others = f" ({len(bad)} of {len(first_bad)} samples affected)" if len(bad) > 1 else ""
         raise SamplingError(
-            f"x_t is not finite after step {step} (t = {timesteps[step]}) for {call.name(i)}{others}; look at the "
+            f"x_t is not finite after step {step} (t = {timesteps[step]}) for {request.name(i)}{others}; look at the "
             "model's output there, or run it in float32"
         )

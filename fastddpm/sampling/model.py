@@ -1,67 +1,15 @@
-"""The network as a sampler calls it: on its device and dtype, compiled where that pays, its output unwrapped."""
+"""A model as its user wrote it: what it reveals of itself, a copy where another device or dtype is asked for."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastddpm.machine.torch_compile import Compiled
-
 Model = Callable[..., Any]
-
-
-class Network(Protocol):
-    """What a step calls.
-
-    A model may bring its own, made for sampling: it then has a method `sampling_networks(timesteps, *, compile_model,
-    strict)`, with timesteps [R] on the model's device, which returns a function: rows of x -> Network. Every program
-    has its own network, because it holds the labels of a run. One that knows its timesteps by row may set `reads_t` to
-    False: t is then not looked up for it, and holds nothing.
-    """
-
-    memory_format: torch.memory_format
-    """Layout in which the network wants x."""
-
-    def load(self, class_labels: Tensor | None) -> None:
-        """Learn the labels of the next run, before its first step; the place to fill tables in static buffers."""
-
-    def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        """Predict from x [B, ...] (the network's dtype), t [B] and row [1], the index of t in the timesteps."""
-
-
-class ModelNetwork:
-    """Any model that keeps the contract model(x, t, **kwargs) -> tensor, or an object with `.sample`."""
-
-    memory_format = torch.contiguous_format
-
-    def __init__(self, model: Model, *, compile_model: bool, strict: bool) -> None:
-        self._call = Compiled(model, strict=strict) if compile_model else model
-
-    def load(self, class_labels: Tensor | None) -> None:
-        """Nothing to do: labels reach the model as a keyword argument."""
-
-    def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        return self._call(x, t, **kwargs)
-
-
-class NetworkSource:
-    """Hands out the network for a batch size: the model's own sampling form, or the model as it is, shared by all."""
-
-    def __init__(self, model: Model, timesteps: Tensor, *, compile_model: bool, strict: bool) -> None:
-        own_form = getattr(model, "sampling_networks", None)
-        if own_form is not None:
-            self._make: Callable[[int], Network] = own_form(timesteps, compile_model=compile_model, strict=strict)
-        else:
-            shared = ModelNetwork(model, compile_model=compile_model, strict=strict)
-            self._make = lambda batch: shared
-
-    def for_batch(self, batch: int) -> Network:
-        """Return the network for inputs of `batch` rows."""
-        return self._make(batch)
 
 
 def place(model: Model, device: torch.device, dtype: torch.dtype) -> Model:

@@ -1,19 +1,112 @@
-"""A sampler's options, checked and resolved."""
+"""A sampler's options: checked, resolved and written down in one place."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from fastddpm.machine import hardware
+from fastddpm.errors import BackendUnavailable
+from fastddpm.machine import hardware, torch_compile
+from fastddpm.machine.caches import inductor
+from fastddpm.machine.devices import resolve_device
+from fastddpm.ops.backend import use_triton
+from fastddpm.sampling.model import Model, device_of, dtype_of, null_class_of, num_labels_of
 
 logger = logging.getLogger("fastddpm")
 
 NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Parameters x pixels x network calls after which compilation has repaid itself on a CPU. On two Zen 3 cores compiling
+# 35.7 M parameters takes some 45 s (220 s where Winograd's transforms come in, at batch 16) and saves 40 (34) ms per
+# 32x32 sample and step: 1,100 to 6,400 of them, 4e13 to 2.4e14. Counting operations exactly would itself take seconds.
+REPAYS_AFTER = 2e14
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a sampler was told, and what it decided.
+
+    Attributes:
+        shape: one sample's shape.
+        device: where to sample, with its index.
+        dtype: what the network runs in.
+        backend: "auto", "triton" or "torch", for the fused step.
+        uses_triton: what `backend` comes to on this device.
+        compiles: the model runs through torch.compile.
+        strict_compile: raise where torch.compile fails, instead of running uncompiled.
+        uses_graph: steps are replayed as CUDA graphs.
+        strict_graph: raise where a step cannot be captured, instead of running it in the loop.
+        check_finite: record each sample's first step with a NaN or Inf.
+        null_class: the label that means "no class", None where there is none.
+        num_labels: how many labels the model knows, None where it does not say.
+    """
+
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    uses_triton: bool
+    compiles: bool
+    strict_compile: bool
+    uses_graph: bool
+    strict_graph: bool
+    check_finite: bool
+    null_class: int | None
+    num_labels: int | None
+
+
+def resolve_options(
+    model: Model,
+    shape: Sequence[int],
+    steps: int,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    compile: bool | str,
+    cuda_graph: bool | str,
+    backend: str,
+    null_class: int | None,
+    check_finite: bool,
+    samples_ahead: int,
+) -> Options:
+    """Check the arguments of `Sampler` and decide what they leave open.
+
+    Args:
+        model: the network.
+        shape: one sample's shape.
+        steps: rows of the table.
+        device, dtype, compile, cuda_graph, backend, null_class, check_finite, samples_ahead: see `Sampler`.
+
+    Raises:
+        ValueError: an option is unknown, or does not fit the device.
+        BackendUnavailable: what was asked for cannot run there.
+    """
+    sizes = check_shape(shape)
+    device = resolve_device(device_of(model) if device is None else device)
+    dtype = check_dtype(dtype_of(model) if dtype is None else dtype)
+    note_emulation(dtype, device)
+    if isinstance(model, nn.Module) and model.training:
+        logger.warning("the model is in training mode, so its dropout is active; call model.eval() to sample")
+    return Options(
+        shape=sizes,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        uses_triton=use_triton(backend, device),
+        compiles=decide_compile(compile, device, model, sizes, samples_ahead * steps),
+        strict_compile=compile is True,
+        uses_graph=decide_graph(cuda_graph, device),
+        strict_graph=cuda_graph is True,
+        check_finite=check_finite,
+        null_class=null_class_of(model) if null_class is None else null_class,
+        num_labels=num_labels_of(model),
+    )
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -39,34 +132,6 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def resolve_device(device: torch.device | str) -> torch.device:
-    """Return the device with its index.
-
-    Raises:
-        ValueError: torch knows no such device, or it is not there.
-        RuntimeError: CUDA was initialised before this process was forked.
-    """
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        # torch's own message lists twenty kinds, most of them never seen.
-        raise ValueError(f"unknown device {device!r}; choose cpu, cuda, or one of several: cuda:1") from error
-    if device.type != "cuda":
-        return device
-    if torch.cuda._is_in_bad_fork():
-        raise RuntimeError(
-            "CUDA cannot be used in a process forked after CUDA was initialised; start workers with "
-            "multiprocessing.get_context('spawn')"
-        )
-    count = torch.cuda.device_count()
-    index = device.index
-    if index is None:
-        index = torch.cuda.current_device() if count else 0
-    if index >= count:
-        raise ValueError(f"device cuda:{index} was asked for, and {count} CUDA devices are visible; use device='cpu'")
-    return torch.device("cuda", index)
-
-
 def decide_graph(choice: bool | str, device: torch.device) -> bool:
     """Resolve cuda_graph="auto": on CUDA.
 
@@ -82,14 +147,58 @@ def decide_graph(choice: bool | str, device: torch.device) -> bool:
     return choice
 
 
-def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make a CUDA device current: Triton launches on whatever device is."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+def decide_compile(
+    choice: bool | str, device: torch.device, model: Model, shape: tuple[int, ...], calls_ahead: int
+) -> bool:
+    """Resolve compile="auto": always on CUDA, on a CPU when the work ahead repays the compilation; logged at INFO.
+
+    The decision depends on the model, the amount of work and what is installed, not on measured time, so that the same
+    run decides the same again.
+
+    Args:
+        choice: "auto", True or False.
+        device: where the model runs.
+        model: the network.
+        shape: one sample's shape.
+        calls_ahead: samples to be drawn, times steps.
+
+    Raises:
+        BackendUnavailable: compile=True, and compiled code could not be kept anywhere.
+        ValueError: choice is none of "auto", True, False.
+    """
+    if choice is True and (reason := inductor().why_unusable()) is not None:
+        raise BackendUnavailable(f"compile=True: {reason}")
+    if isinstance(choice, bool):
+        return choice
+    if choice != "auto":
+        raise ValueError(f"compile must be 'auto', True or False, got {choice!r}")
+    decision, reason = _weigh(device, model, shape, calls_ahead)
+    logger.info("compile='auto': the model runs %s (%s)", "compiled" if decision else "uncompiled", reason)
+    return decision
+
+
+def _weigh(device: torch.device, model: Model, shape: tuple[int, ...], calls_ahead: int) -> tuple[bool, str]:
+    if (reason := inductor().why_unusable()) is not None:
+        return False, reason
+    if device.type == "cuda":
+        installed = torch_compile.has_triton()
+        return installed, f"Triton is {'' if installed else 'not '}installed"
+    if device.type != "cpu" or not torch_compile.has_cpp_compiler():
+        return False, f"no C++ compiler was found for {device}"
+    work = calls_ahead * weight_uses(model, shape)
+    return work >= REPAYS_AFTER, f"{work:.1e} parameters x pixels ahead, repaid after about {REPAYS_AFTER:.0e}"
+
+
+def weight_uses(model: Model, shape: tuple[int, ...]) -> int:
+    """Return parameters x pixels of a sample, a measure of one call's work; 0 for a plain callable."""
+    if not isinstance(model, nn.Module):
+        return 0
+    return sum(p.numel() for p in model.parameters()) * math.prod(shape[1:])
 
 
 @functools.cache
 def note_emulation(dtype: torch.dtype, device: torch.device) -> None:
-    """Say once where bfloat16 is asked of what emulates it: a CPU without it, a GPU before compute capability 8.0."""
+    """Warn once where bfloat16 is asked of what emulates it: a CPU without it, a GPU before compute capability 8.0."""
     if dtype != torch.bfloat16 or torch.version.hip is not None:
         return
     if device.type == "cpu":

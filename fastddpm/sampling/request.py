@@ -1,38 +1,69 @@
-"""A sampling call, checked: what `Sampler.sample` was asked for, in the form that a program loads."""
+"""A request for samples, checked: the arguments of `Sampler.sample` in the form that a step loads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from fastddpm.checks import nearest
 from fastddpm.noise.v1 import resolve_seeds
-from fastddpm.sampling.step import COUNTER, GIVEN, NONE, Plan, TensorSpec
+from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
 
 Noise = Tensor | Callable[[int], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
 Labels = int | Sequence[int] | Tensor
 
-
-@dataclass(frozen=True)
-class ModelLimits:
-    """What a sampler knows of its model: the label for "no class", and how many labels there are."""
-
-    null_class: int | None = None
-    num_labels: int | None = None
+COUNTER, GIVEN, NONE = "counter", "given", "none"
 
 
 @dataclass(frozen=True)
-class Call:
+class StepKey:
+    """Everything about a request that is not in a buffer of its step; requests of equal keys share one step.
+
+    Attributes:
+        batch: B, samples per step.
+        noise: where z comes from: "counter" (seeds), "given" (a buffer that the caller fills) or "none".
+        guided: two predictions per sample, and m = m_u + w (m_c - m_u).
+        labels: the model is given class_labels.
+        x0_out: the estimate of x_0 is kept.
+        check_finite: each sample's first step with a NaN or Inf is recorded.
+        kwargs: the model's further keyword arguments: (name, value), or (name, (shape, dtype)) for tensors.
+    """
+
+    batch: int
+    noise: str = COUNTER
+    guided: bool = False
+    labels: bool = False
+    x0_out: bool = False
+    check_finite: bool = False
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def network_batch(self) -> int:
+        """Rows of the network's input: 2B with guidance, the conditional half first."""
+        return 2 * self.batch if self.guided else self.batch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor among the model's keyword arguments."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Request:
     """One call's data.
 
     Attributes:
-        plan: the program that can run it.
+        key: what the step that can run it is found by.
         seed: int64 [B], keys of the noise (0 where it comes from elsewhere).
         sample_id: int64 [B].
         x_T: [B, ...] where the call brings it, else None: drawn from the seeds.
@@ -43,7 +74,7 @@ class Call:
         seeded: x_T or the noise comes from `seed` and `sample_id`.
     """
 
-    plan: Plan
+    key: StepKey
     seed: Tensor
     sample_id: Tensor
     x_T: Tensor | None  # noqa: N815
@@ -60,13 +91,34 @@ class Call:
         return f"sample {i} (seed {int(self.seed[i]) % 2**64}, sample id {int(self.sample_id[i])})"
 
 
-def resolve_call(
+class RequestArguments(TypedDict, total=False):
+    """Keyword arguments of `Sampler.sample`, `steps` and `warmup`, explained in `Sampler.sample`."""
+
+    seeds: int | Sequence[int] | Tensor | None
+    seed: int | None
+    sample_ids: Sequence[int] | Tensor | None
+    generator: Generators | None
+    noise: Noise | None
+    x_T: Tensor | None
+    batch_size: int | None
+    class_labels: Labels | None
+    guidance: float
+    model_kwargs: Mapping[str, Any] | None
+
+
+def refuse_unknown(function: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise TypeError for a keyword argument that a function does not have, and name the nearest one that it has."""
+    for name in given.keys() - known:
+        near = nearest(name, known)
+        hint = "" if near is None else f"; did you mean {near!r}?"
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def resolve_request(
     table: Table,
-    shape: tuple[int, ...],
-    limits: ModelLimits,
+    options: Options,
     *,
     x0_out: bool = False,
-    check_finite: bool = False,
     seeds: int | Sequence[int] | Tensor | None = None,
     seed: int | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
@@ -77,7 +129,7 @@ def resolve_call(
     class_labels: Labels | None = None,
     guidance: float = 1.0,
     model_kwargs: Mapping[str, Any] | None = None,
-) -> Call:
+) -> Request:
     """Check the arguments of `Sampler.sample` and complete them.
 
     Raises:
@@ -86,18 +138,19 @@ def resolve_call(
     if isinstance(seeds, int):
         # A bool is refused as an element.
         seeds = [seeds]
+    shape = options.shape
     stochastic = bool((table.rows[:, COLUMN["sigma"]] != 0).any())
     source = _only_source(seeds, seed, generator, noise)
     if x_T is not None and tuple(x_T.shape[1:]) != shape:
         raise ValueError(f"x_T must have shape [B, {', '.join(map(str, shape))}], got {list(x_T.shape)}")
     draw: Callable[[int], Tensor] | None = None
     if source == "seeds":
-        key, sample_id = resolve_seeds(seeds=seeds, seed=seed, sample_ids=sample_ids, batch=_batch(x_T, batch_size))
+        seed_of, sample_id = resolve_seeds(seeds=seeds, seed=seed, sample_ids=sample_ids, batch=_batch(x_T, batch_size))
     else:
         if source is None and (stochastic or x_T is None):
             raise ValueError("no noise: pass seeds=, seed= with sample_ids=, generator=, or noise= with x_T=")
         B = _given_batch(generator, noise, x_T, batch_size, class_labels)
-        key = sample_id = torch.zeros(B, dtype=torch.int64)
+        seed_of = sample_id = torch.zeros(B, dtype=torch.int64)
         draw = _drawer(generator, noise, B, shape, len(table))
         if x_T is None:
             if generator is None:
@@ -105,25 +158,25 @@ def resolve_call(
             assert draw is not None
             # The generator's first numbers are x_T, as in diffusers' pipelines.
             x_T = draw(-1)
-    B = len(key)
+    B = len(seed_of)
     if x_T is not None and len(x_T) != B:
         raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
     w = check_guidance(guidance)
     guided = w != 1.0
-    labels = _labels(class_labels, B, limits)
+    labels = _labels(class_labels, B, options.num_labels)
     if guided:
-        labels = _with_null_half(labels, B, limits)
+        labels = _with_null_half(labels, options.null_class)
     kwargs = _model_kwargs(model_kwargs, B, guided)
-    plan = Plan(
+    key = StepKey(
         batch=B,
         noise=NONE if not stochastic else COUNTER if source == "seeds" else GIVEN,
         guided=guided,
         labels=labels is not None,
         x0_out=x0_out,
-        check_finite=check_finite,
+        check_finite=options.check_finite,
         kwargs=tuple((name, _spec(value)) for name, value in sorted(kwargs.items())),
     )
-    return Call(plan, key, sample_id, x_T, draw if stochastic else None, labels, w, kwargs, source == "seeds")
+    return Request(key, seed_of, sample_id, x_T, draw if stochastic else None, labels, w, kwargs, source == "seeds")
 
 
 def _only_source(seeds: Any, seed: Any, generator: Any, noise: Any) -> str | None:
@@ -192,7 +245,7 @@ def check_guidance(guidance: float) -> float:
     return float(guidance)
 
 
-def _labels(class_labels: Labels | None, B: int, limits: ModelLimits) -> Tensor | None:
+def _labels(class_labels: Labels | None, B: int, num_labels: int | None) -> Tensor | None:
     if class_labels is None:
         return None
     labels = torch.as_tensor(class_labels)
@@ -206,19 +259,19 @@ def _labels(class_labels: Labels | None, B: int, limits: ModelLimits) -> Tensor 
         raise ValueError(f"class_labels holds {len(labels)} labels for {B} samples")
     labels = labels.expand(B)
     # An index outside the embedding is memory corruption or a device assert, far from here.
-    bad = (labels < 0) if limits.num_labels is None else (labels < 0) | (labels >= limits.num_labels)
+    bad = (labels < 0) if num_labels is None else (labels < 0) | (labels >= num_labels)
     if bad.any():
-        known = "0 or more" if limits.num_labels is None else f"0 to {limits.num_labels - 1}"
+        known = "0 or more" if num_labels is None else f"0 to {num_labels - 1}"
         raise ValueError(f"class label {int(labels[bad][0])} is out of range; labels are {known}")
     return labels
 
 
-def _with_null_half(labels: Tensor | None, B: int, limits: ModelLimits) -> Tensor:
+def _with_null_half(labels: Tensor | None, null_class: int | None) -> Tensor:
     if labels is None:
         raise ValueError("guidance needs class_labels; pass them, or guidance=1.0")
-    if limits.null_class is None:
+    if null_class is None:
         raise ValueError("guidance needs the label that means 'no class': pass Sampler(..., null_class=)")
-    return torch.cat([labels, torch.full_like(labels, limits.null_class)])
+    return torch.cat([labels, torch.full_like(labels, null_class)])
 
 
 def _model_kwargs(model_kwargs: Mapping[str, Any] | None, B: int, guided: bool) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastddpm.machine.devices import resolve_device
 from fastddpm.noise.v1 import resolve_seeds
 from fastddpm.sampling import model as net
-from fastddpm.sampling.options import resolve_device
 from fastddpm.sampling.request import check_guidance
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.schedules.diffusion import DiffusionConfig
@@ -117,7 +117,7 @@ class Run:
     def draw(self, batch: range, callback: Callable[[StepResult], None] | None = None) -> Tensor:
         """Draw the samples of one batch, float32 [len(batch), ...]."""
         indices = list(batch)
-        if self.sampler.compiles or self.sampler.uses_graph:
+        if self.sampler.options.compiles or self.sampler.options.uses_graph:
             # Another size would mean another compilation or capture; the last seed fills the place.
             indices += indices[-1:] * (len(self.batches[0]) - len(indices))
         x = self.sampler.sample(

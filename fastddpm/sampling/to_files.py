@@ -31,23 +31,23 @@ def describe(model: UNet, planned: Run, *, sampler: str, classes: Any, file_form
         classes: the classes asked for, as JSON.
         file_format: see `Outputs`.
     """
-    engine = planned.sampler
+    options, table = planned.sampler.options, planned.sampler.table
     return {
         "noise": NOISE_VERSION,
         "model": config_hash(dataclasses.asdict(model.config)),
         "weights": model_digest(model),
         "sampler": sampler,
-        "steps": len(engine.table),
-        "table": table_digest(engine.table),
-        "shape": list(engine.shape),
+        "steps": len(table),
+        "table": table_digest(table),
+        "shape": list(options.shape),
         "seeds": format_seeds(planned.seeds),
         "batch": len(planned.batches[0]),
         "classes": classes,
         "guidance": planned.guidance,
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "device": engine.device.type,
-        "backend": "triton" if engine.uses_triton else "torch",
-        "compile": engine.compiles,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "device": options.device.type,
+        "backend": "triton" if options.uses_triton else "torch",
+        "compile": options.compiles,
         "format": file_format,
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastddpm.sampling.options import resolve_device
+from fastddpm.machine.devices import resolve_device
 from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
 from fastddpm.tables.table import check_weighting
 from fastddpm.training.bound import VLB_WEIGHT

@@ -6,7 +6,7 @@ Configuration keys, parameter names and arithmetic are those of diffusers' UNet2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,6 @@ from fastddpm.unet.config import UNetConfig
 if TYPE_CHECKING:
     import os
 
-    from fastddpm.sampling.model import Network
     from fastddpm.schedules.diffusion import DiffusionConfig
 
 __all__ = ["UNet", "UNetConfig"]
@@ -149,16 +148,6 @@ class UNet(nn.Module):
         from fastddpm.unet.save import save_pretrained
 
         save_pretrained(self, directory, layout, dtype)
-
-    def sampling_networks(self, timesteps: Tensor, *, compile_model: bool, strict: bool) -> Callable[[int], Network]:
-        """Return what makes the networks that a sampler calls instead of `forward`: see `network.Network`."""
-        from fastddpm.sampling.model import ModelNetwork
-        from fastddpm.unet.inference import UNetForms, is_plain
-
-        if is_plain(self):
-            return UNetForms(self, timesteps, compile_model=compile_model, strict=strict)
-        shared = ModelNetwork(self, compile_model=compile_model, strict=strict)
-        return lambda batch: shared
 
     def check_image(self, x: Tensor) -> None:
         """Raise unless `forward` takes x."""

@@ -19,10 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from fastddpm.cli import build_parser, main
 from fastddpm.cli.profile import _commands, command
 from fastddpm.diagnostics import profile as profiling
+from fastddpm.machine import torch_compile
 from fastddpm.machine.torch_compile import Compiled, named_kernels
-from fastddpm.sampling import compile_policy
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.sampling.step import Program
+from fastddpm.sampling.step import StaticStep
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddpm import ddpm_table
 
@@ -30,14 +30,14 @@ STEPS = 3
 ARGUMENTS = ["profile", "--model", "tiny", "--batch", "2", "--steps", str(STEPS), "--device", "cpu"]
 
 
-def make_sampler() -> Sampler:
+def make_sampler(kind: type[Sampler] = profiling.RangedSampler) -> Any:
     table = ddpm_table(Schedule.linear(1000), steps=STEPS)
-    return Sampler(networks.build("tiny"), table, networks.shape("tiny"), compile=False)
+    return kind(networks.build("tiny"), table, networks.shape("tiny"), compile=False)
 
 
 @pytest.fixture(scope="module")
 def profiled() -> profile:
-    found = profiling.run_profile(make_sampler, {"seeds": [0, 1]})
+    found = profiling.run_profile(make_sampler(), {"seeds": [0, 1]})
     assert found is not None
     return found
 
@@ -76,18 +76,13 @@ def test_named_kernels_are_those_of_constant_code_too() -> None:
 
 def test_profile_names_the_kernels_of_a_compiled_network(monkeypatch: pytest.MonkeyPatch) -> None:
     # The fused step stays eager: its kernels may have been compiled before, without names.
-    monkeypatch.setattr(compile_policy, "has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: False)
     table = ddpm_table(Schedule.linear(1000), steps=STEPS)
-    found = profiling.run_profile(lambda: Sampler(lambda x, t: x.cos(), table, (8,), compile=True), {"seeds": [0]})
+    found = profiling.run_profile(
+        profiling.RangedSampler(lambda x, t: x.cos(), table, (8,), compile=True), {"seeds": [0]}
+    )
     assert found is not None
     assert any("cpp_fused" in event.key for event in found.key_averages())
-
-
-def test_ranges_leave_no_trace() -> None:
-    before = (Program.step, Program._p_sample)
-    with profiling.ranges(torch.device("cpu")):
-        assert Program._p_sample is not before[1]
-    assert (Program.step, Program._p_sample) == before
 
 
 def test_noise_is_drawn_within_the_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,11 +95,10 @@ def test_noise_is_drawn_within_the_fused_step(monkeypatch: pytest.MonkeyPatch) -
         yield
         opened.pop()
 
-    draw = Program._noise
-    monkeypatch.setattr(Program, "_noise", lambda self: within.append([*opened]) or draw(self))
+    draw = StaticStep._noise
+    monkeypatch.setattr(StaticStep, "_noise", lambda self: within.append([*opened]) or draw(self))
     monkeypatch.setattr(profiling, "record_function", named)
-    with profiling.ranges(torch.device("cpu")):
-        make_sampler().sample(seeds=[0])
+    make_sampler().sample(seeds=[0])
     assert within == [[profiling.STEP, profiling.P_SAMPLE]] * STEPS
 
 
@@ -119,10 +113,7 @@ def test_breakdown_takes_host_times_from_the_host(profiled: profile) -> None:
 
 
 def test_profiled_loop_draws_the_same_samples() -> None:
-    plain = make_sampler().sample(seeds=[3])
-    with profiling.ranges(torch.device("cpu")):
-        ranged = make_sampler().sample(seeds=[3])
-    assert torch.equal(plain, ranged)
+    assert torch.equal(make_sampler().sample(seeds=[3]), make_sampler(Sampler).sample(seeds=[3]))
 
 
 def test_profile_writes_a_chrome_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from fastddpm.diagnostics import compile_offline as offline
 from fastddpm.diagnostics import variants as kernel_variants
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import caches
-from fastddpm.sampling.compile_policy import decide_compile
+from fastddpm.sampling.options import decide_compile
 
 COMPILES = """
 import torch

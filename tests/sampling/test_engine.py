@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddpm.sampling.engine import CudaGraphEngine, GraphPool, LoopEngine, TapeEngine
+from fastddpm.sampling.engine import CudaGraphEngine, GraphPool, LoopEngine
+from tests.sampling.tape import TapeEngine
 
 
 def ignore(*values: Any) -> None:
@@ -53,30 +54,30 @@ def test_replay_runs_the_captured_step(engine: Any) -> None:
 
 
 def test_replay_before_capture_or_after_reset_raises(engine: Any) -> None:
-    program = Countdown()
+    countdown = Countdown()
     with pytest.raises(RuntimeError, match="before capture"):
         engine.replay()
-    engine.capture(program.step, program.rewind)
+    engine.capture(countdown.step, countdown.rewind)
     engine.reset()
     with pytest.raises(RuntimeError, match="before capture"):
         engine.replay()
 
 
 def test_tape_leaves_the_buffers_as_a_capture_does() -> None:
-    program = Countdown()
-    before = [program.x.clone(), program.row.clone(), program.picked.clone()]
-    TapeEngine().capture(program.step, program.rewind)
-    for tensor, value in zip([program.x, program.row, program.picked], before, strict=True):
+    countdown = Countdown()
+    before = [countdown.x.clone(), countdown.row.clone(), countdown.picked.clone()]
+    TapeEngine().capture(countdown.step, countdown.rewind)
+    for tensor, value in zip([countdown.x, countdown.row, countdown.picked], before, strict=True):
         assert torch.equal(tensor, value)
 
 
 def test_tape_reads_buffers_at_replay() -> None:
-    program, engine = Countdown(), TapeEngine()
-    engine.capture(program.step, program.rewind)
-    program.x.fill_(7.0)
-    program.row.fill_(2)
+    countdown, engine = Countdown(), TapeEngine()
+    engine.capture(countdown.step, countdown.rewind)
+    countdown.x.fill_(7.0)
+    countdown.row.fill_(2)
     engine.replay()
-    assert torch.equal(program.x, torch.tensor([[42.0] * 3, [14.0] * 3]))
+    assert torch.equal(countdown.x, torch.tensor([[42.0] * 3, [14.0] * 3]))
 
 
 def test_tape_keeps_python_values_of_the_capture() -> None:

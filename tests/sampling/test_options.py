@@ -1,24 +1,28 @@
-"""A sampler's options: what is noted about the machine they ask for."""
+"""What a sampler decides for itself, and what it notes in the log."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
-from fastddpm.machine import hardware
-from fastddpm.sampling import options
+from fastddpm.machine import hardware, torch_compile
+from fastddpm.sampling.options import REPAYS_AFTER, decide_compile, note_emulation, weight_uses
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+SHAPE = (3, 8, 8)
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """Notes are logged once: start and end without any."""
-    options.note_emulation.cache_clear()
+    """Reasons are logged once: start and end without any."""
+    note_emulation.cache_clear()
     yield
-    options.note_emulation.cache_clear()
+    note_emulation.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +44,7 @@ def test_bfloat16_on_a_gpu_without_it_is_noted_once(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for _ in range(2):
-        options.note_emulation(dtype, CUDA)
+        note_emulation(dtype, CUDA)
     assert len(caplog.records) == said
     assert "cuda:0 has compute capability 7.5" in caplog.text or not said
 
@@ -56,9 +60,34 @@ def test_bfloat16_on_a_processor_without_it_is_noted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(hardware, "cpu", lambda: {"flags": flags, "native_bfloat16": native})
-    options.note_emulation.cache_clear()
-    options.note_emulation(torch.bfloat16, CPU)
-    options.note_emulation(torch.float16, CPU)
+    note_emulation(torch.bfloat16, CPU)
+    note_emulation(torch.float16, CPU)
     assert [r.getMessage() for r in caplog.records] == [
         "this processor emulates bfloat16, slowly: use dtype=torch.float32"
     ][: int(said)]
+
+
+def test_compile_auto_on_a_cpu_weighs_the_work_ahead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    model = nn.Linear(9, 11)
+    enough = math.ceil(REPAYS_AFTER / (110 * 64))
+    monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: True)
+    assert not decide_compile("auto", CPU, model, SHAPE, enough - 1)
+    assert "runs uncompiled" in caplog.text
+    caplog.clear()
+    assert decide_compile("auto", CPU, model, SHAPE, enough)
+    assert "runs compiled" in caplog.text
+    monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: False)
+    assert not decide_compile("auto", CPU, model, SHAPE, enough)
+    assert "no C++ compiler" in caplog.text
+    assert decide_compile(True, CPU, model, SHAPE, 0)
+    assert not decide_compile(False, CPU, model, SHAPE, 10**18)
+    assert weight_uses(lambda x, t: x, SHAPE) == 0
+
+
+def test_compile_auto_on_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed in (True, False):
+        monkeypatch.setattr(torch_compile, "has_triton", lambda installed=installed: installed)
+        assert decide_compile("auto", CUDA, nn.Linear(9, 11), SHAPE, 1) == installed

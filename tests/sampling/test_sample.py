@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,7 @@ def test_sample_does_not_depend_on_the_batch_size() -> None:
 def test_batches_keep_their_size_where_another_would_be_compiled() -> None:
     model = Toy().eval()
     run = sampling.plan_run(model, (2,), seeds=range(7), steps=2, batch_size=3, compile=False)
-    run.sampler.uses_graph, run.sampler._strict_graph = True, False
-    run.sampler._new_engine = fastddpm.sampling.engine.LoopEngine  # type: ignore[method-assign]
+    run.sampler.options = dataclasses.replace(run.sampler.options, uses_graph=True)
     parts = [run.draw(batch) for batch in run.batches]
     assert [len(part) for part in parts] == [3, 2, 2]
     assert set(model.batches) == {3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from fastddpm import DiffusionConfig, Sampler, Schedule, ddpm_table, reference
 from fastddpm.errors import BackendUnavailable, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
-from fastddpm.sampling.engine import LoopEngine, TapeEngine
+from fastddpm.sampling.engine import LoopEngine
 from fastddpm.sampling.sampler import StepResult
 from fastddpm.tables.by_name import make_table
 from fastddpm.tables.table import Table
+from tests.sampling.tape import TapeEngine
 
 SCHEDULE = Schedule.linear(50, 1e-3, 0.2)
 SHAPE = (3, 5, 7)
@@ -322,8 +324,9 @@ ENGINE_CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 
 def with_tape(s: Sampler) -> Sampler:
-    s.uses_graph = True
-    s._new_engine = lambda: TapeEngine() if s.uses_graph else LoopEngine()  # type: ignore[method-assign]
+    pool = s._steps
+    pool._captures = True
+    pool._new_engine = lambda: TapeEngine() if pool._captures else LoopEngine()  # type: ignore[method-assign]
     return s
 
 
@@ -361,7 +364,7 @@ def test_model_that_cannot_be_captured_falls_back_with_one_warning(caplog: pytes
     assert torch.equal(s.sample(seeds=[1, 1])[1:], expected)
     assert [record.levelname for record in caplog.records if "CUDA graph" in record.message] == ["WARNING"]
     strict = with_tape(sampler(reads))
-    strict._strict_graph = True
+    strict._steps._options = dataclasses.replace(strict.options, strict_graph=True)
     with pytest.raises(SamplingError, match="not permitted while capturing"):
         strict.sample(seeds=[1])
 
@@ -395,21 +398,21 @@ def test_call_that_fails_leaves_graphs_on(caplog: pytest.LogCaptureFixture) -> N
     s = with_tape(sampler())
     with pytest.raises(SamplingError, match="unexpected keyword argument 'shfit'"):
         s.sample(seeds=[1], model_kwargs={"shfit": 1.0})
-    assert s.uses_graph
+    assert s._steps._captures
     assert "no CUDA graph" not in caplog.text
     s.sample(seeds=[1])
-    ((_, engine),) = (entry for entries in s._programs.values() for entry in entries)
+    ((_, engine),) = (entry for entries in s._steps._idle.values() for entry in entries)
     assert isinstance(engine, TapeEngine)
 
 
-def test_failed_program_is_not_kept() -> None:
+def test_failed_step_is_not_kept() -> None:
     def lose(m: Tensor) -> Tensor:
         raise KeyError("lost")
 
     s = sampler(Breaks(3, lose).eval())
     made: list[Any] = []
-    build = s._build
-    s._build = lambda plan: made.append(weakref.ref((pair := build(plan))[0])) or pair  # type: ignore[method-assign]
+    build = s._steps._build
+    s._steps._build = lambda key: made.append(weakref.ref((pair := build(key))[0])) or pair  # type: ignore[method-assign]
     with pytest.raises(SamplingError):
         s.sample(seeds=[1])
     gc.collect()
@@ -454,7 +457,7 @@ def test_out_of_memory_names_the_sizes_and_the_next_call_works(error: Exception)
     with pytest.raises(torch.OutOfMemoryError, match=r"step 1 of 6 .*\[4, 3, 5, 7\].*smaller batch") as caught:
         s.sample(seeds=range(4))
     assert caught.value.__cause__ is error
-    assert not s._programs
+    assert not s._steps._idle
     assert len(list(others)) == 5
     assert s.sample(seeds=range(2)).shape == (2, *SHAPE)
 
@@ -476,7 +479,7 @@ def test_cuda_error_is_reported_though_cuda_fails_in_clearing_up_too(monkeypatch
     with pytest.raises(SamplingError, match=r"step 1 of 6 .*start a new one") as caught:
         s.sample(seeds=[1])
     assert caught.value.__cause__ is lost
-    s._last_use = SimpleNamespace()
+    s._steps._last_use = SimpleNamespace()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=fail))
     with pytest.raises(SamplingError, match="start a new one"):
         s.sample(seeds=[1])
@@ -532,17 +535,17 @@ def test_refresh_takes_weights_that_were_changed_without_a_trace() -> None:
     assert not torch.equal(s.sample(seeds=[1]), before)
 
 
-def test_clear_frees_the_programs_and_calls_build_new_ones() -> None:
+def test_clear_frees_the_steps_and_calls_build_new_ones() -> None:
     s = sampler()
     expected = s.sample(seeds=[1, 2])
-    program = weakref.ref(next(iter(s._programs.values()))[0][0])
+    step = weakref.ref(next(iter(s._steps._idle.values()))[0][0])
     running = s.steps(seeds=[1, 2])
     next(running)
     s.clear()
     assert torch.equal(list(running)[-1].x_t, expected)
     del running
     gc.collect()
-    assert program() is None
+    assert step() is None
     assert torch.equal(s.sample(seeds=[1, 2]), expected)
 
 
@@ -575,7 +578,7 @@ def test_inference_mode_around_one_call_leaves_the_next_alone() -> None:
 def test_warmup_leaves_nothing_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
     s = sampler()
     s.warmup(seeds=[1, 2])
-    monkeypatch.setattr(s, "_build", None)
+    monkeypatch.setattr(s._steps, "_build", None)
     assert torch.equal(s.sample(seeds=[3, 4]), sampler().sample(seeds=[3, 4]))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,22 +17,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
-from fastddpm.sampling import compile_policy as policy
-from fastddpm.sampling import model as net
-from fastddpm.sampling.step import Plan, Program, TensorSpec
+from fastddpm.machine import torch_compile
+from fastddpm.sampling import options as sampling_options
+from fastddpm.sampling.network import ModelNetwork, sampling_networks
+from fastddpm.sampling.options import Options
+from fastddpm.sampling.request import StepKey, TensorSpec
+from fastddpm.sampling.step import StaticStep
 from fastddpm.unet.inference import UNetInference
 
 TABLE = ddpm_table(Schedule.linear(50, 1e-3, 0.2), steps=4)
 SHAPE = (3, 8, 8)
 
-PLANS = {
-    "counter": Plan(4),
-    "given": Plan(4, noise="given"),
-    "none": Plan(4, noise="none"),
-    "guided": Plan(4, guided=True, labels=True),
-    "x0": Plan(4, x0_out=True),
-    "finite": Plan(4, check_finite=True),
-    "kwargs": Plan(4, kwargs=(("shift", TensorSpec((4, 1, 1, 1), torch.float32)),)),
+KEYS = {
+    "counter": StepKey(4),
+    "given": StepKey(4, noise="given"),
+    "none": StepKey(4, noise="none"),
+    "guided": StepKey(4, guided=True, labels=True),
+    "x0": StepKey(4, x0_out=True),
+    "finite": StepKey(4, check_finite=True),
+    "kwargs": StepKey(4, kwargs=(("shift", TensorSpec((4, 1, 1, 1), torch.float32)),)),
 }
 
 
@@ -63,20 +66,28 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def program(plan: Plan, device: str, dtype: torch.dtype) -> Program:
-    model = net.ModelNetwork(Small(device, dtype), compile_model=False, strict=False)
-    return Program(plan, model, TABLE, SHAPE, device=torch.device(device), dtype=dtype)
+# Made once, outside of the fake tensors that some tests run under.
+ON_THE_CPU = Sampler(lambda x, t: x, TABLE, SHAPE, compile=False).options
+
+
+def options(device: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Options:
+    return dataclasses.replace(ON_THE_CPU, device=torch.device(device), dtype=dtype, **changed)
+
+
+def static_step(key: StepKey, device: str, dtype: torch.dtype) -> StaticStep:
+    network = ModelNetwork(Small(device, dtype), compile_model=False, strict=False)
+    return StaticStep(key, network, TABLE, options(device, dtype))
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="fake CUDA tensors need a CUDA build of PyTorch")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("plan", PLANS)
-def test_step_on_cuda_reads_nothing_back_and_touches_no_host_tensor(plan: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("key", KEYS)
+def test_step_on_cuda_reads_nothing_back_and_touches_no_host_tensor(key: str, dtype: torch.dtype) -> None:
     TABLE.rows  # noqa: B018  (cached: a real tensor, as in a real run)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        step = program(PLANS[plan], "cuda:0", dtype).step
+        step = static_step(KEYS[key], "cuda:0", dtype)
         with Record() as record:
-            step()
+            Sampler.reverse_step(step)
     assert record.devices == {"cuda"}
     assert "aten::_local_scalar_dense" not in record.operations
     assert record.operations["aten::conv2d"] + record.operations["aten::convolution"] == 1
@@ -104,12 +115,12 @@ def test_step_with_our_unet_on_cuda_reads_nothing_back(learned: bool, monkeypatc
     device = torch.device("cuda:0")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), device:
         unet = UNet(config).eval()
-        source = net.NetworkSource(unet, table.timesteps.to(device), compile_model=False, strict=True)
-        plan = Plan(2, guided=True, labels=True)
-        step = Program(plan, source.for_batch(plan.network_batch), table, (3, 8, 8), device=device).step
-        step()  # Makes the network's form for this size.
+        networks = sampling_networks(unet, table.timesteps.to(device), compile_model=False, strict=True)
+        key = StepKey(2, guided=True, labels=True)
+        step = StaticStep(key, networks(key.network_batch), table, options("cuda:0"))
+        Sampler.reverse_step(step)  # Makes the network's form for this size.
         with Record() as record:
-            step()
+            Sampler.reverse_step(step)
     assert record.devices == {"cuda"}
     assert "aten::_local_scalar_dense" not in record.operations
     assert record.operations["fastddpm::p_sample_out"] == 1
@@ -119,10 +130,10 @@ def test_step_with_our_unet_on_cuda_reads_nothing_back(learned: bool, monkeypatc
 
 def test_step_around_the_network_is_three_operations() -> None:
     """The timestep, the fused step and the counter; views move no data."""
-    p = program(Plan(4), "cpu", torch.float32)
-    p.network = lambda x, t, row, kwargs: x  # type: ignore[assignment]
+    step = static_step(StepKey(4), "cpu", torch.float32)
+    step.network = lambda x, t, row, kwargs: x  # type: ignore[assignment]
     with torch.no_grad(), Record() as record:
-        p.step()
+        Sampler.reverse_step(step)
     moving = {name for name in record.operations if name not in ("aten::expand", "aten::slice.Tensor")}
     assert moving == {"aten::index_select.out", "fastddpm::p_sample_out", "aten::add_.Tensor"}
 
@@ -135,9 +146,9 @@ def allocations(run: Callable[[], None]) -> list[int]:
     return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
 
 
-@pytest.mark.skipif(not policy.has_cpp_compiler(), reason="compiles on the CPU: needs a C++ compiler")
+@pytest.mark.skipif(not torch_compile.has_cpp_compiler(), reason="compiles on the CPU: needs a C++ compiler")
 @pytest.mark.parametrize(
-    ("plan", "dtype"),
+    ("key", "dtype"),
     [
         ("counter", torch.float32),
         ("counter", torch.bfloat16),
@@ -146,34 +157,34 @@ def allocations(run: Callable[[], None]) -> list[int]:
         ("given", torch.float32),
     ],
 )
-def test_compiled_step_takes_no_memory_beyond_the_network(plan: str, dtype: torch.dtype) -> None:
-    model = net.ModelNetwork(Small(), compile_model=False, strict=False)
-    p = Program(PLANS[plan], model, TABLE, SHAPE, device=torch.device("cpu"), dtype=dtype, compiled=True)
-    m = torch.ones_like(p.x_in)
-    p.network = lambda x, t, row, kwargs: m  # type: ignore[assignment]
+def test_compiled_step_takes_no_memory_beyond_the_network(key: str, dtype: torch.dtype) -> None:
+    network = ModelNetwork(Small(), compile_model=False, strict=False)
+    step = StaticStep(KEYS[key], network, TABLE, options("cpu", dtype, compiles=True))
+    m = torch.ones_like(step.x_in)
+    step.network = lambda x, t, row, kwargs: m  # type: ignore[assignment]
     with torch.inference_mode():
         for _ in range(2):
-            p.step()
+            Sampler.reverse_step(step)
         # The counter's increment travels as a tensor.
-        assert allocations(p.step) == [8]
-        assert max(allocations(lambda: p.x_t.add_(p.x_t + 1))) == p.x_t.nbytes
+        assert allocations(lambda: Sampler.reverse_step(step)) == [8]
+        assert max(allocations(lambda: step.x_t.add_(step.x_t + 1))) == step.x_t.nbytes
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_step_keeps_every_buffer_where_it_is(plan: str) -> None:
-    p = program(PLANS[plan], "cpu", torch.bfloat16)
+@pytest.mark.parametrize("key", KEYS)
+def test_step_keeps_every_buffer_where_it_is(key: str) -> None:
+    step = static_step(KEYS[key], "cpu", torch.bfloat16)
 
     def addresses() -> dict[str, int]:
-        tensors = {**vars(p), **p.kwargs}
+        tensors = {**vars(step), **step.kwargs}
         return {name: value.data_ptr() for name, value in tensors.items() if isinstance(value, Tensor)}
 
     before = addresses()
     with torch.no_grad():
         for _ in range(3):
-            p.step()
+            Sampler.reverse_step(step)
     assert addresses() == before
     assert len(before) >= 8
-    assert p.row.item() == 3
+    assert step.row.item() == 3
 
 
 def test_model_compiles_once_for_all_timesteps_seeds_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +193,7 @@ def test_model_compiles_once_for_all_timesteps_seeds_and_labels(monkeypatch: pyt
     counter, compile_ = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, **options, backend=counter))
     # The fused step stays eager: its compilation has tests of its own, and takes longer.
-    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: False)
     torch._dynamo.reset()
     compiled = Sampler(Small().eval(), TABLE, SHAPE, compile=True, null_class=10)
     eager = Sampler(Small().eval(), TABLE, SHAPE, compile=False, null_class=10)
@@ -201,43 +212,16 @@ def test_model_that_does_not_compile_runs_uncompiled_with_one_warning(
         return 0.5 * x
 
     expected = Sampler(breaks_the_graph, TABLE, SHAPE, compile=False).sample(seeds=[1])
-    monkeypatch.setattr(policy, "weight_uses", lambda model, shape: 10**12)
+    monkeypatch.setattr(sampling_options, "weight_uses", lambda model, shape: 10**12)
     auto = Sampler(breaks_the_graph, TABLE, SHAPE, samples_ahead=1000)
-    assert auto.compiles
-    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
+    assert auto.options.compiles
+    monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: False)
     assert torch.equal(auto.sample(seeds=[1]), expected)
     assert len([r for r in caplog.records if r.levelno == logging.WARNING and "torch.compile failed" in r.message]) == 1
     strict = Sampler(breaks_the_graph, TABLE, SHAPE, compile=True)
     with pytest.raises(RuntimeError, match=r"(?i)graph[ _]break"):
         strict.sample(seeds=[1])
     torch._dynamo.reset()
-
-
-def test_compile_auto_on_a_cpu_weighs_the_work_ahead(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    cpu, model = torch.device("cpu"), Small()
-    enough = math.ceil(policy.REPAYS_AFTER / ((81 + 33) * 64))
-    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: True)
-    assert not policy.decide_compile("auto", cpu, model, SHAPE, enough - 1)
-    assert "runs uncompiled" in caplog.text
-    caplog.clear()
-    assert policy.decide_compile("auto", cpu, model, SHAPE, enough)
-    assert "runs compiled" in caplog.text
-    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
-    assert not policy.decide_compile("auto", cpu, model, SHAPE, enough)
-    assert "no C++ compiler" in caplog.text
-    assert policy.decide_compile(True, cpu, model, SHAPE, 0)
-    assert not policy.decide_compile(False, cpu, model, SHAPE, 10**18)
-    assert policy.weight_uses(lambda x, t: x, SHAPE) == 0
-
-
-def test_compile_auto_on_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda", 0)
-    for installed in (True, False):
-        monkeypatch.setattr(policy, "has_triton", lambda installed=installed: installed)
-        assert policy.decide_compile("auto", cuda, Small(), SHAPE, 1) == installed
 
 
 @pytest.mark.gpu
@@ -261,8 +245,8 @@ def test_loop_on_cuda_never_waits_for_the_device() -> None:
     for cuda_graph in (True, False):
         s = Sampler(Small("cuda").eval(), TABLE, SHAPE, cuda_graph=cuda_graph, compile=False)
         s.warmup(seeds=[1, 2])
-        program, engine = next(iter(s._programs.values()))[0]
-        program.rewind()
+        ((step, engine),) = s._steps._idle[StepKey(2)]
+        step.rewind()
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.no_grad():

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
 from fastddpm.errors import BackendUnavailable
-from fastddpm.machine import torch_compile as compiled_call
+from fastddpm.machine import torch_compile
 from fastddpm.machine.torch_compile import Compiled
-from fastddpm.sampling import compile_policy as policy
-from fastddpm.sampling.model import ModelNetwork, NetworkSource
+from fastddpm.sampling.network import ModelNetwork, sampling_networks
 from fastddpm.unet import inference as unet_inference
 from fastddpm.unet.inference import (
     ShiftedResnetBlock,
@@ -47,7 +46,7 @@ SHAPE = (2, 16, 16)
 
 
 def network_of(model: UNet, timesteps: Tensor, batch: int) -> Any:
-    return NetworkSource(model, timesteps, compile_model=False, strict=True).for_batch(batch)
+    return sampling_networks(model, timesteps, compile_model=False, strict=True)(batch)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +175,7 @@ def test_sampler_with_the_form_draws_the_same_images() -> None:
         {"seeds": [5, 6]},
     ):
         assert relative_l2(tape.sample(**call), plain.sample(**call)) < TOLERANCE
-    assert len(tape._programs) == 3
+    assert len(tape._steps._idle) == 3
 
 
 def test_refresh_and_noticed_changes_rebuild_the_form() -> None:
@@ -197,7 +196,7 @@ def test_programs_of_a_size_share_one_compiled_graph(monkeypatch: pytest.MonkeyP
     counter, compile_ = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, **{**kwargs, "backend": counter}))
     # The fused step stays eager: its compilation has tests of its own.
-    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: False)
     torch._dynamo.reset()
     model = small_unet(out_channels=2, **CONDITIONAL)
     compiled = Sampler(model, TABLE, SHAPE, compile=True)
@@ -238,7 +237,7 @@ def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.Mo
     monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 4)
     model = one_level_unet(4)
     x, t, _ = random_inputs(model.config, batch=2)
-    network = NetworkSource(model, t, compile_model=True, strict=True).for_batch(2)
+    network = sampling_networks(model, t, compile_model=True, strict=True)(2)
     network.load(None)
     with torch.no_grad():
         eps = network(x.contiguous(memory_format=torch.channels_last), t, torch.tensor([1]), {})
@@ -254,10 +253,10 @@ def test_compiled_winograd_form_keeps_channels_innermost(monkeypatch: pytest.Mon
     utils = pytest.importorskip("torch._inductor.utils", reason="generated code cannot be read in this torch")
     monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", 1)
     # Python that calls the kernels can be read; C++ has the same layouts.
-    monkeypatch.setattr(compiled_call, "_constant", lambda: torch._inductor.config.patch(freezing=True))
+    monkeypatch.setattr(torch_compile, "_constant", lambda: torch._inductor.config.patch(freezing=True))
     model = one_level_unet(channels := 64)
     x, t, _ = random_inputs(model.config, batch=batch)
-    network = NetworkSource(model, t, compile_model=True, strict=True).for_batch(batch)
+    network = sampling_networks(model, t, compile_model=True, strict=True)(batch)
     network.load(None)
     x_in = x.contiguous(memory_format=torch.channels_last)
     _, codes = utils.run_and_get_code(network, x_in, t, torch.tensor([0]), {})
@@ -375,7 +374,7 @@ def test_form_is_not_taken_with_a_part_in_training() -> None:
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo alone: it traces, and PyTorch runs what it found."""
     # The fused operations stay as they are: once compiled, they are kept for the tests to come.
-    monkeypatch.setattr(policy, "has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: False)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options, backend="eager"))
 

@@ -303,7 +303,7 @@ def test_pipelines_run_the_sampling_form_of_a_unet_that_is_ours_too() -> None:
     fast = accelerate(quiet(DDPMPipeline(tiny_unet(), DDPMScheduler())))
     generate(fast, steps=2)
     (sampler,) = fast._samplers.values()
-    ((program, _),) = (entry for entries in sampler._programs.values() for entry in entries)
+    ((program, _),) = (entry for entries in sampler._steps._idle.values() for entry in entries)
     assert isinstance(program.network, UNetInference)
 
 

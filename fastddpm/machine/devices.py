@@ -1,0 +1,40 @@
+"""Devices: named with their index, refused where they are not there, and made current."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """Return the device with its index.
+
+    Raises:
+        ValueError: torch knows no such device, or it is not there.
+        RuntimeError: CUDA was initialised before this process was forked.
+    """
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        # torch's own message lists twenty kinds, most of them never seen.
+        raise ValueError(f"unknown device {device!r}; choose cpu, cuda, or one of several: cuda:1") from error
+    if device.type != "cuda":
+        return device
+    if torch.cuda._is_in_bad_fork():
+        raise RuntimeError(
+            "CUDA cannot be used in a process forked after CUDA was initialised; start workers with "
+            "multiprocessing.get_context('spawn')"
+        )
+    count = torch.cuda.device_count()
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if count else 0
+    if index >= count:
+        raise ValueError(f"device cuda:{index} was asked for, and {count} CUDA devices are visible; use device='cpu'")
+    return torch.device("cuda", index)
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a CUDA device current: Triton launches on whatever device is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,68 @@
+"""The network as a step calls it: the model itself, or the form that its class has for sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastddpm.machine.torch_compile import Compiled
+from fastddpm.sampling.model import Model
+from fastddpm.unet.inference import UNetForms, is_plain
+from fastddpm.unet.unet import UNet
+
+
+class Network(Protocol):
+    """What a step calls.
+
+    A model may bring its own, made for sampling: it then has a method `sampling_networks(timesteps, *, compile_model,
+    strict)`, with timesteps [R] on the model's device, which returns a function: rows of x -> Network. Every step has
+    its own network, because it holds the labels of a run. One that knows its timesteps by row may set `reads_t` to
+    False: t is then not looked up for it, and holds nothing.
+    """
+
+    memory_format: torch.memory_format
+    """Layout in which the network wants x."""
+
+    def load(self, class_labels: Tensor | None) -> None:
+        """Learn the labels of the next run, before its first step; the place to fill tables in static buffers."""
+
+    def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        """Predict from x [B, ...] (the network's dtype), t [B] and row [1], the index of t in the timesteps."""
+
+
+class ModelNetwork:
+    """Any model that keeps the contract model(x, t, **kwargs) -> tensor, or an object with `.sample`."""
+
+    memory_format = torch.contiguous_format
+
+    def __init__(self, model: Model, *, compile_model: bool, strict: bool) -> None:
+        self._call = Compiled(model, strict=strict) if compile_model else model
+
+    def load(self, class_labels: Tensor | None) -> None:
+        """Nothing to do: labels reach the model as a keyword argument."""
+
+    def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        return self._call(x, t, **kwargs)
+
+
+def sampling_networks(
+    model: Model, timesteps: Tensor, *, compile_model: bool, strict: bool
+) -> Callable[[int], Network]:
+    """Return what makes a model's networks for sampling: rows of x -> Network.
+
+    Args:
+        model: on its device and in its dtype, see `model.place`; not changed.
+        timesteps: [R], what the rows of the table ask for, on the model's device.
+        compile_model: run it through torch.compile.
+        strict: raise where that fails, instead of running uncompiled.
+    """
+    if isinstance(model, UNet) and is_plain(model):
+        return UNetForms(model, timesteps, compile_model=compile_model, strict=strict)
+    own_form = getattr(model, "sampling_networks", None)
+    if own_form is not None:
+        return own_form(timesteps, compile_model=compile_model, strict=strict)
+    shared = ModelNetwork(model, compile_model=compile_model, strict=strict)
+    return lambda batch: shared

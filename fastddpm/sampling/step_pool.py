@@ -1,0 +1,145 @@
+"""Steps made ready: built and captured once, lent to one run at a time, made anew when the model has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fastddpm.errors import ModelOutputError
+from fastddpm.machine.devices import device_guard
+from fastddpm.sampling.engine import CudaGraphEngine, Engine, GraphPool, LoopEngine
+from fastddpm.sampling.errors import explain, explain_cuda, is_oom
+from fastddpm.sampling.model import Model, fingerprint, place
+from fastddpm.sampling.network import Network, sampling_networks
+from fastddpm.sampling.options import Options
+from fastddpm.sampling.request import StepKey
+from fastddpm.sampling.step import StaticStep
+from fastddpm.tables.table import Table
+
+logger = logging.getLogger("fastddpm")
+
+Prepared = tuple[StaticStep, Engine]
+
+
+class StepPool:
+    """The prepared steps of one sampler, shared by threads that take turns.
+
+    Args:
+        model: the network.
+        table: the rows.
+        options: the sampler's.
+        run: what an engine captures: one step over the buffers that it is given.
+    """
+
+    def __init__(self, model: Model, table: Table, options: Options, run: Callable[[StaticStep], None]) -> None:
+        self._model, self._table, self._options, self._run = model, table, options, run
+        self._captures = options.uses_graph
+        self._lock = threading.RLock()
+        self._idle: dict[StepKey, list[Prepared]] = {}
+        self._graphs = GraphPool(options.device)
+        self._networks: Callable[[int], Network] | None = None
+        self._generation = 0
+        self._fingerprint: tuple[Any, ...] = ()
+        self._last_use: torch.cuda.Event | None = None
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the pool: one thread at a time, on its device, after whatever an earlier turn left running."""
+        device = self._options.device
+        with self._lock, explain_cuda(), torch.inference_mode(False), torch.no_grad(), device_guard(device):
+            if self._last_use is not None:
+                torch.cuda.current_stream().wait_event(self._last_use)
+            try:
+                yield
+            except torch.OutOfMemoryError:
+                self.clear()
+                raise
+            finally:
+                if device.type == "cuda":
+                    # Fails where CUDA has failed; what ended the turn is the error to report.
+                    with contextlib.suppress(RuntimeError):
+                        self._last_use = torch.cuda.current_stream().record_event()
+
+    @contextlib.contextmanager
+    def lend(self, key: StepKey) -> Iterator[Prepared]:
+        """Lend a step that nobody else uses; one whose run failed is not used again."""
+        with self.turn():
+            self._notice_changes()
+            idle = self._idle.setdefault(key, [])
+            with explain("preparation", key, self._options):
+                step, engine = idle.pop() if idle else self._build(key)
+            generation = self._generation
+        try:
+            yield step, engine
+        except GeneratorExit:
+            self._take_back(step, engine, generation)
+            raise
+        except BaseException:
+            # Fails as well where CUDA has failed; what ended the run is the error to report.
+            with contextlib.suppress(RuntimeError), self.turn():
+                engine.reset()
+            raise
+        else:
+            self._take_back(step, engine, generation)
+
+    def refresh(self) -> None:
+        """Forget the network's form for sampling, and with it every step."""
+        with self.turn():
+            self.clear()
+            self._networks = None
+
+    def clear(self) -> None:
+        """Free buffers, captured graphs and their memory pool."""
+        with self.turn():
+            self._generation += 1
+            for _, engine in (prepared for idle in self._idle.values() for prepared in idle):
+                engine.reset()
+            self._idle.clear()
+            if self._options.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _take_back(self, step: StaticStep, engine: Engine, generation: int) -> None:
+        with self.turn():
+            if generation == self._generation:
+                self._idle.setdefault(step.key, []).append((step, engine))
+            else:
+                engine.reset()
+
+    def _notice_changes(self) -> None:
+        found = fingerprint(self._model)
+        if found != self._fingerprint:
+            self.refresh()
+            self._fingerprint = found
+
+    def _build(self, key: StepKey) -> Prepared:
+        options = self._options
+        if self._networks is None:
+            self._networks = sampling_networks(
+                place(self._model, options.device, options.dtype),
+                self._table.timesteps.to(options.device),
+                compile_model=options.compiles,
+                strict=options.strict_compile,
+            )
+        step = StaticStep(key, self._networks(key.network_batch), self._table, options)
+        engine = self._new_engine()
+        try:
+            engine.capture(lambda: self._run(step), step.rewind)
+        except Exception as error:
+            if options.strict_graph or not self._captures or isinstance(error, ModelOutputError) or is_oom(error):
+                raise
+            # What the step cannot do in the plain loop either is no reason to give up graphs.
+            self._run(step)
+            step.rewind()
+            logger.warning("no CUDA graph, the steps run one by one (cuda_graph=True raises instead): %s", error)
+            self._captures = False
+            engine = self._new_engine()
+            engine.capture(lambda: self._run(step), step.rewind)
+        return step, engine
+
+    def _new_engine(self) -> Engine:
+        return CudaGraphEngine(self._graphs) if self._captures else LoopEngine()
