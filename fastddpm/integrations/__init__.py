@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, Unpack
+
+if TYPE_CHECKING:
+    from fastddpm.integrations.shared import SamplerOptions
+
+T = TypeVar("T")
 
 _INTEGRATIONS = {
     "diffusers": "fastddpm.integrations.diffusers",
@@ -13,7 +18,7 @@ _INTEGRATIONS = {
 }
 
 
-def accelerate(target: Any, **options: Any) -> Any:
+def accelerate(target: T, **options: Unpack[SamplerOptions]) -> T:
     """Return the fast form of a pipeline or scheduler of diffusers, or of lucidrains' or OpenAI's GaussianDiffusion.
 
     It has the original's methods, arguments and results; see `accelerate` of `fastddpm.integrations.diffusers`,
@@ -24,7 +29,7 @@ def accelerate(target: Any, **options: Any) -> Any:
         **options: further arguments of `Sampler`, where the fast form runs whole loops: compile, backend, ...
 
     Raises:
-        TypeError: nothing here can accelerate it.
+        TypeError: nothing here can accelerate it, or it takes no such option.
     """
     for base in type(target).__mro__:
         integration = _INTEGRATIONS.get(base.__module__.partition(".")[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import ops
+from fastddpm.checks import one_of
 from fastddpm.errors import SamplingError
 from fastddpm.noise.v1 import STREAM_REVERSE, STREAM_X_T, resolve_seeds
 from fastddpm.sampling.sampler import Sampler, StepResult
@@ -32,6 +33,24 @@ class Seeding(TypedDict, total=False):
     seeds: Seeds | None
     seed: int | None
     sample_ids: Sequence[int] | Tensor | None
+
+
+class SamplerOptions(TypedDict, total=False):
+    """Arguments of `Sampler` that a drop-in leaves to its caller; see there."""
+
+    dtype: torch.dtype
+    compile: bool | str
+    cuda_graph: bool | str
+    backend: str
+    null_class: int
+    check_finite: bool
+    samples_ahead: int
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise TypeError unless every option is one of `SamplerOptions`; the message names the nearest."""
+    for name in options:
+        one_of("option", name, SamplerOptions.__annotations__, error=TypeError)
 
 
 class InvalidArgumentError(ValueError, AssertionError):
@@ -161,6 +180,13 @@ def fits_rows(x: Tensor, output: Any) -> TypeGuard[Tensor]:
 def needs_gradient(*tensors: Tensor) -> bool:
     """Tell whether something is to be differentiated, which a step that returns x_0 as well cannot be."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def look_through(model: Any) -> Any:
+    """Return the network inside DataParallel or DistributedDataParallel, compiled or not; others as they are."""
+    inner = getattr(model, "_orig_mod", model)
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return look_through(inner.module) if isinstance(inner, parallel) else model
 
 
 def draws_randomly(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, SchedulerMi
 from fastddpm.integrations.diffusers.fused import FusedScheduler
 from fastddpm.integrations.diffusers.pipelines import FastDDIMPipeline, FastDDPMPipeline, WholeLoop
 from fastddpm.integrations.diffusers.schedulers import fast_scheduler
+from fastddpm.integrations.shared import check_options
 
 
 def accelerate(target: Any, **options: Any) -> Any:
@@ -30,19 +31,31 @@ def accelerate(target: Any, **options: Any) -> Any:
         return copy.copy(target).configure(**options)
     if type(target) in (DDPMPipeline, DDIMPipeline):
         fast_class: Any = FastDDPMPipeline if type(target) is DDPMPipeline else FastDDIMPipeline
-        fast = fast_class(unet=target.unet, scheduler=target.scheduler)
+        fast = fast_class(unet=target.unet, scheduler=_fast_or_raise(target.scheduler))
         for name in vars(target).keys() - vars(fast).keys():
             setattr(fast, name, vars(target)[name])
         return fast.configure(**options)
-    if options:
-        raise TypeError(f"{type(target).__name__} takes no options, got {', '.join(options)}; leave them out")
     if isinstance(target, SchedulerMixin):
+        _refuse_options(target, options, "they are for whole pipelines")
         return _fast_or_raise(target)
     if isinstance(target, DiffusionPipeline) and hasattr(target, "scheduler"):
+        network = next((name for name in ("unet", "transformer") if hasattr(target, name)), "unet")
+        _refuse_options(
+            target,
+            options,
+            f"its loop stays diffusers' own, with a fast scheduler. To compile its network, set pipe.{network} = "
+            f"torch.compile(pipe.{network}); to convert it, use pipe.to(dtype=...)",
+        )
         fast = copy.copy(target)
         fast.scheduler = _fast_or_raise(target.scheduler)
         return fast
     raise TypeError(f"cannot accelerate {type(target).__name__}; pass a pipeline, a DDPMScheduler or a DDIMScheduler")
+
+
+def _refuse_options(target: Any, options: dict[str, Any], reason: str) -> None:
+    check_options(options)
+    if options:
+        raise TypeError(f"{type(target).__name__} takes no options, got {', '.join(options)}: {reason}")
 
 
 def _fast_or_raise(scheduler: Any) -> Any:

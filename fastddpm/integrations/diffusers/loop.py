@@ -42,6 +42,8 @@ def step_by_step(
     *,
     generator: Generators | None,
     class_labels: int | Sequence[int] | Tensor | None,
+    guidance: float,
+    null_class: int | None,
     after: Callable[[StepResult], None],
     step_options: Mapping[str, Any],
 ) -> Tensor:
@@ -54,16 +56,15 @@ def step_by_step(
         x_T: the start, [B, ...].
         generator: diffusers' argument.
         class_labels: one label for all images or one each; None for an unconditional network.
+        guidance: weight of classifier-free guidance, as in `Sampler.sample`; 1.0 means none.
+        null_class: the label that means "no class", for guidance.
         after: called after each step.
         step_options: further arguments of the scheduler's step.
     """
-    kwargs = {}
-    if class_labels is not None:
-        labels = torch.as_tensor(class_labels, device=x_T.device)
-        kwargs["class_labels"] = labels.expand(len(x_T), *labels.shape[1:])
+    predict = _predictor(unet, x_T, class_labels, guidance, null_class)
     x, last = x_T, len(scheduler.timesteps) - 1
     for i, t in enumerate(scheduler.timesteps):
-        m = unwrap(unet(x, t, **kwargs))
+        m = predict(x, t)
         if source.key is None:
             x, x_0 = scheduler.step(m, t, x, generator=generator, return_dict=False, **step_options)
         else:
@@ -71,3 +72,28 @@ def step_by_step(
             x, x_0 = scheduler.advance(m, t, x, z, **step_options)
         after(StepResult(i, int(t), x, x_0))
     return x
+
+
+def _predictor(
+    unet: Any,
+    x_T: Tensor,
+    class_labels: int | Sequence[int] | Tensor | None,
+    guidance: float,
+    null_class: int | None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return x_t, t -> m, with m = m_u + w (m_c - m_u) where there is guidance (Ho & Salimans 2022)."""
+    if class_labels is None:
+        return lambda x, t: unwrap(unet(x, t))
+    labels = torch.as_tensor(class_labels, device=x_T.device)
+    labels = labels.expand(len(x_T), *labels.shape[1:])
+    if guidance == 1.0 or null_class is None:
+        return lambda x, t: unwrap(unet(x, t, class_labels=labels))
+    both = torch.cat([labels, torch.full_like(labels, null_class)])
+    C = x_T.shape[1]
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        m_c, m_u = unwrap(unet(torch.cat([x, x]), t, class_labels=both)).chunk(2)
+        # A learned variance is the conditional one.
+        return torch.cat([m_u[:, :C] + guidance * (m_c[:, :C] - m_u[:, :C]), m_c[:, C:]], dim=1)
+
+    return guided

@@ -6,7 +6,7 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self, Unpack
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, ImagePipelineOutput
@@ -16,8 +16,17 @@ from fastddpm.integrations.diffusers.fused import NamedAsOriginal
 from fastddpm.integrations.diffusers.loop import Generators, draw_like, step_by_step
 from fastddpm.integrations.diffusers.native_unet import native_unet, shares_parameters
 from fastddpm.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler, fast_scheduler
-from fastddpm.integrations.shared import FUSED_DTYPES, NoiseSource, Seeds, replay
-from fastddpm.sampling.model import Model
+from fastddpm.integrations.shared import (
+    FUSED_DTYPES,
+    NoiseSource,
+    SamplerOptions,
+    Seeds,
+    check_options,
+    look_through,
+    replay,
+)
+from fastddpm.sampling.model import Model, null_class_of
+from fastddpm.sampling.request import check_guidance
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import Table
 
@@ -41,22 +50,25 @@ class WholeLoop(NamedAsOriginal):
     _native: tuple[Any, Any] = (None, None)
 
     def register_modules(self, **modules: Any) -> None:
-        """Take the network and the scheduler, this in its fast form."""
+        """Take the network, from inside DataParallel too, and the scheduler in its fast form."""
         if "scheduler" in modules:
             modules["scheduler"] = fast_scheduler(modules["scheduler"])
+        if "unet" in modules:
+            modules["unet"] = look_through(modules["unet"])
         super().register_modules(**modules)  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what a copy makes again: samplers hold locks and graphs."""
         return {name: value for name, value in vars(self).items() if name not in ("_samplers", "_native")}
 
-    def configure(self, **options: Any) -> Any:
-        """Set further arguments of `Sampler`: compile, cuda_graph, backend, check_finite, samples_ahead, dtype.
+    def configure(self, **options: Unpack[SamplerOptions]) -> Self:
+        """Set further arguments of `Sampler`, those of `SamplerOptions`; return the pipeline itself.
 
-        Returns:
-            The pipeline itself.
+        Raises:
+            TypeError: there is no such option.
         """
-        self._options = options
+        check_options(options)
+        self._options = dict(options)
         self.refresh()
         return self
 
@@ -73,17 +85,18 @@ class WholeLoop(NamedAsOriginal):
         num_inference_steps: int,
         seeds: Seeds | None,
         class_labels: int | Sequence[int] | Tensor | None,
+        guidance: float,
         callback: Callback | None,
         **step_options: Any,
     ) -> Tensor:
         """Return x_0 [B, ...]."""
-        self.scheduler = fast_scheduler(self.scheduler)
+        self.scheduler, self.unet = fast_scheduler(self.scheduler), look_through(self.unet)
         if not isinstance(self.scheduler, (FastDDPMScheduler, FastDDIMScheduler)):
             raise TypeError(
                 f"{type(self).__qualname__} runs DDPMScheduler and DDIMScheduler, got {type(self.scheduler).__name__}; "
                 f"use diffusers' own {self._original.__name__} for it"
             )
-        self._check_labels(class_labels)
+        null_class = self._check_labels(class_labels, guidance)
         source, x_T = self._start(batch_size, generator, seeds)
         # Threads may share the pipeline: this call's steps are those of its own copy of the scheduler.
         with _TURN:
@@ -106,10 +119,13 @@ class WholeLoop(NamedAsOriginal):
                     x_T.to(self.unet.dtype),
                     generator=generator,
                     class_labels=class_labels,
+                    guidance=guidance,
+                    null_class=null_class,
                     after=after,
                     step_options=step_options,
                 )
-            x = replay(sampler, source, x_T, draws, after, class_labels=class_labels, return_x0=callback is not None)
+            call = {"class_labels": class_labels, "guidance": guidance, "return_x0": callback is not None}
+            x = replay(sampler, source, x_T, draws, after, **call)
             return x if callback is None else x[0]
 
     def _start(self, batch_size: int, generator: Generators | None, seeds: Seeds | None) -> tuple[NoiseSource, Tensor]:
@@ -128,13 +144,24 @@ class WholeLoop(NamedAsOriginal):
         size = self.unet.config.sample_size
         return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
-    def _check_labels(self, class_labels: Any) -> None:
+    def _check_labels(self, class_labels: Any, guidance: float) -> int | None:
+        """Return the label that means "no class", None where there is none."""
         conditional = getattr(self.unet, "class_embedding", None) is not None
         # A forward that somebody replaced may bring labels of its own.
         if conditional and class_labels is None and "forward" not in vars(self.unet):
             raise ValueError("class_labels should be provided: the UNet is class-conditional")
         if class_labels is not None and not conditional:
             raise ValueError("class_labels were given, and the UNet has no class embedding; leave them out")
+        null_class = (self._options or {}).get("null_class", null_class_of(self.unet))
+        if check_guidance(guidance) != 1.0:
+            if class_labels is None:
+                raise ValueError(f"guidance needs class_labels, got guidance={guidance} alone; leave it out")
+            if null_class is None:
+                raise ValueError(
+                    "guidance needs the label that means 'no class': pass null_class= to fastddpm.accelerate, or to "
+                    "the pipeline's configure"
+                )
+        return null_class
 
     def _sampler(
         self, scheduler: Any, source: NoiseSource, x_T: Tensor, step_options: dict[str, Any]
@@ -203,6 +230,7 @@ class FastDDPMPipeline(WholeLoop, DDPMPipeline):
         *,
         seeds: Seeds | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float = 1.0,
         callback: Callback | None = None,
     ) -> Any:
         """Draw images.
@@ -215,14 +243,15 @@ class FastDDPMPipeline(WholeLoop, DDPMPipeline):
             return_dict: return an object with images; else a tuple.
             seeds: one seed per image instead of a generator: an image then depends on its own seed alone.
             class_labels: one label for all images or one each.
+            guidance: weight w of classifier-free guidance, m = m_u + w (m_c - m_u); 1.0 means none.
             callback: called after each step with a `StepResult`, see `Sampler.sample`.
 
         Raises:
-            ValueError: seeds and a generator are both given, or labels do not fit the UNet.
+            ValueError: seeds and a generator are both given, or labels or guidance do not fit the UNet.
             TypeError: the scheduler is neither DDPM nor DDIM.
             IndexError: fewer generators than images.
         """
-        x = self._generate(batch_size, generator, num_inference_steps, seeds, class_labels, callback)
+        x = self._generate(batch_size, generator, num_inference_steps, seeds, class_labels, guidance, callback)
         return self._finish(x, output_type, return_dict)
 
 
@@ -244,6 +273,7 @@ class FastDDIMPipeline(WholeLoop, DDIMPipeline):
         *,
         seeds: Seeds | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float = 1.0,
         callback: Callback | None = None,
     ) -> Any:
         """Draw images; arguments as in `FastDDPMPipeline`.
@@ -265,6 +295,7 @@ class FastDDIMPipeline(WholeLoop, DDIMPipeline):
             num_inference_steps,
             seeds,
             class_labels,
+            guidance,
             callback,
             eta=eta,
             use_clipped_model_output=bool(use_clipped_model_output),

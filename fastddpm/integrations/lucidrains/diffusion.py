@@ -16,28 +16,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastddpm import ops
 from fastddpm.integrations.lucidrains import tables
 from fastddpm.integrations.lucidrains.process import (
-    ORIGINAL,
     DiffusionProcess,
-    ModelPrediction,
     WithoutSelfCondition,
     unsupported,
 )
-from fastddpm.integrations.shared import NoiseSource, Seeding, draws_randomly, fits_rows, overrides, replay
+from fastddpm.integrations.shared import (
+    NoiseSource,
+    Seeding,
+    draws_randomly,
+    fits_rows,
+    look_through,
+    overrides,
+    replay,
+)
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import Table
 
-__all__ = ["GaussianDiffusion", "ModelPrediction", "accelerate"]
-
-_ORIGINAL_MODULE = "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
 _DEFAULT_BATCH = 16
 _DESCRIPTION = "sampling loop time step"
 _STEP_PARTS = (
@@ -48,19 +51,6 @@ _STEP_PARTS = (
     "predict_start_from_noise",
     "predict_noise_from_start",
     "predict_start_from_v",
-)
-# What accelerate() takes over besides the buffers.
-_ATTRIBUTES = (
-    "channels",
-    "image_size",
-    "objective",
-    "num_timesteps",
-    "sampling_timesteps",
-    "is_ddim_sampling",
-    "ddim_sampling_eta",
-    "offset_noise_strength",
-    "normalize",
-    "unnormalize",
 )
 
 
@@ -237,49 +227,10 @@ class GaussianDiffusion(DiffusionProcess):
         kept = self._cache.get("sampler")
         if kept is None or kept[0] != wanted:
             with torch.inference_mode(False):
-                network = WithoutSelfCondition(self.model)
+                network = WithoutSelfCondition(look_through(self.model))
                 sampler = Sampler(network, table, shape, device=self.device, **self.sampler_options)
             self._cache["sampler"] = kept = (wanted, sampler)
         return kept[1]
-
-
-def accelerate(diffusion: nn.Module, **sampler_options: Any) -> GaussianDiffusion:
-    """Return a GaussianDiffusion of this module around the network and the buffers of a live instance.
-
-    The network itself is shared, so training it further shows in both; the options are copied.
-
-    Args:
-        diffusion: a denoising_diffusion_pytorch.GaussianDiffusion, or one of this module.
-        sampler_options: further arguments of `Sampler` for whole runs: compile, dtype, backend, ...
-
-    Raises:
-        TypeError: another class, a subclass included: what it changes would be lost.
-        NotImplementedError: self-conditioning or immiscible training.
-    """
-    if isinstance(diffusion, GaussianDiffusion):
-        diffusion.sampler_options.update(sampler_options)
-        return diffusion
-    kind = type(diffusion)
-    if (kind.__module__, kind.__qualname__) != (_ORIGINAL_MODULE, "GaussianDiffusion"):
-        raise TypeError(
-            f"accelerate takes {ORIGINAL}, got {kind.__module__}.{kind.__qualname__}; build a "
-            "fastddpm.integrations.lucidrains.GaussianDiffusion, or a subclass of it, and load the state_dict"
-        )
-    original: Any = diffusion
-    fast = GaussianDiffusion(
-        original.model,
-        image_size=original.image_size,
-        timesteps=original.num_timesteps,
-        beta_schedule="cosine",
-        objective=original.objective,
-        immiscible=original.immiscible,
-    )
-    for name in _ATTRIBUTES:
-        setattr(fast, name, getattr(original, name))
-    for name in tables.BUFFERS:
-        fast.register_buffer(name, getattr(original, name))
-    fast.sampler_options.update(sampler_options)
-    return fast.train(original.training)
 
 
 def _ddpm_rows(buffers: dict[str, Tensor], objective: str) -> Tensor:

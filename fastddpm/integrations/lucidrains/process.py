@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fastddpm import ops
 from fastddpm.integrations.lucidrains import tables
-from fastddpm.integrations.shared import require
+from fastddpm.integrations.shared import look_through, require
 
 ORIGINAL = "denoising_diffusion_pytorch.GaussianDiffusion"
 
@@ -60,7 +60,8 @@ class DiffusionProcess(nn.Module):
         immiscible: bool = False,
     ) -> None:
         super().__init__()
-        _check_model(model)
+        network = look_through(model)
+        _check_model(network)
         if immiscible:
             raise unsupported("immiscible=True")
         if isinstance(image_size, int):
@@ -77,7 +78,7 @@ class DiffusionProcess(nn.Module):
             raise ValueError(f"unknown beta schedule {beta_schedule!r}; choose one of {', '.join(tables.SCHEDULES)}")
         betas = tables.SCHEDULES[beta_schedule](timesteps, **(schedule_fn_kwargs or {}))
         self.model = model
-        self.channels: Any = model.channels
+        self.channels: Any = network.channels
         self.self_condition = False
         self.image_size = image_size
         self.objective = objective

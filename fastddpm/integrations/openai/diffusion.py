@@ -33,7 +33,7 @@ from fastddpm.integrations.openai.tables import (
     get_named_beta_schedule,
     space_timesteps,
 )
-from fastddpm.integrations.shared import NoiseSource, Seeding, require
+from fastddpm.integrations.shared import NoiseSource, SamplerOptions, Seeding, check_options, require
 
 __all__ = [
     "GaussianDiffusion",
@@ -235,7 +235,7 @@ class SpacedDiffusion(GaussianDiffusion):
         return mapped.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else mapped
 
 
-def accelerate(diffusion: Any, **sampler_options: Any) -> GaussianDiffusion:
+def accelerate(diffusion: Any, **sampler_options: Unpack[SamplerOptions]) -> GaussianDiffusion:
     """Return the GaussianDiffusion or SpacedDiffusion of this module that equals a live one of OpenAI's packages.
 
     Args:
@@ -245,6 +245,7 @@ def accelerate(diffusion: Any, **sampler_options: Any) -> GaussianDiffusion:
     Raises:
         TypeError: another class, a subclass included: what it changes would be lost.
     """
+    check_options(sampler_options)
     kind = type(diffusion)
     if isinstance(diffusion, GaussianDiffusion):
         fast = diffusion

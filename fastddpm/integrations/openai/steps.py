@@ -14,7 +14,15 @@ from fastddpm import ops
 from fastddpm.integrations.openai import tables
 from fastddpm.integrations.openai.process import DiffusionProcess, Kwargs, Model
 from fastddpm.integrations.openai.tables import ModelMeanType
-from fastddpm.integrations.shared import NoiseSource, draws_randomly, fits_rows, overrides, replay, require
+from fastddpm.integrations.shared import (
+    NoiseSource,
+    draws_randomly,
+    fits_rows,
+    look_through,
+    overrides,
+    replay,
+    require,
+)
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.tables.table import Table
 
@@ -243,7 +251,10 @@ class StepRunner(DiffusionProcess):
             with torch.inference_mode(False):
                 timesteps = self._scale_timesteps(torch.arange(self.num_timesteps)).flip(0)
                 table = Table(rows.flip(0), timesteps, name=f"openai-{step.kind}", **self._flags(step))
-                self._kept = (wanted, Sampler(model, table, shape, device=x_T.device, **self.sampler_options))
+                self._kept = (
+                    wanted,
+                    Sampler(look_through(model), table, shape, device=x_T.device, **self.sampler_options),
+                )
         return self._kept[1]
 
     def _replaces(self, names: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
-    EulerDiscreteScheduler,
+    PNDMScheduler,
     UNet2DConditionModel,
 )
 
@@ -29,7 +30,8 @@ from fastddpm.integrations.diffusers import (
     FastDDPMScheduler,
     native_unet,
 )
-from fastddpm.sampling.sampler import StepResult
+from fastddpm.integrations.shared import SamplerOptions
+from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.unet.inference import UNetInference
 from fastddpm.unet.unet import UNet
 from tests.integrations.diffusers.cases import normal, tiny_dit_pipeline, tiny_unet
@@ -197,6 +199,57 @@ def test_class_labels_reach_the_network() -> None:
         quiet(FastDDPMPipeline(tiny_unet(), DDPMScheduler()))(class_labels=1, num_inference_steps=2)
 
 
+@pytest.mark.parametrize("variant", ["default", "learned_range", "dynamic"])
+def test_guidance_mixes_the_predictions_with_and_without_a_label(variant: str) -> None:
+    config, unet_options = DDPM_VARIANTS[variant]
+    unet, w, label, null = tiny_unet(num_class_embeds=4, **unet_options), 2.5, 1, 3
+    fast = accelerate(quiet(DDPMPipeline(unet, DDPMScheduler(**config))), null_class=null)
+    images, state = generate(fast, steps=4, class_labels=label, guidance=w)
+    generator, theirs = torch.Generator().manual_seed(5), DDPMScheduler(**config)
+    theirs.set_timesteps(4)
+    x = torch.randn(2, 1, 8, 8, generator=generator)
+    for t in theirs.timesteps:
+        with torch.no_grad():
+            m, m_null = (unet(x, t, class_labels=torch.full((2,), k)).sample for k in (label, null))
+        m[:, :1] = m_null[:, :1] + w * (m[:, :1] - m_null[:, :1])
+        x = theirs.step(m, t, x, generator=generator).prev_sample
+    np.testing.assert_allclose(images[..., 0], (x[:, 0] / 2 + 0.5).clamp(0, 1), rtol=0, atol=LOOP_ATOL)
+    assert torch.equal(state, generator.get_state())
+
+
+def test_guidance_says_what_it_lacks() -> None:
+    fast = quiet(FastDDPMPipeline(tiny_unet(num_class_embeds=4), DDPMScheduler()))
+    for call, words in (
+        ({"class_labels": 1, "guidance": 2.0}, r"null_class= to fastddpm\.accelerate"),
+        ({"class_labels": 1, "guidance": float("nan")}, "finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fast(num_inference_steps=2, **call)
+    with pytest.raises(ValueError, match="needs class_labels"):
+        quiet(FastDDPMPipeline(tiny_unet(), DDPMScheduler()))(num_inference_steps=2, guidance=2.0)
+
+
+def test_unet_in_data_parallel_is_looked_through() -> None:
+    theirs = quiet(DDPMPipeline(tiny_unet(), DDPMScheduler()))
+    wrapped = DDPMPipeline(torch.nn.DataParallel(theirs.unet), DDPMScheduler())
+    assert_same_images(quiet(accelerate(wrapped)), theirs, steps=3)
+    fast = quiet(FastDDPMPipeline(tiny_unet(), DDPMScheduler()))
+    fast.unet = torch.nn.DataParallel(theirs.unet)
+    assert_same_images(fast, theirs, steps=3)
+
+
+def test_compiled_unet_is_called_as_it_is() -> None:
+    theirs = quiet(DDPMPipeline(tiny_unet(), DDPMScheduler()))
+    compiled = DDPMPipeline(torch.compile(theirs.unet, backend="eager"), DDPMScheduler())
+    assert_same_images(quiet(accelerate(compiled)), theirs, steps=3)
+
+
+def test_options_are_arguments_of_the_sampler() -> None:
+    parameters = inspect.signature(Sampler).parameters.values()
+    keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert set(SamplerOptions.__annotations__) == keywords - {"device"}
+
+
 def test_unet_with_labels_of_its_own_runs_as_in_diffusers() -> None:
     unet, labels = tiny_unet(num_class_embeds=4), torch.tensor([0, 3])
     forward = unet.forward
@@ -229,8 +282,8 @@ def test_pipeline_refuses_two_sources_of_noise_and_foreign_schedulers() -> None:
         fast(seeds=[1, 2], batch_size=3, num_inference_steps=2)
     with pytest.raises(ValueError, match="seed"):
         fast(seeds=[-1], num_inference_steps=2)
-    fast.scheduler = EulerDiscreteScheduler()
-    with pytest.raises(TypeError, match="EulerDiscreteScheduler"):
+    fast.scheduler = PNDMScheduler()
+    with pytest.raises(TypeError, match="PNDMScheduler"):
         fast(num_inference_steps=2)
 
 
@@ -383,9 +436,13 @@ def test_accelerate_takes_schedulers_and_refuses_the_rest() -> None:
     assert fast._options == {"check_finite": True}
     assert accelerate(fast, backend="torch")._options == {"backend": "torch"}
     for target, options, words in (
-        (EulerDiscreteScheduler(), {}, "EulerDiscreteScheduler"),
+        (PNDMScheduler(), {}, "PNDMScheduler"),
+        (DDPMPipeline(tiny_unet(), PNDMScheduler()), {}, "PNDMScheduler"),
         (tiny_unet(), {}, "UNet2DModel"),
         (theirs, {"compile": True}, "takes no options"),
+        (tiny_dit_pipeline(), {"compile": True}, r"pipe\.transformer = torch\.compile"),
+        (DDPMPipeline(tiny_unet(), DDPMScheduler()), {"compil": True}, r"'compil'.*did you mean 'compile'"),
+        (tiny_dit_pipeline(), {"compil": True}, "did you mean 'compile'"),
         (object(), {}, "builtins.object"),
     ):
         with pytest.raises(TypeError, match=words):
