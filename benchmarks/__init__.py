@@ -1,13 +1,12 @@
 """The benchmark suite: correctness first, then time, providers side by side in interleaved rounds.
 
-    case        what is measured, and by whom: Case, Provider, Work, Subject
-    compare     interleaved rounds, statistics, ratios pair by pair
-    runner      a provider in this process; process and worker: one in a process of its own
-    randn, q_sample, p_sample, unet, sampling, training_step, drop_in     the subjects
-    gate        what a provider must have computed before it is timed
-    suite       runs subjects into rows; merge joins runs; report, plots and readme write them down
-    offline     the part that needs no GPU: instructions and bytes of the kernels
+    bench_*     the benchmarks: who can do it, at which sizes, and what a right result is
+    harness/    case: what is measured, and by whom; suite: runs benchmarks into rows; runner, process, worker: one
+                provider, here or in its own process; clock and compare: rounds and ratios; gate and loop_gate
+    peers/      the networks, and other libraries around them
+    counts/     what is counted rather than timed: operations, launches, instructions and bytes of compiled kernels
+    report/     Markdown, plots, README's numbers, one report of several runs
 
-`fastddpm bench` runs it; `pytest benchmarks` runs the same subjects under pytest-benchmark, which keeps a history.
-Nothing here is imported by the library.
+`fastddpm bench` runs it; `pytest benchmarks` runs the same benchmarks under pytest-benchmark, which keeps a history.
+The library imports nothing from here.
 """

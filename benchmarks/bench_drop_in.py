@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from fastddpm.benchmarks.harness import gate
-from fastddpm.benchmarks.harness.case import NOT_ASKED, Case, Check, Provider, Subject, Work, not_installed
+from fastddpm.benchmarks.harness.case import NOT_ASKED, Benchmark, Case, Check, Prepared, Provider, not_installed
 from fastddpm.benchmarks.harness.inputs import MIDDLE, T, gaussian
 from fastddpm.benchmarks.peers import lucidrains, networks
 from torch import Tensor, nn
@@ -87,7 +87,8 @@ def _lucidrains_loop(case: Case, form: Form) -> Call:
 
     def call(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return diffusion.p_sample_loop(case.full_shape)
+        with lucidrains.no_progress_bar():
+            return diffusion.p_sample_loop(case.full_shape)
 
     return call
 
@@ -123,13 +124,13 @@ def cases(device: str, smoke: bool) -> list[Case]:
     return [*found, Case("drop_in", batch, (3, 32, 32), device=device, original=OPENAI)]
 
 
-def _work(case: Case, form: Form) -> Work:
+def _prepared(case: Case, form: Form) -> Prepared:
     call = _ORIGINALS[case.original].build(case, form)
-    return Work(lambda: call(0), lambda: {"x": call(1).float().cpu()})
+    return Prepared(lambda: call(0), lambda: {"x": call(1).float().cpu()})
 
 
-def _compiled(case: Case) -> Work:
-    return _work(case, functools.partial(accelerate, compile=True))
+def _compiled(case: Case) -> Prepared:
+    return _prepared(case, functools.partial(accelerate, compile=True))
 
 
 def _why_not(case: Case) -> str | None:
@@ -149,7 +150,7 @@ def _compiles(case: Case) -> str | None:
 @functools.lru_cache(maxsize=2)
 def _expected(case: Case) -> Tensor:
     with torch.random.fork_rng():
-        return _work(case, lambda original: original).evaluate()["x"]
+        return _prepared(case, lambda original: original).evaluate()["x"]
 
 
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
@@ -158,12 +159,12 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     return gate.close(found["x"], _expected(case), tolerance, "result against the original's from the same generator")
 
 
-SUBJECT = Subject(
+BENCHMARK = Benchmark(
     name="drop_in",
     title="Drop-ins beside their originals",
     providers=(
-        Provider("original", lambda case: _work(case, lambda original: original), skips=_why_not),
-        Provider("fastddpm", lambda case: _work(case, accelerate), skips=_fast),
+        Provider("original", lambda case: _prepared(case, lambda original: original), skips=_why_not),
+        Provider("fastddpm", lambda case: _prepared(case, accelerate), skips=_fast),
         Provider("fastddpm, compiled", _compiled, compiled=True, skips=_compiles),
     ),
     cases=cases,

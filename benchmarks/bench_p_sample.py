@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fastddpm.benchmarks.harness import gate
-from fastddpm.benchmarks.harness.case import Case, Check, Provider, Subject, Work
+from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
 from fastddpm.benchmarks.harness.inputs import MIDDLE, Coefficients, T, counter, gaussian, schedule, twin_only
 from fastddpm.benchmarks.peers import lucidrains
 from torch import Tensor, nn
@@ -29,12 +29,12 @@ def _given(case: Case) -> tuple[Tensor, Tensor]:
     return gaussian(_X_T, case.full_shape, case.device), gaussian(_M, case.full_shape, case.device)
 
 
-def _work(step: Step) -> Work:
+def _prepared(step: Step) -> Prepared:
     """`step` takes t and returns x_{t-1}; at t = 0 there is no noise in it, which shows the mean alone."""
-    return Work(lambda: step(MIDDLE), lambda: {"x_prev": step(MIDDLE).clone(), "x_last": step(0).clone()})
+    return Prepared(lambda: step(MIDDLE), lambda: {"x_prev": step(MIDDLE).clone(), "x_last": step(0).clone()})
 
 
-def _pytorch(case: Case, wrap: Callable[..., Any] = lambda step: step) -> Work:
+def _pytorch(case: Case, wrap: Callable[..., Any] = lambda step: step) -> Prepared:
     x_t, m = _given(case)
     table = Coefficients.of(schedule(), case.device)
 
@@ -42,23 +42,23 @@ def _pytorch(case: Case, wrap: Callable[..., Any] = lambda step: step) -> Work:
         return table.p_sample(x_t, m, t, torch.randn_like(x_t))
 
     step, ts = wrap(plain), {t: torch.full((case.batch,), t, device=case.device) for t in (0, MIDDLE)}
-    return _work(lambda t: step(x_t, m, ts[t], table))
+    return _prepared(lambda t: step(x_t, m, ts[t], table))
 
 
-def _compiled(case: Case) -> Work:
+def _compiled(case: Case) -> Prepared:
     return _pytorch(case, torch.compile(fullgraph=True, dynamic=False))
 
 
-def _diffusers(case: Case) -> Work:
+def _diffusers(case: Case) -> Prepared:
     x_t, m = _given(case)
     scheduler: Any = importlib.import_module("diffusers").DDPMScheduler(num_train_timesteps=T)
     scheduler.set_timesteps(T)
     # Elements of scheduler.timesteps, as the pipelines pass them.
     ts = {int(t): t for t in scheduler.timesteps}
-    return _work(lambda t: scheduler.step(m, ts[t], x_t).prev_sample)
+    return _prepared(lambda t: scheduler.step(m, ts[t], x_t).prev_sample)
 
 
-def _lucidrains(case: Case) -> Work:
+def _lucidrains(case: Case) -> Prepared:
     x_t, m = _given(case)
 
     class Given(nn.Module):
@@ -66,10 +66,10 @@ def _lucidrains(case: Case) -> Work:
             return m
 
     diffusion = lucidrains.diffusion(case, Given(), T)
-    return _work(lambda t: diffusion.p_sample(x_t, t)[0])
+    return _prepared(lambda t: diffusion.p_sample(x_t, t)[0])
 
 
-def _fastddpm(case: Case, *, draw: str = "counter", low: torch.dtype | None = None, compiled: bool = True) -> Work:
+def _fastddpm(case: Case, *, draw: str = "counter", low: torch.dtype | None = None, compiled: bool = True) -> Prepared:
     """Into a buffer of its own rather than in place, so that each call has the same input."""
     x_t, m = _given(case)
     table = ddpm_table(schedule())
@@ -84,11 +84,11 @@ def _fastddpm(case: Case, *, draw: str = "counter", low: torch.dtype | None = No
         z = keys[t] if draw == "counter" else torch.randn_like(x_t)
         return ops.p_sample(x_t, m, rows, row[t], z, clip=True, out=out, low_out=low_out, compiled=compiled)
 
-    work = _work(step)
+    work = _prepared(step)
     if low_out is None:
         return work
     # What `evaluate` runs last is the step at t = 0.
-    return Work(work.run, lambda: {**work.evaluate(), "low_last": low_out.clone()})
+    return Prepared(work.run, lambda: {**work.evaluate(), "low_last": low_out.clone()})
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
@@ -127,7 +127,7 @@ def traffic(case: Case, provider: Provider) -> int:
     return per_element.get(provider.name, 12) * case.n_elements
 
 
-SUBJECT = Subject(
+BENCHMARK = Benchmark(
     name="p_sample",
     title="Reverse step, network output given",
     providers=(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fastddpm.benchmarks.harness import gate, inputs
-from fastddpm.benchmarks.harness.case import Case, Check, Provider, Subject, Work
+from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
 from fastddpm.benchmarks.harness.inputs import Coefficients, counter, gaussian, schedule, twin_only
 from fastddpm.benchmarks.peers import lucidrains
 from torch import Tensor
@@ -27,15 +27,15 @@ def _given(case: Case) -> tuple[Tensor, Tensor]:
     return gaussian(_X_0, case.full_shape, case.device).clamp(-1, 1), t.to(case.device)
 
 
-def _work(run: Callable[[], tuple[Tensor, Tensor]]) -> Work:
+def _prepared(run: Callable[[], tuple[Tensor, Tensor]]) -> Prepared:
     def evaluate() -> dict[str, Tensor]:
         x_t, eps = run()
         return {"x_t": x_t, "eps": eps}
 
-    return Work(run, evaluate)
+    return Prepared(run, evaluate)
 
 
-def _pytorch(case: Case) -> Work:
+def _pytorch(case: Case) -> Prepared:
     x_0, t = _given(case)
     table = Coefficients.of(schedule(), case.device)
 
@@ -43,10 +43,10 @@ def _pytorch(case: Case) -> Work:
         eps = torch.randn_like(x_0)
         return table.q_sample(x_0, t, eps), eps
 
-    return _work(run)
+    return _prepared(run)
 
 
-def _compiled(case: Case) -> Work:
+def _compiled(case: Case) -> Prepared:
     x_0, t = _given(case)
     table = Coefficients.of(schedule(), case.device)
 
@@ -55,10 +55,10 @@ def _compiled(case: Case) -> Work:
         eps = torch.randn_like(x_0)
         return table.q_sample(x_0, t, eps), eps
 
-    return _work(lambda: q_sample(x_0, t, table))
+    return _prepared(lambda: q_sample(x_0, t, table))
 
 
-def _diffusers(case: Case) -> Work:
+def _diffusers(case: Case) -> Prepared:
     x_0, t = _given(case)
     scheduler: Any = importlib.import_module("diffusers").DDPMScheduler(num_train_timesteps=inputs.T)
 
@@ -66,10 +66,10 @@ def _diffusers(case: Case) -> Work:
         eps = torch.randn_like(x_0)
         return scheduler.add_noise(x_0, eps, t), eps
 
-    return _work(run)
+    return _prepared(run)
 
 
-def _lucidrains(case: Case) -> Work:
+def _lucidrains(case: Case) -> Prepared:
     x_0, t = _given(case)
     diffusion = lucidrains.diffusion(case, torch.nn.Identity(), inputs.T)
 
@@ -77,20 +77,20 @@ def _lucidrains(case: Case) -> Work:
         eps = torch.randn_like(x_0)
         return diffusion.q_sample(x_0, t, eps), eps
 
-    return _work(run)
+    return _prepared(run)
 
 
-def _fastddpm(case: Case, *, compiled: bool) -> Work:
+def _fastddpm(case: Case, *, compiled: bool) -> Prepared:
     x_0, t = _given(case)
     rows, where = q_rows(schedule()).to(case.device), counter(case, noise.STREAM_TRAIN)
 
     def run() -> Any:
         return ops.q_sample(x_0, rows, t, where, return_eps=True, compiled=compiled)
 
-    return _work(run)
+    return _prepared(run)
 
 
-def _fastddpm_given(case: Case) -> Work:
+def _fastddpm_given(case: Case) -> Prepared:
     x_0, t = _given(case)
     rows = q_rows(schedule()).to(case.device)
 
@@ -98,7 +98,7 @@ def _fastddpm_given(case: Case) -> Work:
         eps = torch.randn_like(x_0)
         return ops.q_sample(x_0, rows, t, eps, compiled=True), eps  # type: ignore[return-value]
 
-    return _work(run)
+    return _prepared(run)
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
@@ -125,7 +125,7 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     return gate.all_of(gate.normal(eps, "eps"), exact)
 
 
-SUBJECT = Subject(
+BENCHMARK = Benchmark(
     name="q_sample",
     title="Forward noising, eps returned",
     providers=(

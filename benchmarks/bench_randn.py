@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from fastddpm.benchmarks.harness import gate
-from fastddpm.benchmarks.harness.case import Case, Check, Provider, Subject, Work
+from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
 from fastddpm.benchmarks.harness.inputs import counter, twin_only
 from torch import Tensor
 
@@ -22,16 +22,16 @@ def _generator(case: Case, seed: int = 0) -> torch.Generator:
     return torch.Generator(case.device).manual_seed(seed)
 
 
-def _torch(case: Case) -> Work:
+def _torch(case: Case) -> Prepared:
     generator = _generator(case)
 
     def run() -> Tensor:
         return torch.randn(case.full_shape, generator=generator, device=case.device)
 
-    return Work(run, lambda: {"z": run()})
+    return Prepared(run, lambda: {"z": run()})
 
 
-def _diffusers(case: Case) -> Work:
+def _diffusers(case: Case) -> Prepared:
     """randn_tensor with one generator per sample, diffusers' way to images that do not depend on the batch."""
     randn_tensor: Any = importlib.import_module("diffusers.utils.torch_utils").randn_tensor
     generators = [_generator(case, seed) for seed in range(case.batch)]
@@ -39,16 +39,16 @@ def _diffusers(case: Case) -> Work:
     def run() -> Tensor:
         return randn_tensor(case.full_shape, generator=generators, device=torch.device(case.device))
 
-    return Work(run, lambda: {"z": run()})
+    return Prepared(run, lambda: {"z": run()})
 
 
-def _fastddpm(case: Case, *, compiled: bool) -> Work:
+def _fastddpm(case: Case, *, compiled: bool) -> Prepared:
     where = counter(case, noise.STREAM_REVERSE)
 
     def run() -> Tensor:
         return ops.randn(where, case.shape, compiled=compiled)
 
-    return Work(run, lambda: {"z": run()})
+    return Prepared(run, lambda: {"z": run()})
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
@@ -68,7 +68,7 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     return gate.normal(found["z"], "z")
 
 
-SUBJECT = Subject(
+BENCHMARK = Benchmark(
     name="randn",
     title="Gaussian noise",
     providers=(

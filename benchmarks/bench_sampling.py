@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastddpm.benchmarks.harness import loop_gate as chain
-from fastddpm.benchmarks.harness.case import NOT_ASKED, Case, Provider, Subject, Work
+from fastddpm.benchmarks.harness import loop_gate
+from fastddpm.benchmarks.harness.case import NOT_ASKED, Benchmark, Case, Prepared, Provider
 from fastddpm.benchmarks.harness.inputs import T, schedule
 from fastddpm.benchmarks.harness.loop_gate import Predict, Recorder
 from fastddpm.benchmarks.peers import lucidrains, networks, openvino
-from fastddpm.benchmarks.peers.compiled import compile_frozen
+from fastddpm.benchmarks.peers.networks import compile_frozen
 from torch import Tensor
 
 from fastddpm.noise import v1 as noise
@@ -28,21 +28,21 @@ from fastddpm.tables.ddpm import ddpm_table
 _BF16 = torch.bfloat16
 
 
-def _plain(case: Case, predict: Predict) -> Work:
+def _plain(case: Case, predict: Predict) -> Prepared:
     """The plain loop around any network."""
     generator = torch.Generator(case.device).manual_seed(0)
 
     def run() -> Tensor:
         with torch.no_grad():
-            return chain.plain_loop(case, predict, generator)
+            return loop_gate.plain_loop(case, predict, generator)
 
     def evaluate() -> dict[str, Tensor]:
         recorder = Recorder(case)
         with torch.no_grad():
-            chain.plain_loop(case, predict, torch.Generator(case.device).manual_seed(1), recorder)
+            loop_gate.plain_loop(case, predict, torch.Generator(case.device).manual_seed(1), recorder)
         return recorder.found()
 
-    return Work(run, evaluate)
+    return Prepared(run, evaluate)
 
 
 def _labelled(case: Case) -> torch.nn.Module:
@@ -50,20 +50,20 @@ def _labelled(case: Case) -> torch.nn.Module:
     return networks.WithLabels(networks.build(case.network).to(case.device), labels).eval()
 
 
-def _pytorch(case: Case) -> Work:
+def _pytorch(case: Case) -> Prepared:
     return _plain(case, _labelled(case))
 
 
-def _compiled(case: Case) -> Work:
+def _compiled(case: Case) -> Prepared:
     network = compile_frozen(_labelled(case))
     return _plain(case, lambda x, t: network(x.contiguous(memory_format=torch.channels_last), t))
 
 
-def _openvino(case: Case, precision: str) -> Work:
+def _openvino(case: Case, precision: str) -> Prepared:
     return _plain(case, openvino.compile_network(case, precision))
 
 
-def _diffusers(case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = False) -> Work:
+def _diffusers(case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = False) -> Prepared:
     """DDPMPipeline or DDIMPipeline; tuned: its documented fast settings (dtype, channels_last, torch.compile)."""
     diffusers: Any = importlib.import_module("diffusers")
     unet: Any = networks.build_diffusers(case.network).to(case.device, dtype)
@@ -72,7 +72,7 @@ def _diffusers(case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = 
         unet.to(memory_format=torch.channels_last)
         unet.forward = compile_frozen(unet.forward)
     kind = case.sampler.upper()
-    scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=T, timestep_spacing=chain.spacing(case))
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=T, timestep_spacing=loop_gate.spacing(case))
     pipe = getattr(diffusers, f"{kind}Pipeline")(unet=unet, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
 
@@ -81,7 +81,7 @@ def _diffusers(case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = 
         # "pt": the bfloat16 pipeline cannot return arrays.
         return pipe(batch_size=case.batch, generator=generator, num_inference_steps=case.steps, output_type="pt").images
 
-    return Work(run, lambda: _record_pipeline(case, pipe, run, dtype))
+    return Prepared(run, lambda: _record_pipeline(case, pipe, run, dtype))
 
 
 def _record_pipeline(case: Case, pipe: Any, run: Callable[[int], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -114,17 +114,19 @@ def _record_pipeline(case: Case, pipe: Any, run: Callable[[int], Tensor], dtype:
     return found if dtype == torch.float32 else {**found, "16-bit state": torch.ones(())}
 
 
-def _lucidrains(case: Case) -> Work:
+def _lucidrains(case: Case) -> Prepared:
     """p_sample_loop; lucidrains takes every timestep of its process, so that the process has `steps` of them."""
     diffusion = lucidrains.diffusion(case, _labelled(case), case.steps, "sigmoid")
 
     def run() -> Tensor:
-        return diffusion.p_sample_loop(case.full_shape)
+        with lucidrains.no_progress_bar():
+            return diffusion.p_sample_loop(case.full_shape)
 
     def evaluate() -> dict[str, Tensor]:
         recorder = Recorder(case)
         torch.manual_seed(1)
-        x = diffusion.p_sample_loop(case.full_shape, return_all_timesteps=True)
+        with lucidrains.no_progress_bar():
+            x = diffusion.p_sample_loop(case.full_shape, return_all_timesteps=True)
         for i in range(case.steps + 1):
             recorder.state(x[:, i])
         torch.manual_seed(1)
@@ -134,14 +136,14 @@ def _lucidrains(case: Case) -> Work:
                 recorder.noise(z)
         return {**recorder.found(), "betas": lucidrains.schedule_of(diffusion).betas}
 
-    return Work(run, evaluate)
+    return Prepared(run, evaluate)
 
 
-def _fastddpm(case: Case, dtype: torch.dtype) -> Work:
+def _fastddpm(case: Case, dtype: torch.dtype) -> Prepared:
     if case.sampler == "ddim":
-        table = ddim_table(schedule(), steps=case.steps, spacing=chain.spacing(case), rederive_eps=False)
+        table = ddim_table(schedule(), steps=case.steps, spacing=loop_gate.spacing(case), rederive_eps=False)
     else:
-        table = ddpm_table(schedule(), steps=case.steps, spacing=chain.spacing(case))
+        table = ddpm_table(schedule(), steps=case.steps, spacing=loop_gate.spacing(case))
     model = networks.build(case.network)
     sampler = Sampler(model, table, case.shape, device=case.device, dtype=dtype, compile=True)
     labels = networks.labels(case.network, case.batch)
@@ -161,7 +163,7 @@ def _fastddpm(case: Case, dtype: torch.dtype) -> Work:
             recorder.noise(z.reshape(case.full_shape))
         return recorder.found()
 
-    return Work(run, evaluate)
+    return Prepared(run, evaluate)
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
@@ -188,7 +190,7 @@ def _ddpm_only(case: Case) -> str | None:
 _PEER = {"diffusers": "diffusers"}
 _F32 = torch.float32
 
-SUBJECT = Subject(
+BENCHMARK = Benchmark(
     name="sampling",
     title="Whole sampling loop",
     providers=(
@@ -211,7 +213,7 @@ SUBJECT = Subject(
         Provider("fastddpm, bf16", lambda c: _fastddpm(c, _BF16), "bfloat16", compiled=True, skips=_ours, sweep=True),
     ),
     cases=cases,
-    check=chain.check,
+    check=loop_gate.check,
     isolated=True,
     second={"float32": "diffusers, tuned", "bfloat16": "diffusers, tuned, bf16"},
 )

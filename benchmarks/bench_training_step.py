@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from fastddpm.benchmarks.harness import gate, inputs
-from fastddpm.benchmarks.harness.case import Case, Check, Provider, Subject, Work
+from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
 from fastddpm.benchmarks.harness.inputs import Coefficients, gaussian, schedule
 from fastddpm.benchmarks.peers import lucidrains, networks
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def _labels(case: Case) -> dict[str, Any]:
     return {} if labels is None else {"class_labels": labels}
 
 
-def _work(case: Case, model: nn.Module, loss: Loss, *, fused: bool = True, low: bool = False) -> Work:
+def _prepared(case: Case, model: nn.Module, loss: Loss, *, fused: bool = True, low: bool = False) -> Prepared:
     """Time whole steps; the gate looks at loss and gradient.
 
     Args:
@@ -68,10 +69,10 @@ def _work(case: Case, model: nn.Module, loss: Loss, *, fused: bool = True, low: 
         norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
         return {"loss": value.detach().cpu(), "norm": norm.cpu()}
 
-    return Work(run, evaluate)
+    return Prepared(run, evaluate)
 
 
-def _pytorch(case: Case, *, compiled: bool = False) -> Work:
+def _pytorch(case: Case, *, compiled: bool = False) -> Prepared:
     model = networks.build(case.network).to(case.device)
     net: Any = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     x_0, t = _given(case)
@@ -81,10 +82,10 @@ def _pytorch(case: Case, *, compiled: bool = False) -> Work:
         eps = torch.randn_like(x_0) if eps is None else eps
         return functional.mse_loss(net(table.q_sample(x_0, t, eps), t, **labels), eps)
 
-    return _work(case, model, loss)
+    return _prepared(case, model, loss)
 
 
-def _diffusers(case: Case, *, low: bool = False) -> Work:
+def _diffusers(case: Case, *, low: bool = False) -> Prepared:
     """The loop body of its example, train_unconditional.py; its --mixed_precision bf16 is autocast."""
     diffusers: Any = importlib.import_module("diffusers")
     model = networks.build_diffusers(case.network).to(case.device)
@@ -96,17 +97,17 @@ def _diffusers(case: Case, *, low: bool = False) -> Work:
         eps = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device) if eps is None else eps
         return functional.mse_loss(model(scheduler.add_noise(x_0, eps, t), t, **labels).sample.float(), eps)
 
-    return _work(case, model, loss, fused=False, low=low)
+    return _prepared(case, model, loss, fused=False, low=low)
 
 
-def _lucidrains(case: Case) -> Work:
+def _lucidrains(case: Case) -> Prepared:
     model = networks.build(case.network).to(case.device)
     diffusion = lucidrains.diffusion(case, networks.WithLabels(model, _labels(case).get("class_labels")), inputs.T)
     x_0, t = _given(case)
-    return _work(case, model, lambda eps: diffusion.p_losses(x_0, t, noise=eps))
+    return _prepared(case, model, lambda eps: diffusion.p_losses(x_0, t, noise=eps))
 
 
-def _fastddpm(case: Case, *, compiled: bool = False, low: bool = False) -> Work:
+def _fastddpm(case: Case, *, compiled: bool = False, low: bool = False) -> Prepared:
     """As `fastddpm train` does it."""
     from fastddpm.training.loss import ddpm_loss
 
@@ -114,7 +115,7 @@ def _fastddpm(case: Case, *, compiled: bool = False, low: bool = False) -> Work:
     net = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     x_0, t = _given(case)
     process, labels = schedule(), _labels(case)
-    return _work(case, model, lambda eps: ddpm_loss(net, x_0, process, seed=0, step=0, t=t, **labels), low=low)
+    return _prepared(case, model, lambda eps: ddpm_loss(net, x_0, process, seed=0, step=0, t=t, **labels), low=low)
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
@@ -126,7 +127,7 @@ def cases(device: str, smoke: bool) -> list[Case]:
 @functools.lru_cache(maxsize=2)
 def _expected(case: Case) -> dict[str, Tensor]:
     """Loss and gradient of the plain network."""
-    return _pytorch(Case.from_dict({**case.to_dict(), "device": "cpu"})).evaluate()
+    return _pytorch(dataclasses.replace(case, device="cpu")).evaluate()
 
 
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
@@ -148,7 +149,7 @@ _PEER = {"diffusers": "diffusers"}
 # What `fastddpm.training.trainer` imports for its checkpoints.
 _OWN = {"safetensors": "safetensors"}
 
-SUBJECT = Subject(
+BENCHMARK = Benchmark(
     name="training_step",
     title="Training step",
     providers=(

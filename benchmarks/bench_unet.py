@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastddpm.benchmarks.harness import gate
-from fastddpm.benchmarks.harness import loop_gate as chain
-from fastddpm.benchmarks.harness.case import Case, Check, Provider, Subject, Work
+from fastddpm.benchmarks.harness import gate, loop_gate
+from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
 from fastddpm.benchmarks.harness.inputs import gaussian
 from fastddpm.benchmarks.peers import networks, openvino
-from fastddpm.benchmarks.peers.compiled import compile_frozen
+from fastddpm.benchmarks.peers.networks import compile_frozen
 from torch import Tensor
 
 from fastddpm.sampling import model as network
@@ -22,7 +21,7 @@ from fastddpm.sampling.network import sampling_networks
 Call = Callable[[int], Tensor]
 
 
-def _work(case: Case, call: Call) -> Work:
+def _prepared(case: Case, call: Call) -> Prepared:
     """Time a row in the middle; evaluate every row."""
 
     def run() -> Tensor:
@@ -31,52 +30,52 @@ def _work(case: Case, call: Call) -> Work:
 
     def evaluate() -> dict[str, Tensor]:
         with torch.no_grad():
-            rows = [call(i)[chain.kept(case)].float().cpu().clone() for i in range(case.steps)]
+            rows = [call(i)[loop_gate.kept(case)].float().cpu().clone() for i in range(case.steps)]
         return {"eps": torch.stack(rows)}
 
-    return Work(run, evaluate)
+    return Prepared(run, evaluate)
 
 
 def _input(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
     return gaussian(1, case.full_shape, case.device, dtype)
 
 
-def _module(case: Case, model: Any, dtype: torch.dtype = torch.float32, *, frozen: bool = False) -> Work:
+def _module(case: Case, model: Any, dtype: torch.dtype = torch.float32, *, frozen: bool = False) -> Prepared:
     """A module, eager as it is, or compiled."""
     model, x = model.to(case.device, dtype), _input(case, dtype)
     labels = networks.labels(case.network, case.batch, case.device)
     kwargs = {} if labels is None else {"class_labels": labels}
     if frozen:
         x, model = x.to(memory_format=torch.channels_last), compile_frozen(model)
-    ts = [torch.full((case.batch,), t, device=case.device) for t in chain.timesteps(case).tolist()]
-    return _work(case, lambda i: network.unwrap(model(x, ts[i], **kwargs)))
+    ts = [torch.full((case.batch,), t, device=case.device) for t in loop_gate.timesteps(case).tolist()]
+    return _prepared(case, lambda i: network.unwrap(model(x, ts[i], **kwargs)))
 
 
-def _pytorch(case: Case) -> Work:
+def _pytorch(case: Case) -> Prepared:
     return _module(case, networks.build(case.network))
 
 
-def _compiled(case: Case, dtype: torch.dtype) -> Work:
+def _compiled(case: Case, dtype: torch.dtype) -> Prepared:
     return _module(case, networks.build(case.network), dtype, frozen=True)
 
 
-def _diffusers(case: Case) -> Work:
+def _diffusers(case: Case) -> Prepared:
     return _module(case, networks.build_diffusers(case.network))
 
 
-def _tuned(case: Case, dtype: torch.dtype) -> Work:
+def _tuned(case: Case, dtype: torch.dtype) -> Prepared:
     return _module(case, networks.build_diffusers(case.network), dtype, frozen=True)
 
 
-def _openvino(case: Case, precision: str) -> Work:
+def _openvino(case: Case, precision: str) -> Prepared:
     predict, x = openvino.compile_network(case, precision), _input(case)
-    ts = [torch.full((case.batch,), t) for t in chain.timesteps(case).tolist()]
-    return _work(case, lambda i: predict(x, ts[i]))
+    ts = [torch.full((case.batch,), t) for t in loop_gate.timesteps(case).tolist()]
+    return _prepared(case, lambda i: predict(x, ts[i]))
 
 
-def _fastddpm(case: Case, dtype: torch.dtype) -> Work:
+def _fastddpm(case: Case, dtype: torch.dtype) -> Prepared:
     """The network as the sampler calls it."""
-    timesteps = chain.timesteps(case).to(case.device)
+    timesteps = loop_gate.timesteps(case).to(case.device)
     model = network.place(networks.build(case.network), torch.device(case.device), dtype)
     form = sampling_networks(model, timesteps, compile_model=True, strict=True)(case.batch)
     labels = networks.labels(case.network, case.batch, case.device)
@@ -91,7 +90,7 @@ def _fastddpm(case: Case, dtype: torch.dtype) -> Work:
         torch.index_select(timesteps, 0, row.expand(case.batch), out=t)
         return network.unwrap(form(x, t, row, kwargs))
 
-    return _work(case, call)
+    return _prepared(case, call)
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
@@ -104,8 +103,8 @@ def cases(device: str, smoke: bool) -> list[Case]:
 
 @functools.lru_cache(maxsize=4)
 def _expected(case: Case) -> Tensor:
-    x = _input(case).cpu()[chain.kept(case)]
-    return torch.stack([chain.reference_eps(case, x, t) for t in chain.timesteps(case).tolist()])
+    x = _input(case).cpu()[loop_gate.kept(case)]
+    return torch.stack([loop_gate.reference_eps(case, x, t) for t in loop_gate.timesteps(case).tolist()])
 
 
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
@@ -125,7 +124,7 @@ def needs_network(case: Case) -> str | None:
 _PEER = {"diffusers": "diffusers"}
 _BF16 = torch.bfloat16
 
-SUBJECT = Subject(
+BENCHMARK = Benchmark(
     name="unet",
     title="The network alone",
     providers=(

@@ -1,8 +1,8 @@
-"""`pytest benchmarks`: each subject's providers under pytest-benchmark, which keeps every provider's own history.
+"""`pytest benchmarks`: each benchmark's providers under pytest-benchmark, which keeps every provider's own history.
 
     pytest benchmarks                                   this machine's sizes
     pytest benchmarks --smoke                           tiny sizes, nothing compiled: does everything work?
-    pytest benchmarks -k randn                          one subject
+    pytest benchmarks -k randn                          one benchmark
     pytest benchmarks --benchmark-autosave              keep the numbers; --benchmark-compare shows what changed
 
 Ratios between providers come from `fastddpm bench`, whose rounds are interleaved: these are not.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fastddpm.benchmarks.harness import subjects
+from fastddpm.benchmarks.harness.case import NAMES, find
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,18 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every subject with each of its cases and providers."""
+    """Every benchmark with each of its cases and providers."""
     if "provider" not in metafunc.fixturenames:
         return
     smoke = metafunc.config.getoption("--smoke")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [
-        pytest.param(subject, case, provider, id=f"{subject.name}-{case.id}-{provider.name}".replace(", ", "-"))
-        for subject in map(subjects.find, subjects.NAMES)
-        for case in subject.cases(device, smoke)
-        for provider in subject.providers
+        pytest.param(measured, case, provider, id=f"{measured.name}-{case.id}-{provider.name}".replace(", ", "-"))
+        for measured in map(find, NAMES)
+        for case in measured.cases(device, smoke)
+        for provider in measured.providers
     ]
-    metafunc.parametrize(("subject", "case", "provider"), rows)
+    metafunc.parametrize(("measured", "case", "provider"), rows)
 
 
 @pytest.fixture(autouse=True)

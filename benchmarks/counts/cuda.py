@@ -71,7 +71,7 @@ def measure(*, smoke: bool = False) -> dict[str, Any]:
     name = "tiny" if smoke else "cifar10"
     case = Case("sampling", 16, networks.shape(name), name, _STEPS, device="cuda")
     rows = []
-    for provider in sampling.SUBJECT.providers:
+    for provider in sampling.BENCHMARK.providers:
         if provider.why_not(case) is None and provider.name in ("diffusers", "PyTorch", "fastddpm", "fastddpm, bf16"):
             short, long = (
                 _profile(provider.build(dataclasses.replace(case, steps=n)).run) for n in (_STEPS, 2 * _STEPS)

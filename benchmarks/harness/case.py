@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from fastddpm.machine import hardware as machine
 
-# Why a provider has no row at all, not even one that says why.
+# The benchmarks, in the order in which the report has them.
+NAMES = ("sampling", "unet", "p_sample", "q_sample", "randn", "training_step", "drop_in")
+# Why a provider has no row at all, not even one that gives a reason.
 NOT_ASKED = "not part of this case"
 
 
@@ -21,7 +24,7 @@ class Case:
     """One set of sizes.
 
     Attributes:
-        subject: name of the subject.
+        benchmark: name of the benchmark.
         batch: B.
         shape: one sample's shape.
         network: name of the network, see `networks.build`; empty where none runs.
@@ -29,10 +32,10 @@ class Case:
         sampler: "ddpm" or "ddim".
         device: "cpu" or "cuda".
         sweep: part of a series over `steps`, which only the providers marked `sweep` run.
-        original: what is replaced, where the subject is a drop-in.
+        original: what is replaced, where the benchmark is a drop-in.
     """
 
-    subject: str
+    benchmark: str
     batch: int
     shape: tuple[int, ...]
     network: str = ""
@@ -46,7 +49,7 @@ class Case:
     def id(self) -> str:
         """Short name, such as "sampling-cifar10-B16-S20-ddpm"."""
         size = "x".join(map(str, self.shape)) if not self.network else self.network
-        parts = [self.subject, *([self.original] if self.original else []), size, f"B{self.batch}"]
+        parts = [self.benchmark, *([self.original] if self.original else []), size, f"B{self.batch}"]
         parts += [f"S{self.steps}", self.sampler] if self.steps else []
         return "-".join(parts)
 
@@ -67,15 +70,10 @@ class Case:
         """Plain types, for JSON."""
         return dataclasses.asdict(self) | {"shape": list(self.shape)}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Case:
-        """Undo `to_dict`."""
-        return cls(**{**values, "shape": tuple(values["shape"])})
-
 
 @dataclass
-class Work:
-    """A provider, ready.
+class Prepared:
+    """A provider made ready for a case.
 
     Attributes:
         run: one call, which is what gets timed.
@@ -87,7 +85,7 @@ class Work:
 
 
 def not_installed(needs: Mapping[str, str]) -> str | None:
-    """Say what to install, import name to what pip calls it; None where nothing is missing."""
+    """Return what to install, given import names and what pip calls them; None where nothing is missing."""
     missing = [pip for module, pip in needs.items() if importlib.util.find_spec(module) is None]
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
@@ -98,21 +96,21 @@ def _everywhere(case: Case) -> str | None:
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody who can do the work.
+    """An implementation of what is measured.
 
     Attributes:
-        name: unique in its subject.
+        name: unique in its benchmark.
         build: makes it ready for a case; may take long.
         dtype: what the network, or the operation, runs in.
         needs: packages without which it cannot run: import name to what pip calls it.
         compiled: its first call compiles.
-        skips: says why a case is not for this provider; None if it is.
+        skips: returns why a case is not for this provider; None if it is.
         tolerance: what its gate allows, where that is not its dtype's usual.
         sweep: takes part in series over the number of steps.
     """
 
     name: str
-    build: Callable[[Case], Work]
+    build: Callable[[Case], Prepared]
     dtype: str = "float32"
     needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     compiled: bool = False
@@ -157,8 +155,8 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A thing to measure.
+class Benchmark:
+    """A thing to measure, with all who can do it.
 
     Attributes:
         name: the stem of its benchmark.
@@ -166,7 +164,7 @@ class Subject:
         providers: the first is the baseline of the ratios.
         second: a provider whose ratios are printed beside the baseline's, by the dtype of the row.
         cases: (device, smoke) to the cases.
-        check: the gate: (case, provider, what `Work.evaluate` returned) to a verdict.
+        check: the gate: (case, provider, what `Prepared.evaluate` returned) to a verdict.
         traffic: bytes that the work must move at least; None where memory is not the question.
         isolated: each provider runs in a process of its own.
     """
@@ -190,3 +188,15 @@ class Subject:
             if provider.name == name:
                 return provider
         raise ValueError(f"{self.name} has no provider {name!r}; it has {', '.join(p.name for p in self.providers)}")
+
+
+def find(name: str) -> Benchmark:
+    """Return a benchmark of `NAMES`; its module, and the libraries that it compares, are imported here.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown benchmark {name!r}; use one of {', '.join(NAMES)}")
+    benchmark: Benchmark = importlib.import_module(f"fastddpm.benchmarks.bench_{name}").BENCHMARK
+    return benchmark

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 MIN_ROUNDS = 7
 # A spread beyond which a result says more about the machine than about the code.
@@ -44,12 +46,12 @@ class Timing:
     @property
     def p20(self) -> float:
         """20th percentile."""
-        return quantile(self.seconds, 0.2)
+        return float(np.quantile(self.seconds, 0.2))
 
     @property
     def p80(self) -> float:
         """80th percentile."""
-        return quantile(self.seconds, 0.8)
+        return float(np.quantile(self.seconds, 0.8))
 
     @property
     def minimum(self) -> float:
@@ -83,29 +85,13 @@ class Ratio:
         return "slower" if self.high < 1.0 else "tie"
 
 
-def quantile(values: Sequence[float], q: float) -> float:
-    """Return the q-quantile, interpolated linearly between the order statistics."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def compare(
-    runners: Sequence[Runner],
-    rounds: int = MIN_ROUNDS,
-    *,
-    pause: float = 0.0,
-    progress: Callable[[int, str], None] | None = None,
-) -> list[Timing]:
+def compare(runners: Sequence[Runner], rounds: int = MIN_ROUNDS, *, pause: float = 0.0) -> list[Timing]:
     """Time every runner once per round, in the same order each round.
 
     Args:
         runners: ready and warm.
         rounds: at least 1; fewer than `MIN_ROUNDS` are for trying out.
         pause: seconds of rest before each measurement, in which threads of the last one stop spinning.
-        progress: called with round and name before each measurement.
 
     Raises:
         ValueError: rounds is not positive, or two runners share a name.
@@ -115,10 +101,8 @@ def compare(
     if len({runner.name for runner in runners}) != len(runners):
         raise ValueError(f"two runners share a name: {', '.join(runner.name for runner in runners)}")
     seconds: dict[str, list[float]] = {runner.name: [] for runner in runners}
-    for i in range(rounds):
+    for _ in range(rounds):
         for runner in runners:
-            if progress is not None:
-                progress(i, runner.name)
             time.sleep(pause)
             seconds[runner.name].append(runner.time())
     return [Timing(name, tuple(values)) for name, values in seconds.items()]
@@ -133,4 +117,4 @@ def ratio(baseline: Timing, other: Timing) -> Ratio:
     if len(baseline.seconds) != len(other.seconds):
         raise ValueError(f"{len(baseline.seconds)} rounds of {baseline.name}, {len(other.seconds)} of {other.name}")
     ratios = [b / o for b, o in zip(baseline.seconds, other.seconds, strict=True)]
-    return Ratio(statistics.median(ratios), quantile(ratios, 0.2), quantile(ratios, 0.8))
+    return Ratio(*np.quantile(ratios, (0.5, 0.2, 0.8)).tolist())

@@ -1,4 +1,4 @@
-"""What every provider of a subject is given: the same tensors, from fixed seeds."""
+"""What every provider of a benchmark is given: the same tensors, from fixed seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole sampling loops: what is recorded of one, the plain loop, and the gate that follows a recorded chain.
+"""Whole sampling loops: what is recorded of one, the plain loop, and the gate that follows a recorded loop_gate.
 
 A chain of steps through a network with random weights is chaotic: two correct providers drift apart. So the gate goes
 along the provider's own chain and asks of each step whether x_{t-1} is what the papers' formulas make of x_t, the

@@ -1,21 +1,16 @@
-"""A provider in a process of its own, so that nobody shares an allocator, a thread pool or a cache of kernels."""
+"""A provider in a process of its own, so that no two share an allocator, a thread pool or a cache of kernels."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import multiprocessing
+import pickle
 from typing import Any
 
 import torch
-from fastddpm.benchmarks.harness.case import Case, Check, Provider, Subject
-from fastddpm.benchmarks.harness.runner import GateError
-
-_MODULE = "fastddpm.benchmarks.harness.worker"
+from fastddpm.benchmarks.harness.case import Case, Provider
+from fastddpm.benchmarks.harness.worker import serve
+from torch import Tensor
 
 
 class WorkerError(RuntimeError):
@@ -31,96 +26,59 @@ class ProcessRunner:
         WorkerError: the provider cannot be built, or its process died.
     """
 
-    def __init__(self, subject: str, provider: Provider, case: Case) -> None:
+    def __init__(self, benchmark: str, provider: Provider, case: Case) -> None:
         self.name, self.provider, self.case = provider.name, provider, case
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=serve, args=(theirs, benchmark, provider.name, case, torch.get_num_threads())
         )
+        self._process.start()
+        theirs.close()
         try:
-            built = self._ask(
-                "build",
-                subject=subject,
-                provider=provider.name,
-                case=case.to_dict(),
-                threads=torch.get_num_threads(),
-            )
+            self.setup_s, self.first_call_s = self._ask("build")
         except BaseException:
             self.close()
             raise
-        self.setup_s: float = built["setup_s"]
-        self.first_call_s: float = built["first_call_s"]
 
-    def gate(self, subject: Subject) -> Check:
-        """Judge here what the process computed there.
-
-        Raises:
-            GateError: it is wrong.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "found.pt"
-            self._ask("evaluate", path=str(path))
-            found = torch.load(path, weights_only=True)
-        check = subject.check(self.case, self.provider, found)
-        if not check.ok:
-            raise GateError(check)
-        return check
+    def evaluate(self) -> dict[str, Tensor]:
+        """Return what the gate needs."""
+        return self._ask("evaluate")
 
     def warm(self) -> str:
         """Make the stopwatch ready, and say what it measures."""
-        return self._ask("warm")["how"]
+        return self._ask("warm")
 
     def time(self) -> float:
         """Seconds per call.
 
         Raises:
-            WorkerError: the process died, or its work raised.
+            WorkerError: the process died, or its call raised.
         """
         try:
-            return self._ask("time")["seconds"]
+            return self._ask("time")
         except WorkerError as error:
             raise WorkerError(f"{self.name}: {error}") from error
 
     def peak_memory_mb(self) -> float | None:
-        """Peak memory over the rounds, without Python and its libraries; None where the system does not say."""
-        return self._ask("memory")["peak_mb"]
+        """Peak memory since `warm`, without Python and its libraries; None where the system does not say."""
+        return self._ask("peak_memory_mb")
 
     def close(self) -> None:
         """End the process."""
-        process = self._process
-        with contextlib.suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]
+        self._connection.close()
+        self._process.join(timeout=10)
+        self._process.kill()
+        self._process.join()
+
+    def _ask(self, command: str) -> Any:
         try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()  # type: ignore[union-attr]
-        self._stderr.close()
-
-    def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        line = ""
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        if not line:
-            raise WorkerError(f"its process died during {command!r}: {self._last_words()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"])
+            with contextlib.suppress(BrokenPipeError):
+                self._connection.send(command)
+            answer, error = pickle.loads(self._connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise WorkerError(f"its process died during {command!r}, exit code {self._process.exitcode}") from None
+        if error is not None:
+            raise WorkerError(error)
         return answer
-
-    def _last_words(self) -> str:
-        self._process.wait()
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit status {self._process.returncode}"

@@ -1,4 +1,4 @@
-"""Run subjects: build, gate, warm up, then interleaved rounds; one row for each provider and case."""
+"""Run benchmarks: build, gate, warm up, then interleaved rounds; one row for each provider and case."""
 
 from __future__ import annotations
 
@@ -7,45 +7,50 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from fastddpm.benchmarks.harness import bandwidth, subjects
-from fastddpm.benchmarks.harness.case import NOT_ASKED, Case, Provider, Subject
+from fastddpm.benchmarks.harness import bandwidth
+from fastddpm.benchmarks.harness.case import NAMES, NOT_ASKED, Benchmark, Case, Check, Provider, find
 from fastddpm.benchmarks.harness.compare import MIN_ROUNDS, Timing, compare, ratio
 from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
-from fastddpm.benchmarks.harness.runner import GateError, LocalRunner
+from fastddpm.benchmarks.harness.runner import LocalRunner
 
 from fastddpm.diagnostics import environment
 from fastddpm.machine import hardware as machine
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 AnyRunner: TypeAlias = LocalRunner | ProcessRunner
+
+
+class GateError(Exception):
+    """A provider computed something else than it should; it is not timed."""
+
 
 # Between two measurements: idle OpenMP threads spin for a few milliseconds before they sleep.
 _PAUSE = 0.05
 
 
 def run(
-    names: Sequence[str] = subjects.NAMES,
+    names: Sequence[str] = NAMES,
     *,
     device: str = "cpu",
     rounds: int = MIN_ROUNDS,
     smoke: bool = False,
     chosen: Sequence[str] = (),
     providers: Sequence[str] = (),
-    say: Say = lambda text: None,
-    keep: Callable[[dict[str, Any]], None] = lambda results: None,
+    progress: Progress = lambda text: None,
+    save: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Run the suite.
 
     Args:
-        names: subjects, see `subjects.NAMES`.
+        names: benchmarks, see `case.NAMES`.
         device: "cpu" or "cuda".
         rounds: interleaved rounds per case.
-        smoke: tiny sizes, one call per measurement, nothing compiled, everybody in this process: that everything
-            works, not how fast.
+        smoke: tiny sizes, one call per measurement, nothing compiled, all in this process: that everything works, not
+            how fast.
         chosen: only cases whose id has all the parts of one of these, such as "cifar10-B16"; empty for all.
         providers: only providers whose name contains one of these, and the baselines; empty for all.
-        say: told what happens.
-        keep: given the results so far after every case: the suite takes hours.
+        progress: called with what is done next.
+        save: called with the results so far after every case: the suite takes hours.
 
     Returns:
         "machine", "bandwidth", "rows" and how they were taken, as plain types.
@@ -53,14 +58,14 @@ def run(
     Raises:
         ValueError: no case has the chosen parts.
     """
-    cases = [(subjects.find(name), subjects.find(name).cases(device, smoke)) for name in names]
-    todo = [(subject, case) for subject, offered in cases for case in choose(offered, chosen)]
+    offered = [(benchmark, benchmark.cases(device, smoke)) for benchmark in map(find, names)]
+    todo = [(benchmark, case) for benchmark, cases in offered for case in choose(cases, chosen)]
     if chosen and not todo:
-        known = " ".join(case.id for _, offered in cases for case in offered) or "none"
+        known = " ".join(case.id for _, cases in offered for case in cases) or "none"
         raise ValueError(f"no case has the parts of {' or '.join(chosen)}; the cases are: {known}")
     started = datetime.datetime.now(datetime.UTC)
     facts = environment.facts()
-    say(f"measuring this machine: {environment.summary(facts)}")
+    progress(f"measuring this machine: {environment.summary(facts)}")
     limits = bandwidth.measure(device, rounds, smoke=smoke)
     rows: list[dict[str, Any]] = []
 
@@ -78,12 +83,12 @@ def run(
         }
 
     with torch.compiler.set_stance("force_eager" if smoke else "default"):
-        for subject, case in todo:
-            found = run_case(subject, case, rounds, smoke=smoke, providers=providers, say=say)
+        for benchmark, case in todo:
+            found = run_case(benchmark, case, rounds, smoke=smoke, providers=providers, progress=progress)
             for row in found:
                 _add_bandwidth(row, limits["copy_gb_per_s"])
             rows += found
-            keep(results())
+            save(results())
     return results()
 
 
@@ -94,53 +99,61 @@ def choose(cases: Sequence[Case], chosen: Sequence[str]) -> list[Case]:
 
 
 def run_case(
-    subject: Subject, case: Case, rounds: int, *, smoke: bool, providers: Sequence[str] = (), say: Say
+    benchmark: Benchmark,
+    case: Case,
+    rounds: int,
+    *,
+    smoke: bool,
+    providers: Sequence[str] = (),
+    progress: Progress = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Run one case through its providers."""
     rows: dict[str, dict[str, Any]] = {}
     ready: list[AnyRunner] = []
     timings: dict[str, Timing] = {}
     try:
-        for i, provider in enumerate(subject.providers):
-            rows[provider.name] = row = _row(subject, case, provider)
+        for i, provider in enumerate(benchmark.providers):
+            rows[provider.name] = row = _row(benchmark, case, provider)
             if i and providers and not any(part in provider.name for part in providers):
                 row["note"] = provider.why_not(case) or "left out of this run"
                 continue
-            say(f"{case.id}: {provider.name}")
-            runner = _prepare(subject, case, provider, row, smoke=smoke)
+            progress(f"{case.id}: {provider.name}")
+            runner = _prepare(benchmark, case, provider, row, smoke=smoke)
             if runner is not None:
                 ready.append(runner)
         timings = {t.name: t for t in compare(ready, rounds, pause=0.0 if smoke else _PAUSE)}
         for runner in ready:
             _add_timing(rows[runner.name], timings[runner.name], rounds, runner.peak_memory_mb())
     except WorkerError as error:
-        # Rounds that one of them left compare nobody.
+        # Rounds that one of them did not finish compare nothing.
         timings = {}
         for runner in ready:
             rows[runner.name] |= {"checked": False, "note": f"failed: a round was not finished: {error}"}
     finally:
         for runner in ready:
             runner.close()
-    _add_ratios(subject, rows, timings)
+    _add_ratios(benchmark, rows, timings)
     return [row for row in rows.values() if row["note"] != NOT_ASKED]
 
 
-def _row(subject: Subject, case: Case, provider: Provider) -> dict[str, Any]:
+def _row(benchmark: Benchmark, case: Case, provider: Provider) -> dict[str, Any]:
     size = (case.batch, *case.shape)
     return {
-        "op": subject.name,
+        "op": benchmark.name,
         "case": case.to_dict(),
         "id": case.id,
         "provider": provider.name,
         "shape": list(size),
         "dtype": provider.dtype,
-        "bytes": subject.traffic(case, provider) if subject.traffic else None,
+        "bytes": benchmark.traffic(case, provider) if benchmark.traffic else None,
         "checked": False,
         "note": "",
     }
 
 
-def _prepare(subject: Subject, case: Case, provider: Provider, row: dict[str, Any], *, smoke: bool) -> AnyRunner | None:
+def _prepare(
+    benchmark: Benchmark, case: Case, provider: Provider, row: dict[str, Any], *, smoke: bool
+) -> AnyRunner | None:
     """Build and gate; a provider that cannot run, or computes something wrong, gets a remark instead of a time."""
     reason = provider.why_not(case)
     if reason is not None:
@@ -148,15 +161,17 @@ def _prepare(subject: Subject, case: Case, provider: Provider, row: dict[str, An
         return None
     runner: AnyRunner | None = None
     try:
-        if subject.isolated and not smoke:
-            runner = ProcessRunner(subject.name, provider, case)
+        if benchmark.isolated and not smoke:
+            runner = ProcessRunner(benchmark.name, provider, case)
         else:
             runner = LocalRunner(provider, case, smoke=smoke)
-        check = runner.gate(subject)
+        check = judge(benchmark, runner)
         row["how"] = runner.warm()
-    except Exception as error:
+    except BaseException as error:
         if runner is not None:
             runner.close()
+        if not isinstance(error, Exception):
+            raise
         known = isinstance(error, GateError | WorkerError)
         row["note"] = "failed: " + ("" if known else f"{type(error).__name__}: ") + " ".join(str(error).split())[:300]
         return None
@@ -164,6 +179,18 @@ def _prepare(subject: Subject, case: Case, provider: Provider, row: dict[str, An
     row["check"] = {"error": check.error, "tolerance": check.tolerance, "what": check.what}
     row["setup_s"], row["first_call_s"] = runner.setup_s, runner.first_call_s
     return runner
+
+
+def judge(benchmark: Benchmark, runner: AnyRunner) -> Check:
+    """Let the benchmark's gate judge what a provider computes.
+
+    Raises:
+        GateError: it is wrong.
+    """
+    check = benchmark.check(runner.case, runner.provider, runner.evaluate())
+    if not check.ok:
+        raise GateError(f"wrong result: {check.what}: {check.error:.3g}, allowed {check.tolerance:.3g}")
+    return check
 
 
 def _add_timing(row: dict[str, Any], timing: Timing, rounds: int, peak_mem_mb: float | None) -> None:
@@ -182,11 +209,14 @@ def _add_timing(row: dict[str, Any], timing: Timing, rounds: int, peak_mem_mb: f
     )
 
 
-def _add_ratios(subject: Subject, rows: dict[str, dict[str, Any]], timings: dict[str, Timing]) -> None:
-    """Ratios to the subject's baseline, and to the second one of the row's dtype."""
+def _add_ratios(benchmark: Benchmark, rows: dict[str, dict[str, Any]], timings: dict[str, Timing]) -> None:
+    """Ratios to the benchmark's baseline, and to the second one of the row's dtype."""
     for name, timing in timings.items():
         row = rows[name]
-        for key, other in (("ratio", subject.providers[0].name), ("ratio_second", subject.second.get(row["dtype"]))):
+        for key, other in (
+            ("ratio", benchmark.providers[0].name),
+            ("ratio_second", benchmark.second.get(row["dtype"])),
+        ):
             if other in timings:
                 value = ratio(timings[other], timing)
                 row[key] = {

@@ -1,119 +1,112 @@
-"""One provider's own process: ``python -m fastddpm.benchmarks.harness.worker``, driven by `process.ProcessRunner`.
-
-Commands arrive on stdin and answers leave on stdout, one JSON object a line. What libraries print goes to stderr.
-"""
+"""What runs in one provider's own process, and the memory that the provider takes there."""
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
+import importlib
+import pickle
+import signal
 import sys
-import time
-from collections.abc import Callable
-from typing import Any, TextIO
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastddpm.benchmarks.harness.case import Case, Provider, find
+from fastddpm.benchmarks.harness.runner import LocalRunner
+from fastddpm.benchmarks.peers.networks import load_compiler
+
+_MB = 1e6
 
 
-class Worker:
-    """Holds the provider between commands; each public method is a command."""
+def serve(connection: Connection, benchmark: str, provider: str, case: Case, threads: int) -> None:
+    """Build a provider, then call the methods of its runner that the parent names, until it closes the connection."""
+    # The parent ends this process, and only the report goes to stdout. Our own warnings are logged.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout = sys.stderr
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    runner: MeasuredRunner | None = None
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            command = connection.recv()
+            answer: Any = None
+            failure: str | None = None
+            try:
+                if runner is None:
+                    runner = MeasuredRunner(find(benchmark).provider(provider), case)
+                    answer = runner.setup_s, runner.first_call_s
+                else:
+                    answer = getattr(runner, command)()
+            except Exception as error:
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            # `send` would put tensors into shared memory, of which containers have little.
+            connection.send_bytes(pickle.dumps((answer, failure)))
 
-    def __init__(self) -> None:
-        self._work: Any = None
-        self._clock: Any = None
-        self._base_mb: float | None = None
-        self._peak_is_reset = False
 
-    def build(self, subject: str, provider: str, case: dict[str, Any], threads: int) -> dict[str, Any]:
-        """Make the provider ready and call it once."""
-        import torch
-        from fastddpm.benchmarks.harness import memory, subjects
-        from fastddpm.benchmarks.harness.case import Case
-        from fastddpm.benchmarks.peers.compiled import load_compiler
+class MeasuredRunner(LocalRunner):
+    """A runner with a process to itself, which can tell how much memory its provider takes."""
 
-        torch.set_num_threads(threads)
-        chosen = subjects.find(subject).provider(provider)
-        self._case = Case.from_dict(case)
+    def __init__(self, provider: Provider, case: Case) -> None:
         # Memory is what a provider takes beyond its libraries. The compiler's come with a custom operator, diffusers or
-        # the first thing compiled, so that they are loaded here: in part for everybody, all of them for who compiles.
-        for module in ("torch._inductor.compile_fx", *chosen.needs):
-            __import__(module)
-        if chosen.compiled:
+        # the first thing compiled, so they are loaded here: in part for every provider, all of them for one that
+        # compiles on the CPU. On CUDA the device's memory counts, and nothing needs a C++ compiler.
+        for module in ("torch._inductor.compile_fx", *provider.needs):
+            importlib.import_module(module)
+        if provider.compiled and case.device == "cpu":
             load_compiler()
-        self._base_mb = memory.resident_mb()
-        start = time.perf_counter()
-        self._work = chosen.build(self._case)
-        built = time.perf_counter()
-        self._work.run()
-        self._synchronize()
-        return {"setup_s": built - start, "first_call_s": time.perf_counter() - built}
+        self._base_mb = resident_mb()
+        super().__init__(provider, case)
 
-    def evaluate(self, path: str) -> dict[str, Any]:
-        """Write what the gate wants to a file of tensors."""
-        import torch
-        from fastddpm.benchmarks.harness.runner import evaluate
-
-        torch.save(evaluate(self._work), path)
-        return {}
-
-    def warm(self) -> dict[str, Any]:
-        """Make the stopwatch ready; memory is counted from here."""
-        from fastddpm.benchmarks.harness import memory
-        from fastddpm.benchmarks.harness.clock import make_clock
-
-        self._clock = make_clock(self._work.run, self._case.device, small=not self._case.network)
-        self._peak_is_reset = memory.reset_peak()
-        if self._case.device == "cuda":
-            import torch
-
+    def warm(self) -> str:
+        """Make the stopwatch ready; memory counts from here."""
+        how = super().warm()
+        if self.case.device == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        return {"how": self._clock.how}
+        self._peak_is_reset = reset_peak()
+        return how
 
-    def time(self) -> dict[str, Any]:
-        """Measure once."""
-        return {"seconds": self._clock.time()}
+    def peak_memory_mb(self) -> float | None:
+        """Peak memory since `warm`, in MB.
 
-    def memory(self) -> dict[str, Any]:
-        """Peak memory since `warm`, less what Python and its libraries took before the provider was built.
-
-        None where the system cannot count from `warm`: the compilation's memory would be in it.
+        On CUDA what the allocator holds: a graph's buffers lie in a private pool, where they do not count as allocated.
+        On the CPU what the process holds beyond Python and its libraries; None where the system cannot count from
+        `warm`, because the compilation's memory would be in it.
         """
-        from fastddpm.benchmarks.harness import memory
-
-        if self._case.device == "cuda":
-            import torch
-
-            return {"peak_mb": torch.cuda.max_memory_allocated() / 1e6}
-        peak = memory.peak_mb()
+        if self.case.device == "cuda":
+            return torch.cuda.max_memory_reserved() / _MB
+        peak = peak_mb()
         if not self._peak_is_reset or peak is None or self._base_mb is None:
-            return {"peak_mb": None}
-        return {"peak_mb": peak - self._base_mb}
-
-    def _synchronize(self) -> None:
-        if self._case.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
+            return None
+        return peak - self._base_mb
 
 
-def serve(commands: TextIO, answers: TextIO) -> None:
-    """Answer commands until the other side hangs up."""
-    worker = Worker()
-    for line in commands:
-        request = json.loads(line)
-        command: Callable[..., dict[str, Any]] = getattr(worker, request.pop("command"))
-        try:
-            answer = command(**request)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+def resident_mb() -> float | None:
+    """Resident memory of this process in MB; None where the system does not say."""
+    return _status("VmRSS")
 
 
-def main() -> None:
-    """Keep stdout for answers: whatever else writes to it goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    serve(sys.stdin, answers)
+def reset_peak() -> bool:
+    """Start counting the peak anew; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
-if __name__ == "__main__":
-    main()
+def peak_mb() -> float | None:
+    """The most resident memory since `reset_peak`, in MB; None where the system does not say."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> float | None:
+    """Read a field of Linux's account of this process."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith(f"{field}:")), None)
+    return None if kib is None else int(kib) * 1024 / _MB

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ from tqdm.auto import tqdm
 from fastddpm.schedules.schedule import Schedule
 
 NEEDS = {"denoising_diffusion_pytorch": "denoising-diffusion-pytorch", "torchvision": "torchvision"}
+_MODULES = (
+    "denoising_diffusion_pytorch.denoising_diffusion_pytorch",
+    "fastddpm.integrations.lucidrains.diffusion",
+)
 
 
 class _Adapter(nn.Module):
@@ -30,18 +36,33 @@ class _Adapter(nn.Module):
 def diffusion(
     case: Case, model: nn.Module, timesteps: int, beta_schedule: str = "linear", objective: str = "pred_noise"
 ) -> Any:
-    """GaussianDiffusion, its progress bar off (ours as well)."""
-    original: Any = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
-    ours: Any = importlib.import_module("fastddpm.integrations.lucidrains")
-    original.tqdm = ours.tqdm = functools.partial(tqdm, disable=True)
-    return original.GaussianDiffusion(
-        _Adapter(model, case.shape[0]),
-        image_size=case.shape[-1],
-        timesteps=timesteps,
-        objective=objective,
-        beta_schedule=beta_schedule,
-        auto_normalize=False,
-    ).to(torch.device(case.device))
+    """GaussianDiffusion around a network."""
+    return (
+        importlib.import_module(_MODULES[0])
+        .GaussianDiffusion(
+            _Adapter(model, case.shape[0]),
+            image_size=case.shape[-1],
+            timesteps=timesteps,
+            objective=objective,
+            beta_schedule=beta_schedule,
+            auto_normalize=False,
+        )
+        .to(torch.device(case.device))
+    )
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Switch off the progress bar of lucidrains' loop and of ours in its place, which neither has an option for."""
+    modules: list[Any] = [importlib.import_module(name) for name in _MODULES]
+    before = [module.tqdm for module in modules]
+    for module in modules:
+        module.tqdm = functools.partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        for module, bar in zip(modules, before, strict=True):
+            module.tqdm = bar
 
 
 def schedule_of(diffusion: Any) -> Schedule:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fastddpm.benchmarks.harness import subjects
+from fastddpm.benchmarks.harness.case import NAMES, find
 from fastddpm.benchmarks.harness.compare import NOISY
 from fastddpm.benchmarks.peers import networks
 
@@ -20,10 +20,10 @@ Results = Mapping[str, Any]
 def render(results: Results) -> str:
     """The whole report."""
     parts = [heading(results), *warnings(results)]
-    for name in subjects.NAMES:
+    for name in NAMES:
         rows = [row for row in results["rows"] if row["op"] == name]
         if rows:
-            parts.append(f"## {subjects.find(name).title}")
+            parts.append(f"## {find(name).title}")
             parts += [case_section(case_rows) for case_rows in by_case(rows)]
     if results.get("step_counts"):
         parts.append(step_counts_section(results["step_counts"]))
@@ -102,13 +102,19 @@ def case_section(rows: Sequence[Row]) -> str:
     notes = [
         textwrap.fill(f"- {'; '.join(who)}: {note}", WIDTH, subsequent_indent="  ") for note, who in silent.items()
     ]
-    parts = [f"### {_case_title(case)}", _case_remark(case, timed), table(columns) if timed else "", "\n".join(notes)]
+    parts = [
+        f"### {_case_title(rows[0])}",
+        _case_remark(case, timed),
+        table(columns) if timed else "",
+        "\n".join(notes),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _case_title(case: Row) -> str:
+def _case_title(row: Row) -> str:
+    case = row["case"]
     parts = [case["original"], case["network"], f"batch {case['batch']}", "x".join(map(str, case["shape"]))]
-    if case["steps"] and case["subject"] != "unet":
+    if case["steps"] and row["op"] != "unet":
         parts.append(f"{case['steps']} {case['sampler'].upper()} steps")
     return ", ".join(part for part in parts if part)
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastddpm.benchmarks.report.traffic import point
+import torch
+from fastddpm.benchmarks.counts.step_counts import OpCounter
+from fastddpm.benchmarks.peers import networks
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastddpm.files.figures import new_figure, to_png
 
 Results = Mapping[str, Any]
 _COLOURS = {
@@ -30,19 +36,17 @@ def draw(results: Results, folder: Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
     drawn = []
     for name, plot in (("throughput", throughput), ("steps", steps), ("roofline", roofline)):
-        figure, axes = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 5), layout="constrained")
+        figure = new_figure(8, 5, dpi=120, layout="constrained")
+        axes = figure.subplots()
         if plot(axes, results):
             axes.grid(alpha=0.3)
             figure.legend(fontsize=8, loc="outside right upper")
             figure.supxlabel(_footnote(results), x=0.995, ha="right", fontsize=6, color="#666666")
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=120)
+            path.write_bytes(to_png(figure))
             drawn.append(path)
-        importlib.import_module("matplotlib.pyplot").close(figure)
     return drawn
 
 
@@ -82,7 +86,7 @@ def steps(axes: Any, results: Results) -> bool:
 
 def roofline(axes: Any, results: Results) -> bool:
     """The network's rate against its intensity, under this machine's measured roofs."""
-    placed = [(row, point(row)) for row in results["rows"]]
+    placed = [(row, _point(row)) for row in results["rows"]]
     points = [(row, at) for row, at in placed if at is not None]
     if not points:
         return False
@@ -107,6 +111,42 @@ def roofline(axes: Any, results: Results) -> bool:
     axes.set(xlabel="FLOP per byte that must move", ylabel="GFLOP/s", xscale="log", yscale="log")
     axes.set_title("The network under the roofline (area: batch size)")
     return True
+
+
+def _point(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Place a timed row of the network under the roofline: FLOP per byte, GFLOP/s; None for other rows."""
+    case = row["case"]
+    if row["op"] != "unet" or not row["checked"]:
+        return None
+    flops, size = _network_cost(case["network"], case["batch"])
+    size *= 0.5 if row["dtype"] in ("bfloat16", "float16") else 1.0
+    return {"flop_per_byte": flops / size, "gflop_per_s": flops / row["p50_ms"] / 1e6}
+
+
+# Operations whose operands must travel however well the rest is fused: convolutions, matrix products, attention.
+_HEAVY = ("convolution", "mm", "addmm", "bmm", "baddbmm", "scaled_dot_product")
+
+
+class _HeavyTraffic(OpCounter):
+    """Counts the operands of heavy operations only; elementwise work is taken as fused, and free."""
+
+    def _count(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if name.lstrip("_").startswith(_HEAVY):
+            super()._count(name, func, args, kwargs, result)
+
+
+@functools.lru_cache(maxsize=16)
+def _network_cost(name: str, batch: int) -> tuple[float, float]:
+    """FLOPs of one call, and float32 bytes that its convolutions, matrix products and attention must move."""
+    model = networks.build(name)
+    x = torch.zeros(batch, *networks.shape(name))
+    t = torch.zeros(batch, dtype=torch.int64)
+    labels = networks.labels(name, batch)
+    kwargs = {} if labels is None else {"class_labels": labels}
+    counter, flops = _HeavyTraffic(), FlopCounterMode(display=False)
+    with torch.no_grad(), counter, flops:
+        model(x, t, **kwargs)
+    return float(flops.get_total_flops()), float(counter.counts.bytes_read + counter.counts.bytes_written)
 
 
 def _loops(results: Results) -> list[Mapping[str, Any]]:

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastddpm.benchmarks.harness import subjects
+from fastddpm.benchmarks.harness.case import find
 from fastddpm.benchmarks.report import markdown as report
 
 from fastddpm.diagnostics import environment
 from fastddpm.files.atomic import write_files
+from fastddpm.files.markers import replace_between
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-_WARNING = "<!-- Written by `fastddpm bench --readme README.md`; changes made by hand are lost. -->"
+_WARNING = "<!-- Written by `fastddpm bench --readme {}`; changes made by hand are lost. -->"
 # Those whose baseline is diffusers.
 SUBJECTS = ("sampling", "training_step")
 Results = Mapping[str, Any]
@@ -29,10 +30,8 @@ def update(path: Path, results: Results) -> None:
     if results["smoke"]:
         raise ValueError("a smoke run measures nothing; run fastddpm bench without --smoke to write a README's numbers")
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each: the numbers go between them")
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    write_files({path: f"{before}\n{_WARNING}\n\n{render(results)}\n\n{after}".encode()})
+    warning = _WARNING.format(path.as_posix())
+    write_files({path: replace_between(text, BEGIN, END, f"{warning}\n\n{render(results)}\n", path).encode()})
 
 
 def render(results: Results) -> str:
@@ -48,7 +47,7 @@ def render(results: Results) -> str:
     parts = [textwrap.fill(origin, report.WIDTH), *report.warnings(results)]
     for name in SUBJECTS:
         rows = [row for row in results["rows"] if row["op"] == name and not row["case"]["sweep"]]
-        heading = f"**{subjects.find(name).title}: "
+        heading = f"**{find(name).title}: "
         parts += [
             report.case_section(case).replace("### ", heading, 1).replace("\n", "**\n", 1)
             for case in report.by_case(rows)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Not a subject: what is counted rather than timed.
+# No benchmark: what is counted rather than timed.
 COUNTS = "counts"
 RESULTS = "bench.json"
 DESCRIPTION = """Run the benchmark suite and write bench.json, bench.md and plots. Providers take turns in interleaved
@@ -82,15 +82,16 @@ def run(args: argparse.Namespace) -> int:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run what was asked for; the results so far are in the output folder after every case."""
     from fastddpm.benchmarks.counts import cuda, offline, step_counts
-    from fastddpm.benchmarks.harness import subjects, suite
+    from fastddpm.benchmarks.harness import suite
+    from fastddpm.benchmarks.harness.case import NAMES, find
     from fastddpm.benchmarks.harness.compare import MIN_ROUNDS
     from fastddpm.diagnostics.compile_offline import check_arch
     from fastddpm.files.atomic import write_files
 
-    only = args.only or (*subjects.NAMES, COUNTS)
+    only = args.only or (*NAMES, COUNTS)
     names = [name for name in only if name != COUNTS]
     for name in names:
-        subjects.find(name)
+        find(name)
     no_gpu = cuda.why_skipped()
     if args.device == "cuda" and no_gpu is not None:
         raise ValueError(f"--device cuda: {no_gpu}; use --device cpu")
@@ -104,14 +105,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         smoke=args.smoke,
         chosen=args.case,
         providers=args.provider,
-        say=_say(args),
-        keep=lambda results: write_files({args.outdir / RESULTS: _encode(results)}),
+        progress=_progress(args),
+        save=lambda results: write_files({args.outdir / RESULTS: _encode(results)}),
     )
     if COUNTS in only:
         results["step_counts"] = step_counts.measure(smoke=args.smoke)
         results["cuda"] = cuda.measure(smoke=args.smoke) if device == "cuda" else {"skipped": no_gpu or "--device cpu"}
         if not args.no_offline:
-            _say(args)(f"compiling the kernels for {args.arch}")
+            _progress(args)(f"compiling the kernels for {args.arch}")
             results["offline"] = offline.measure(args.arch, smoke=args.smoke)
     return results
 
@@ -120,7 +121,7 @@ def _encode(results: dict[str, Any]) -> bytes:
     return json.dumps(results, indent=1).encode()
 
 
-def _say(args: argparse.Namespace) -> Any:
+def _progress(args: argparse.Namespace) -> Any:
     return (lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
 
 
@@ -131,7 +132,7 @@ def write(args: argparse.Namespace, results: dict[str, Any], text: str) -> None:
 
     write_files({args.outdir / RESULTS: _encode(results), args.outdir / "bench.md": text.encode()})
     if importlib.util.find_spec("matplotlib") is None:
-        _say(args)("no plots: pip install matplotlib")
+        _progress(args)("no plots: pip install matplotlib")
         return
     for path in plots.draw(results, args.outdir):
-        _say(args)(f"wrote {path}")
+        _progress(args)(f"wrote {path}")

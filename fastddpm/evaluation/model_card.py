@@ -14,6 +14,7 @@ from typing import Any
 from fastddpm.evaluation.measures import ACCURACY, DIVERSITY, FRECHET, NEAREST
 from fastddpm.evaluation.report import PICTURE, PLOT, REPORT, bits_line, show, weakest
 from fastddpm.files.atomic import write_files
+from fastddpm.files.markers import replace_between
 from fastddpm.files.safejson import read_object
 from fastddpm.training.log import loss_plot, read_log
 
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown = {kind: path for kind, path in paths.items() if kind in pictures or path.exists()}
     links = {kind: os.path.relpath(path, args.card.parent) for kind, path in shown.items()}
     text += "\n\n" + "\n".join(f"![{_CAPTIONS[kind]}]({link})" for kind, link in links.items())
-    card = insert(args.card.read_text(encoding="utf-8"), text)
+    card = replace_between(args.card.read_text(encoding="utf-8"), BEGIN, END, text, args.card)
     write_files({**{paths[kind]: data for kind, data in pictures.items()}, args.card: card.encode()})
 
 
@@ -76,19 +77,6 @@ def _loss_picture(run: Path) -> bytes:
     if plot is None:
         raise FileNotFoundError(f"{run}: no log to plot, or no matplotlib to plot it with")
     return plot
-
-
-def insert(card: str, text: str) -> str:
-    """Replace what stands between the markers of a card.
-
-    Raises:
-        ValueError: there are no markers.
-    """
-    before, begin, rest = card.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the card needs the lines {BEGIN} and {END}, between which the numbers go")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
 def numbers(results: Sequence[Mapping[str, Any]]) -> str:

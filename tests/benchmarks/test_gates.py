@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from fastddpm.benchmarks import bench_sampling as sampling
-from fastddpm.benchmarks.counts import counting, step_counts
-from fastddpm.benchmarks.harness import gate, subjects
-from fastddpm.benchmarks.harness import loop_gate as chain
-from fastddpm.benchmarks.harness.case import Case
+from fastddpm.benchmarks.counts import step_counts
+from fastddpm.benchmarks.harness import gate, loop_gate
+from fastddpm.benchmarks.harness.case import Case, find
 from fastddpm.benchmarks.harness.inputs import counter
 from fastddpm.benchmarks.peers import networks
 from torch import Tensor
@@ -24,11 +23,11 @@ LOOP = Case("sampling", 2, networks.shape("tiny"), "tiny", 4)
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, Tensor]:
     """A right chain, from the plain loop."""
-    return sampling.SUBJECT.provider("PyTorch").build(LOOP).evaluate()
+    return sampling.BENCHMARK.provider("PyTorch").build(LOOP).evaluate()
 
 
 def judge(found: dict[str, Tensor]) -> bool:
-    return chain.check(LOOP, sampling.SUBJECT.provider("PyTorch"), found).ok
+    return loop_gate.check(LOOP, sampling.BENCHMARK.provider("PyTorch"), found).ok
 
 
 def test_chain_passes_the_plain_loop(recorded: dict[str, Tensor]) -> None:
@@ -58,30 +57,30 @@ def test_chain_fails_on_missing_steps(recorded: dict[str, Tensor]) -> None:
 
 def test_chain_fails_on_bfloat16_under_the_name_of_float32(recorded: dict[str, Tensor]) -> None:
     network = networks.build("tiny").to(torch.bfloat16)
-    recorder = chain.Recorder(LOOP)
+    recorder = loop_gate.Recorder(LOOP)
     with torch.no_grad():
-        chain.plain_loop(
+        loop_gate.plain_loop(
             LOOP, lambda x, t: network(x.bfloat16(), t).float(), torch.Generator().manual_seed(1), recorder
         )
     found = recorder.found()
     assert not judge(found)
-    assert chain.check(LOOP, sampling.SUBJECT.provider("fastddpm, bf16"), found).ok
+    assert loop_gate.check(LOOP, sampling.BENCHMARK.provider("fastddpm, bf16"), found).ok
 
 
 def test_chain_knows_what_16_bits_hold_of_a_trained_networks_input() -> None:
     loop = Case("sampling", 2, networks.shape("digits"), "digits", 4)
     labels = networks.labels("digits", 2)
     network = networks.build("digits").to(torch.bfloat16)
-    provider = sampling.SUBJECT.provider("fastddpm, bf16")
+    provider = sampling.BENCHMARK.provider("fastddpm, bf16")
 
     def judge(wrong: float) -> bool:
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return network(x.bfloat16(), t, labels).float() * (1 + wrong)
 
-        recorder = chain.Recorder(loop)
+        recorder = loop_gate.Recorder(loop)
         with torch.no_grad():
-            chain.plain_loop(loop, predict, torch.Generator().manual_seed(1), recorder)
-        return chain.check(loop, provider, recorder.found()).ok
+            loop_gate.plain_loop(loop, predict, torch.Generator().manual_seed(1), recorder)
+        return loop_gate.check(loop, provider, recorder.found()).ok
 
     assert judge(0.0)
     assert not judge(0.05)
@@ -97,29 +96,29 @@ def test_normal_knows_what_is_no_standard_normal() -> None:
 
 @pytest.mark.parametrize("name", ["randn", "q_sample", "p_sample"])
 def test_operation_gates_fail_on_one_wrong_element(name: str) -> None:
-    subject = subjects.find(name)
-    (case,) = subject.cases("cpu", True)
-    provider = subject.provider("fastddpm, eager twin")
+    benchmark = find(name)
+    (case,) = benchmark.cases("cpu", True)
+    provider = benchmark.provider("fastddpm, eager twin")
     found = provider.build(case).evaluate()
-    assert subject.check(case, provider, found).ok
+    assert benchmark.check(case, provider, found).ok
     for key, values in found.items():
         wrong = values.clone()
         wrong[-1, -1, -1, -1] += 1.0
-        assert not subject.check(case, provider, found | {key: wrong}).ok, key
+        assert not benchmark.check(case, provider, found | {key: wrong}).ok, key
 
 
 def test_unet_gate_looks_at_every_timestep() -> None:
-    subject = subjects.find("unet")
-    (case,) = subject.cases("cpu", True)
-    provider = subject.provider("PyTorch")
+    benchmark = find("unet")
+    (case,) = benchmark.cases("cpu", True)
+    provider = benchmark.provider("PyTorch")
     found = provider.build(case).evaluate()
-    assert subject.check(case, provider, found).ok
+    assert benchmark.check(case, provider, found).ok
     for i in range(case.steps):
         eps = found["eps"].clone()
         eps[i, 0] *= 1.001
-        assert not subject.check(case, provider, {"eps": eps}).ok
+        assert not benchmark.check(case, provider, {"eps": eps}).ok
         eps[i, 0] = float("nan")
-        assert not subject.check(case, provider, {"eps": eps}).ok
+        assert not benchmark.check(case, provider, {"eps": eps}).ok
 
 
 def test_count_tells_views_from_work_and_reads_by_the_host() -> None:
@@ -129,7 +128,7 @@ def test_count_tells_views_from_work_and_reads_by_the_host() -> None:
         y = x.t()[0].add(1)
         return float(y.sum())
 
-    counts = counting.count(work)
+    counts = step_counts.count(work)
     assert counts.by_name == {"add": 1, "sum": 1, "_local_scalar_dense": 1}
     assert counts.calls == 5
     assert counts.host_reads == 1
@@ -137,20 +136,20 @@ def test_count_tells_views_from_work_and_reads_by_the_host() -> None:
 
 def test_count_lets_compiled_code_run() -> None:
     double = torch.compile(lambda x: x + x, backend="eager", fullgraph=True)
-    assert counting.count(lambda: double(torch.ones(2))).by_name["add"] == 1
+    assert step_counts.count(lambda: double(torch.ones(2))).by_name["add"] == 1
 
 
 def test_count_sees_bytes_of_large_tensors_only() -> None:
     x, small = torch.ones(100), torch.ones(1)
-    counts = counting.count(lambda: x.mul(small), threshold=100)
+    counts = step_counts.count(lambda: x.mul(small), threshold=100)
     assert (counts.bytes_read, counts.bytes_written, counts.large) == (400, 400, 1)
-    counts = counting.count(lambda: x.copy_(x.neg()), threshold=100)
+    counts = step_counts.count(lambda: x.copy_(x.neg()), threshold=100)
     assert (counts.bytes_read, counts.bytes_written) == (800, 800)
 
 
 def test_count_looks_inside_custom_operators() -> None:
     case = Case("randn", 2, (3, 4, 4))
-    counts = counting.count(lambda: ops.randn(counter(case, STREAM_REVERSE), case.shape))
+    counts = step_counts.count(lambda: ops.randn(counter(case, STREAM_REVERSE), case.shape))
     assert counts.operations > 100
 
 
@@ -174,3 +173,13 @@ def test_step_counts_finds_what_diffusers_asks_for() -> None:
     rows = {row["who"]: row for row in step_counts.measure(smoke=True)}
     theirs = rows["diffusers DDPMScheduler.step"]
     assert (theirs["calls"], theirs["large"], theirs["host_reads"]) == (62, 10, 11)
+
+
+def test_lucidrains_loop_runs_without_a_progress_bar_and_leaves_tqdm_as_it_was(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+    bar = original.tqdm
+    sampling.BENCHMARK.provider("lucidrains").build(LOOP).run()
+    assert capsys.readouterr().err == ""
+    assert original.tqdm is bar

@@ -347,10 +347,8 @@ def test_card_of_the_digits_is_about_the_weights_that_ship() -> None:
     assert f"Weights {model_digest(fastddpm.load('digits'))[:16]}." in page.read_text(encoding="utf-8")
 
 
-def test_card_refuses_other_weights_and_cards_without_markers(evaluated: Path) -> None:
+def test_card_refuses_other_weights(evaluated: Path) -> None:
     results = json.loads((evaluated / "eval.json").read_text())["results"]
     results[0]["run"]["weights"] = "other"
     with pytest.raises(ValueError, match="2 models with different weights"):
         card.numbers(results)
-    with pytest.raises(ValueError, match="needs the lines"):
-        card.insert("# A card\n", "text")
