@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastddpm.checks import one_of
 from fastddpm.machine import hardware as machine
 
 # The benchmarks, in the order in which the report has them.
@@ -179,15 +180,13 @@ class Benchmark:
     second: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def provider(self, name: str) -> Provider:
-        """Look a provider up.
+        """Return a provider by its name.
 
         Raises:
             ValueError: there is none of that name.
         """
-        for provider in self.providers:
-            if provider.name == name:
-                return provider
-        raise ValueError(f"{self.name} has no provider {name!r}; it has {', '.join(p.name for p in self.providers)}")
+        providers = {provider.name: provider for provider in self.providers}
+        return providers[one_of(f"provider of {self.name}", name, providers)]
 
 
 def find(name: str) -> Benchmark:
@@ -196,7 +195,6 @@ def find(name: str) -> Benchmark:
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown benchmark {name!r}; use one of {', '.join(NAMES)}")
+    one_of("benchmark", name, NAMES)
     benchmark: Benchmark = importlib.import_module(f"fastddpm.benchmarks.bench_{name}").BENCHMARK
     return benchmark

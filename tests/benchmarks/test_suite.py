@@ -91,7 +91,7 @@ def test_bench_names_the_cases_where_none_was_chosen(capsys: pytest.CaptureFixtu
 
 def test_bench_of_an_unknown_name_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "warp"]) == 1
-    assert "unknown benchmark 'warp'; use one of sampling" in capsys.readouterr().err
+    assert "unknown benchmark 'warp'; choose one of sampling" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
