@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fastddpm.sampling.sample import Run
     from fastddpm.unet.unet import UNet
 
+_COMPILE: Mapping[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+
 
 def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     """Add them, ``outdir`` being the default of --outdir."""
@@ -59,7 +61,7 @@ def plan(
         device=_device(args.device, os.environ),
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
         backend=args.backend,
-        compile={"auto": "auto", "on": True, "off": False}[args.compile],
+        compile=_COMPILE[args.compile],
     )
 
 

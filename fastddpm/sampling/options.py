@@ -7,10 +7,12 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import nn
 
+from fastddpm.checks import integer, one_of
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import hardware, torch_compile
 from fastddpm.machine.caches import inductor
@@ -26,6 +28,19 @@ NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 35.7 M parameters takes some 45 s (220 s where Winograd's transforms come in, at batch 16) and saves 40 (34) ms per
 # 32x32 sample and step: 1,100 to 6,400 of them, 4e13 to 2.4e14. Counting operations exactly would itself take seconds.
 REPAYS_AFTER = 2e14
+
+
+class SamplerArguments(TypedDict, total=False):
+    """Keyword arguments of `Sampler`, explained there."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    compile: bool | str
+    cuda_graph: bool | str
+    backend: str
+    null_class: int | None
+    check_finite: bool
+    samples_ahead: int
 
 
 @dataclass(frozen=True)
@@ -115,8 +130,11 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: it is empty, or has a size that is no positive integer.
     """
-    sizes = tuple(shape)
-    if not sizes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
+    try:
+        sizes = tuple(integer("shape", size, 1) for size in shape)
+    except (TypeError, ValueError):
+        sizes = ()
+    if not sizes:
         raise ValueError(f"shape must be one sample's shape, (C, H, W) or (D,), of positive integers; got {shape!r}")
     return sizes
 
@@ -138,10 +156,9 @@ def decide_graph(choice: bool | str, device: torch.device) -> bool:
     Raises:
         ValueError: choice is none of "auto", True, False, or True on another device.
     """
-    if choice == "auto":
-        return device.type == "cuda"
+    one_of("cuda_graph", choice, ("auto", True, False))
     if not isinstance(choice, bool):
-        raise ValueError(f"cuda_graph must be 'auto', True or False, got {choice!r}")
+        return device.type == "cuda"
     if choice and device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device, got {device}; use cuda_graph='auto'")
     return choice
@@ -168,10 +185,9 @@ def decide_compile(
     """
     if choice is True and (reason := inductor().why_unusable()) is not None:
         raise BackendUnavailable(f"compile=True: {reason}")
+    one_of("compile", choice, ("auto", True, False))
     if isinstance(choice, bool):
         return choice
-    if choice != "auto":
-        raise ValueError(f"compile must be 'auto', True or False, got {choice!r}")
     decision, reason = _weigh(device, model, shape, calls_ahead)
     logger.info("compile='auto': the model runs %s (%s)", "compiled" if decision else "uncompiled", reason)
     return decision

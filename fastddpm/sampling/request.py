@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -10,8 +9,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from fastddpm.checks import nearest
-from fastddpm.noise.v1 import resolve_seeds
+from fastddpm.checks import integer, nearest, number
+from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
 
@@ -135,9 +134,7 @@ def resolve_request(
     Raises:
         ValueError: two sources of noise, or none; a size, label, seed or weight that does not fit.
     """
-    if isinstance(seeds, int):
-        # A bool is refused as an element.
-        seeds = [seeds]
+    batch_size = None if batch_size is None else integer("batch_size", batch_size, 0)
     shape = options.shape
     stochastic = bool((table.rows[:, COLUMN["sigma"]] != 0).any())
     source = _only_source(seeds, seed, generator, noise)
@@ -145,11 +142,13 @@ def resolve_request(
         raise ValueError(f"x_T must have shape [B, {', '.join(map(str, shape))}], got {list(x_T.shape)}")
     draw: Callable[[int], Tensor] | None = None
     if source == "seeds":
-        seed_of, sample_id = resolve_seeds(seeds=seeds, seed=seed, sample_ids=sample_ids, batch=_batch(x_T, batch_size))
+        batch = batch_size if x_T is None else len(x_T)
+        many = seeds if seeds is None or isinstance(seeds, Iterable) else [seeds]
+        seed_of, sample_id = resolve_seeds(seeds=many, seed=seed, sample_ids=sample_ids, batch=batch)
     else:
         if source is None and (stochastic or x_T is None):
             raise ValueError("no noise: pass seeds=, seed= with sample_ids=, generator=, or noise= with x_T=")
-        B = _given_batch(generator, noise, x_T, batch_size, class_labels)
+        B = given_batch(generator, noise, x_T, batch_size, class_labels)
         seed_of = sample_id = torch.zeros(B, dtype=torch.int64)
         draw = _drawer(generator, noise, B, shape, len(table))
         if x_T is None:
@@ -161,7 +160,7 @@ def resolve_request(
     B = len(seed_of)
     if x_T is not None and len(x_T) != B:
         raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
-    w = check_guidance(guidance)
+    w = number("guidance", guidance)
     guided = w != 1.0
     labels = _labels(class_labels, B, options.num_labels)
     if guided:
@@ -189,11 +188,12 @@ def _only_source(seeds: Any, seed: Any, generator: Any, noise: Any) -> str | Non
     return "seeds" if names[0] == "seed" else names[0]
 
 
-def _batch(x_T: Tensor | None, batch_size: int | None) -> int | None:
-    return len(x_T) if x_T is not None else batch_size
+def given_batch(generator: Any, noise: Any, x_T: Any, batch_size: int | None, class_labels: Any) -> int:
+    """Return B where there are no seeds: from the first of the arguments that has one entry per sample.
 
-
-def _given_batch(generator: Any, noise: Any, x_T: Any, batch_size: int | None, class_labels: Any) -> int:
+    Raises:
+        ValueError: none has.
+    """
     if isinstance(generator, Sequence):
         return len(generator)
     if isinstance(noise, Tensor) and noise.dim() > 1:
@@ -202,7 +202,7 @@ def _given_batch(generator: Any, noise: Any, x_T: Any, batch_size: int | None, c
         return len(x_T)
     if batch_size is not None:
         return batch_size
-    if class_labels is not None and not isinstance(class_labels, int):
+    if class_labels is not None and torch.as_tensor(class_labels).dim() == 1:
         return len(class_labels)
     raise ValueError(
         "how many samples? pass batch_size= (or x_T=, a list of class_labels, or one generator per sample)"
@@ -232,17 +232,6 @@ def _drawer(
         return z
 
     return checked
-
-
-def check_guidance(guidance: float) -> float:
-    """Return the weight of classifier-free guidance as a float.
-
-    Raises:
-        ValueError: it is not finite, or no number.
-    """
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-        raise ValueError(f"guidance must be a finite number (1.0 means none), got {guidance!r}")
-    return float(guidance)
 
 
 def _labels(class_labels: Labels | None, B: int, num_labels: int | None) -> Tensor | None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from fastddpm.checks import integer, number
 from fastddpm.machine.devices import resolve_device
-from fastddpm.noise.v1 import resolve_seeds
+from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import model as net
-from fastddpm.sampling.request import check_guidance
+from fastddpm.sampling.options import SamplerArguments, check_shape
+from fastddpm.sampling.request import Generators, Labels, Noise, given_batch, refuse_unknown
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.tables.by_name import make_table
@@ -33,18 +36,23 @@ def sample(
     model: net.Model | str | os.PathLike[str],
     shape: Sequence[int] | None = None,
     *,
-    seeds: int | Sequence[int] = 0,
+    seeds: int | Sequence[int] | None = None,
     steps: int | None = None,
     sampler: str = "ddpm",
-    class_labels: int | Sequence[int] | Tensor | None = None,
+    class_labels: Labels | None = None,
     guidance: float = 1.0,
     batch_size: int | None = None,
+    x_T: Tensor | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    generator: Generators | None = None,
+    noise: Noise | None = None,
+    callback: Callable[[StepResult[None]], None] | None = None,
     progress: bool = False,
     diffusion: DiffusionConfig | None = None,
     sampler_options: dict[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[SamplerArguments],
 ) -> Tensor:
-    """Draw one sample per seed.
+    """Draw one sample per seed, in batches; or one batch whose noise comes from a generator or from the caller.
 
     The noise of a sample depends on its seed alone, not on the batch that it is drawn in.
 
@@ -52,13 +60,19 @@ def sample(
         model: a module or callable that keeps `Sampler`'s model contract; or what `fastddpm.load` takes: the name of a
             shipped model ("digits") or a directory.
         shape: one sample's shape, (C, H, W) or (D,); default from the model's config.
-        seeds: one seed per sample; an int is one sample.
+        seeds: one seed per sample; an int is one sample. Default 0, or 0, 1, ... for the rows of `x_T`.
         steps: network calls per sample; default all timesteps of the model's diffusion.
         sampler: the name of a sampler, see `fastddpm.tables.by_name`.
         class_labels: one label per sample or one for all. By default a class-conditional model draws class
             seed % number of classes; pass its null class for samples of no class.
         guidance: weight of classifier-free guidance; 1.0 means none.
-        batch_size: the most samples per batch; default by size and device. Batches are made equally large.
+        batch_size: the most samples per batch; default by size and device. Batches are made equally large. With
+            `generator` or `noise` it is the number of samples, where nothing else tells.
+        x_T: the start of each sample, [N, *shape], instead of one from the noise.
+        model_kwargs: further keyword arguments of the model; tensors of N rows are split among the batches.
+        generator: a torch.Generator, or one per sample, instead of seeds; see `Sampler.sample`.
+        noise: z of every step instead of seeds, with `x_T`; see `Sampler.sample`.
+        callback: called after each step of each batch, see `Sampler.sample`.
         progress: show a progress bar on stderr.
         diffusion: what the model was trained for; default `model.diffusion`, else Ho et al.'s (linear schedule of 1000
             steps, epsilon, fixed_small).
@@ -70,25 +84,54 @@ def sample(
 
     Raises:
         ValueError: the shape is not known, or an argument does not fit.
+        TypeError: there is no argument of that name.
     """
+    refuse_unknown("sample", options, [*SamplerArguments.__annotations__, *inspect.signature(sample).parameters])
+    drawn = generator is not None or noise is not None
+    if drawn and seeds is not None:
+        raise ValueError(f"noise comes from one source, got seeds and {'generator' if noise is None else 'noise'}")
+    if drawn:
+        n = given_batch(generator, noise, x_T, batch_size, class_labels)
+    else:
+        n = 1 if x_T is None else len(x_T)
     run = plan_run(
         model,
         shape,
-        seeds=[seeds] if isinstance(seeds, int) else seeds,
+        # Where noise is drawn, seeds only give class-conditional models their default labels.
+        seeds=range(n) if seeds is None else seeds if isinstance(seeds, Iterable) else [seeds],
         steps=steps,
         sampler=sampler,
         class_labels=class_labels,
         guidance=guidance,
-        batch_size=batch_size,
+        batch_size=max(1, n) if drawn else batch_size,
+        x_T=x_T,
+        model_kwargs=model_kwargs,
         diffusion=diffusion,
         sampler_options=sampler_options,
         **options,
     )
-    out = torch.empty(len(run.seeds), *run.sampler.shape, device=run.sampler.device)
     with tqdm(total=run.total_steps, unit="step", disable=not progress) as bar:
+
+        def after(result: StepResult[None]) -> None:
+            bar.update()
+            if callback is not None:
+                callback(result)
+
+        if drawn:
+            return run.sampler.sample(
+                generator=generator,
+                noise=noise,
+                x_T=x_T,
+                batch_size=n,
+                class_labels=run.labels,
+                guidance=run.guidance,
+                model_kwargs=model_kwargs,
+                callback=after,
+            )
+        out = torch.empty(len(run.seeds), *run.sampler.shape, dtype=torch.float32, device=run.sampler.device)
         for batch in run.batches:
-            out[batch.start : batch.stop] = run.draw(batch, lambda _: bar.update() and None)
-    return out
+            out[batch.start : batch.stop] = run.draw(batch, after)
+        return out
 
 
 @dataclass(frozen=True)
@@ -101,6 +144,8 @@ class Run:
         labels: one per sample, or None.
         guidance: weight of classifier-free guidance.
         batches: ranges of indices into seeds; which samples share a batch depends on nothing but seeds and batch size.
+        x_T: one start per sample, or None.
+        model_kwargs: further arguments of the model; a tensor with a row per sample is split.
     """
 
     sampler: Sampler
@@ -108,23 +153,36 @@ class Run:
     labels: list[int] | None
     guidance: float
     batches: list[range]
+    x_T: Tensor | None = None  # noqa: N815
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def total_steps(self) -> int:
         """Steps of all batches together."""
         return len(self.batches) * len(self.sampler.table)
 
-    def draw(self, batch: range, callback: Callable[[StepResult], None] | None = None) -> Tensor:
+    def draw(self, batch: range, callback: Callable[[StepResult[None]], None] | None = None) -> Tensor:
         """Draw the samples of one batch, float32 [len(batch), ...]."""
         indices = list(batch)
         if self.sampler.options.compiles or self.sampler.options.uses_graph:
             # Another size would mean another compilation or capture; the last seed fills the place.
             indices += indices[-1:] * (len(self.batches[0]) - len(indices))
+
+        def rows(value: Any) -> Any:
+            whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.seeds)
+            return value[indices] if whole else value
+
+        def after(result: StepResult[None]) -> None:
+            if callback is not None:
+                callback(result._replace(x_t=result.x_t[: len(batch)]))
+
         x = self.sampler.sample(
             seeds=[self.seeds[i] for i in indices],
             class_labels=None if self.labels is None else [self.labels[i] for i in indices],
             guidance=self.guidance,
-            callback=callback,
+            x_T=rows(self.x_T),
+            model_kwargs={name: rows(value) for name, value in self.model_kwargs.items()},
+            callback=after,
         )
         return x[: len(batch)]
 
@@ -136,43 +194,43 @@ def plan_run(
     seeds: Sequence[int],
     steps: int | None = None,
     sampler: str = "ddpm",
-    class_labels: int | Sequence[int] | Tensor | None = None,
+    class_labels: Labels | None = None,
     guidance: float = 1.0,
     batch_size: int | None = None,
+    x_T: Tensor | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     diffusion: DiffusionConfig | None = None,
     sampler_options: dict[str, Any] | None = None,
-    device: torch.device | str | None = None,
-    **options: Any,
+    **options: Unpack[SamplerArguments],
 ) -> Run:
     """Load the model, build its sampler and split the seeds into batches; arguments as in `sample`."""
     if isinstance(model, (str, os.PathLike)):
         model = load(model)
     seeds = list(seeds)
     resolve_seeds(seeds=seeds)
-    shape = shape_of(model) if shape is None else tuple(shape)
+    if x_T is not None and len(x_T) != len(seeds):
+        raise ValueError(f"x_T holds {len(x_T)} samples for {len(seeds)} seeds")
+    shape = shape_of(model) if shape is None else check_shape(shape)
+    steps = None if steps is None else integer("steps", steps, 1)
     table = make_table(sampler, diffusion or diffusion_of(model), steps=steps, **(sampler_options or {}))
-    device = net.device_of(model) if device is None else resolve_device(device)
+    device = options.get("device")
+    options["device"] = device = net.device_of(model) if device is None else resolve_device(device)
     if batch_size is None:
         batch_size = max(1, _ELEMENTS_PER_BATCH.get(device.type, 2**14) // math.prod(shape))
-    batches = split_evenly(len(seeds), batch_size)
     options.setdefault("samples_ahead", len(seeds))
     return Run(
-        Sampler(model, table, shape, device=device, **options),
+        Sampler(model, table, shape, **options),
         seeds,
         labels_for(model, seeds, class_labels),
-        check_guidance(guidance),
-        batches,
+        number("guidance", guidance),
+        split_evenly(len(seeds), integer("batch_size", batch_size, 1)),
+        x_T,
+        model_kwargs or {},
     )
 
 
 def split_evenly(n: int, batch_size: int) -> list[range]:
-    """Split range(n) into the fewest ranges of at most batch_size, equally long up to one.
-
-    Raises:
-        ValueError: batch_size is not positive.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    """Split range(n) into the fewest ranges of at most batch_size, equally long up to one."""
     count = math.ceil(n / batch_size)
     return list(_ranges(n, count)) if count else []
 
@@ -209,9 +267,7 @@ def diffusion_of(model: net.Model) -> DiffusionConfig:
     return config
 
 
-def labels_for(
-    model: net.Model, seeds: Sequence[int], class_labels: int | Sequence[int] | Tensor | None
-) -> list[int] | None:
+def labels_for(model: net.Model, seeds: Sequence[int], class_labels: Labels | None) -> list[int] | None:
     """Return one label per seed: those given, or seed % classes for a class-conditional model, else None.
 
     Raises:
@@ -220,8 +276,6 @@ def labels_for(
     if class_labels is None:
         classes = net.num_classes_of(model)
         return None if not classes else [seed % classes for seed in seeds]
-    if isinstance(class_labels, int):
-        return [class_labels] * len(seeds)
     labels = torch.as_tensor(class_labels).tolist()
     labels = [labels] * len(seeds) if isinstance(labels, int) else labels
     if len(labels) != len(seeds):

@@ -194,7 +194,9 @@ class Sampler:
 
     def steps(self, **arguments: Unpack[RequestArguments]) -> Iterator[StepResult[Tensor]]:
         """Yield a `StepResult` of copies after each step; arguments as in `sample`."""
-        request = self._request("steps", arguments, x0_out=True)
+        return self._iterate(self._request("steps", arguments, x0_out=True))
+
+    def _iterate(self, request: Request) -> Iterator[StepResult[Tensor]]:
         with self._steps.lend(request.key) as (step, engine):
             loop = self._loop(step, engine, request)
             while True:

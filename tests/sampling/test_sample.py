@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 import fastddpm
 from fastddpm import DiffusionConfig, Sampler, UNet, UNetConfig
 from fastddpm.sampling import sample as sampling
+from fastddpm.sampling.options import SamplerArguments
+from fastddpm.sampling.request import RequestArguments, resolve_request
 from fastddpm.tables import by_name as samplers
 
 CONFIG = DiffusionConfig(num_timesteps=20, beta_start=1e-3, beta_end=0.4)
@@ -139,6 +143,74 @@ def test_sample_of_a_function_assumes_the_papers_diffusion() -> None:
 
     fastddpm.sample(model, (2,), seeds=[0], steps=None)
     assert calls == list(range(999, -1, -1))
+
+
+def test_x_T_and_model_kwargs_are_split_among_the_batches() -> None:
+    def shifted(x: Tensor, t: Tensor, shift: Any, scale: float) -> Tensor:
+        return scale * x + shift
+
+    x_T, shift = torch.randn(5, 2, generator=torch.Generator().manual_seed(1)), torch.arange(5.0)[:, None] / 8
+    got = fastddpm.sample(
+        shifted, (2,), x_T=x_T, steps=3, batch_size=2, diffusion=CONFIG, model_kwargs={"shift": shift, "scale": 0.5}
+    )
+    table = samplers.make_table("ddpm", CONFIG, steps=3)
+    for i in range(5):
+        alone = Sampler(lambda x, t, i=i: 0.5 * x + shift[i], table, (2,), compile=False)
+        assert torch.equal(got[i : i + 1], alone.sample(seeds=[i], x_T=x_T[i : i + 1]))
+    with pytest.raises(ValueError, match="x_T holds 5 samples for 3 seeds"):
+        fastddpm.sample(Toy().eval(), (2,), x_T=x_T, seeds=[1, 2, 3])
+
+
+def test_noise_may_come_from_a_generator_or_from_the_caller() -> None:
+    model, table = Toy().eval(), samplers.make_table("ddpm", CONFIG, steps=3)
+    expected = Sampler(model, table, (2,), compile=False)
+    call: dict[str, Any] = {"shape": (2,), "steps": 3}
+    got = fastddpm.sample(model, **call, generator=torch.Generator().manual_seed(3), batch_size=4)
+    assert torch.equal(got, expected.sample(generator=torch.Generator().manual_seed(3), batch_size=4))
+    generators = [[torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in range(2)]
+    assert torch.equal(
+        fastddpm.sample(model, **call, generator=generators[0]), expected.sample(generator=generators[1])
+    )
+    x_T, z = torch.ones(2, 2), torch.ones(3, 2, 2)
+    assert torch.equal(fastddpm.sample(model, **call, noise=z, x_T=x_T), expected.sample(noise=z, x_T=x_T))
+    with pytest.raises(ValueError, match="one source"):
+        fastddpm.sample(model, **call, noise=z, x_T=x_T, seeds=[1, 2])
+
+
+def test_callback_sees_every_step_of_every_batch() -> None:
+    seen: list[tuple[int, int]] = []
+    fastddpm.sample(
+        Toy().eval(), (2,), seeds=range(3), steps=2, batch_size=2, callback=lambda r: seen.append((r.index, len(r.x_t)))
+    )
+    assert seen == [(0, 2), (1, 2), (0, 1), (1, 1)]
+
+
+def test_numpy_integers_are_integers() -> None:
+    model = Toy().eval()
+    expected = fastddpm.sample(model, (2,), seeds=[3], steps=4)
+    got = fastddpm.sample(model, np.array([2]), seeds=np.int64(3), steps=np.int64(4), batch_size=np.int32(1))  # type: ignore[arg-type]
+    assert torch.equal(got, expected)
+    labels = np.array([1])
+    got = fastddpm.sample(model, (2,), seeds=np.array([3]), steps=4, class_labels=labels)  # type: ignore[arg-type]
+    assert torch.equal(got, fastddpm.sample(model, (2,), seeds=[3], steps=4, class_labels=1))
+
+
+def test_unknown_keyword_is_named_by_the_function_that_was_called() -> None:
+    with pytest.raises(TypeError, match=r"^sample\(\) got an unexpected .* 'sedes'; did you mean 'seeds'"):
+        fastddpm.sample(Toy().eval(), (2,), sedes=[1])  # type: ignore[call-arg]
+    s = Sampler(Toy().eval(), samplers.make_table("ddpm", CONFIG, steps=3), (2,), compile=False)
+    for name in ("sample", "steps", "warmup"):
+        with pytest.raises(TypeError, match=rf"^{name}\(\) got .* 'batchsize'; did you mean 'batch_size'"):
+            getattr(s, name)(seeds=[1], batchsize=1)
+
+
+def test_typed_arguments_are_those_of_the_functions() -> None:
+    keywords = {
+        function: [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for function in (Sampler.__init__, resolve_request)
+    }
+    assert list(SamplerArguments.__annotations__) == keywords[Sampler.__init__]
+    assert list(RequestArguments.__annotations__) == [k for k in keywords[resolve_request] if k != "x0_out"]
 
 
 @pytest.mark.parametrize(

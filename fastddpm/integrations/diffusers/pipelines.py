@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, ImagePipelineOutput
 from torch import Tensor
 
+from fastddpm.checks import number
 from fastddpm.integrations.diffusers.fused import NamedAsOriginal
 from fastddpm.integrations.diffusers.loop import Generators, draw_like, step_by_step
 from fastddpm.integrations.diffusers.native_unet import native_unet, shares_parameters
@@ -26,7 +27,6 @@ from fastddpm.integrations.shared import (
     replay,
 )
 from fastddpm.sampling.model import Model, null_class_of
-from fastddpm.sampling.request import check_guidance
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import Table
 
@@ -153,7 +153,7 @@ class WholeLoop(NamedAsOriginal):
         if class_labels is not None and not conditional:
             raise ValueError("class_labels were given, and the UNet has no class embedding; leave them out")
         null_class = (self._options or {}).get("null_class", null_class_of(self.unet))
-        if check_guidance(guidance) != 1.0:
+        if number("guidance", guidance) != 1.0:
             if class_labels is None:
                 raise ValueError(f"guidance needs class_labels, got guidance={guidance} alone; leave it out")
             if null_class is None:
