@@ -188,12 +188,13 @@ def decide_compile(
     one_of("compile", choice, ("auto", True, False))
     if isinstance(choice, bool):
         return choice
-    decision, reason = _weigh(device, model, shape, calls_ahead)
+    decision, reason = weigh(device, model, shape, calls_ahead)
     logger.info("compile='auto': the model runs %s (%s)", "compiled" if decision else "uncompiled", reason)
     return decision
 
 
-def _weigh(device: torch.device, model: Model, shape: tuple[int, ...], calls_ahead: int) -> tuple[bool, str]:
+def weigh(device: torch.device, model: Model, shape: tuple[int, ...], calls_ahead: int) -> tuple[bool, str]:
+    """Decide whether to compile for an amount of work, arguments as in `decide_compile`; return that and the reason."""
     if (reason := inductor().why_unusable()) is not None:
         return False, reason
     if device.type == "cuda":

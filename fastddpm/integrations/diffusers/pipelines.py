@@ -17,6 +17,7 @@ from fastddpm.integrations.diffusers.fused import NamedAsOriginal
 from fastddpm.integrations.diffusers.loop import Generators, draw_like, step_by_step
 from fastddpm.integrations.diffusers.native_unet import native_unet, shares_parameters
 from fastddpm.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler, fast_scheduler
+from fastddpm.integrations.kept_samplers import KeptSamplers
 from fastddpm.integrations.shared import (
     FUSED_DTYPES,
     NoiseSource,
@@ -32,8 +33,6 @@ from fastddpm.tables.table import Table
 
 logger = logging.getLogger("fastddpm")
 
-# A sampler holds buffers and captured graphs; two are enough to alternate between settings.
-_MAX_SAMPLERS = 2
 # Held while a call sets timesteps and takes its copy of them.
 _TURN = threading.Lock()
 
@@ -46,7 +45,7 @@ class WholeLoop(NamedAsOriginal):
     unet: Any
     scheduler: Any
     _options: dict[str, Any] | None = None
-    _samplers: dict[Any, Sampler] | None = None
+    _samplers: KeptSamplers | None = None
     _native: tuple[Any, Any] = (None, None)
 
     def register_modules(self, **modules: Any) -> None:
@@ -74,9 +73,8 @@ class WholeLoop(NamedAsOriginal):
 
     def refresh(self) -> None:
         """Take the weights again; needed after changes in place that leave no trace, see `Sampler.refresh`."""
-        for sampler in (self._samplers or {}).values():
-            sampler.clear()
-        self._samplers = None
+        if self._samplers is not None:
+            self._samplers.clear()
 
     def _generate(
         self,
@@ -173,12 +171,10 @@ class WholeLoop(NamedAsOriginal):
         model, shape = self._network(), tuple(x_T.shape[1:])
         rows, t = table.rows.numpy().tobytes(), tuple(table.timesteps.tolist())
         key = (id(model), rows, t, shape, self.unet.dtype, str(self.unet.device))
-        samplers = self._samplers = self._samplers or {}
-        if key not in samplers:
-            while len(samplers) >= _MAX_SAMPLERS:
-                samplers.pop(next(iter(samplers))).clear()
-            samplers[key] = Sampler(model, table, shape, **(self._options or {}))
-        return samplers[key]
+        self._samplers = self._samplers or KeptSamplers()
+        return self._samplers.get(
+            key, model, table, shape, batch=len(x_T), device=self.unet.device, options=self._options or {}
+        )
 
     def _can_replay(self, scheduler: Any, device: torch.device) -> bool:
         """Whether a table expresses the steps, and the UNet may be called from a captured step."""

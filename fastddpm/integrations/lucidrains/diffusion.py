@@ -218,19 +218,21 @@ class GaussianDiffusion(DiffusionProcess):
                 states.append(result.x_t.clone())
 
         with tqdm(total=len(table), desc=_DESCRIPTION) as bar:
-            x = replay(self._sampler(table, tuple(shape[1:])), source, x_T, draws, on_step)
+            x = replay(self._sampler(table, shape), source, x_T, draws, on_step)
         return self.unnormalize(torch.stack(states, dim=1) if keep_all else x)
 
-    def _sampler(self, table: Table, shape: tuple[int, ...]) -> Sampler:
+    def _sampler(self, table: Table, shape: Sequence[int]) -> Sampler:
+        network = look_through(self.model)
         # Tables and modules compare by identity.
-        wanted = (table, self.model, self.model.training, shape, self.device, self.sampler_options.copy())
-        kept = self._cache.get("sampler")
-        if kept is None or kept[0] != wanted:
-            with torch.inference_mode(False):
-                network = WithoutSelfCondition(look_through(self.model))
-                sampler = Sampler(network, table, shape, device=self.device, **self.sampler_options)
-            self._cache["sampler"] = kept = (wanted, sampler)
-        return kept[1]
+        return self._samplers.get(
+            (table, network, network.training, *shape[1:], self.device),
+            WithoutSelfCondition(network),
+            table,
+            shape[1:],
+            batch=shape[0],
+            device=self.device,
+            options=self.sampler_options,
+        )
 
 
 def _ddpm_rows(buffers: dict[str, Tensor], objective: str) -> Tensor:

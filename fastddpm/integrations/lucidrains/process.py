@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastddpm import ops
+from fastddpm.integrations.kept_samplers import KeptSamplers
 from fastddpm.integrations.lucidrains import tables
 from fastddpm.integrations.shared import look_through, require
 
@@ -99,9 +100,10 @@ class DiffusionProcess(nn.Module):
             self.register_buffer(name, value)
         self.sampler_options: dict[str, Any] = {}
         self._cache: dict[str, tuple[Any, Any]] = {}
+        self._samplers = KeptSamplers()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Rows and captured programs are built anew, not copied: EMA wrappers deep-copy this object.
+        # Rows are built anew, not copied: EMA wrappers deep-copy this object.
         return {**self.__dict__, "_cache": {}}
 
     @property

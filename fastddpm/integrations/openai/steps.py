@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastddpm import ops
+from fastddpm.integrations.kept_samplers import KeptSamplers
 from fastddpm.integrations.openai import tables
 from fastddpm.integrations.openai.process import DiffusionProcess, Kwargs, Model
 from fastddpm.integrations.openai.tables import ModelMeanType
@@ -78,12 +79,9 @@ class StepRunner(DiffusionProcess):
         super().__init__(**kwargs)
         self.sampler_options: dict[str, Any] = {}
         self._rows_of: dict[tuple[str, float], Tensor | None] = {}
-        self._kept: tuple[Any, Sampler] | None = None
+        self._samplers = KeptSamplers()
         for kind in ("p", "ddim", "reverse"):
             self._rows(Step(kind))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}
 
     def _step(self, model: Model, x: Tensor, t: Tensor, step: Step, source: NoiseSource) -> dict[str, Tensor]:
         """Advance every sample of x by one step from its own t."""
@@ -241,21 +239,15 @@ class StepRunner(DiffusionProcess):
         }
 
     def _sampler(self, model: Any, step: Step, x_T: Tensor) -> Sampler:
-        """Return the sampler of the last run where it fits this one too: it holds what was compiled and captured."""
-        shape = tuple(x_T.shape[1:])
-        process = (step.kind, step.eta, step.clip, self.rescale_timesteps)
-        wanted = (process, model, model.training, shape, x_T.device, self.sampler_options.copy())
-        if self._kept is None or self._kept[0] != wanted:
-            rows = self._rows(step)
-            assert rows is not None
-            with torch.inference_mode(False):
-                timesteps = self._scale_timesteps(torch.arange(self.num_timesteps)).flip(0)
-                table = Table(rows.flip(0), timesteps, name=f"openai-{step.kind}", **self._flags(step))
-                self._kept = (
-                    wanted,
-                    Sampler(look_through(model), table, shape, device=x_T.device, **self.sampler_options),
-                )
-        return self._kept[1]
+        network, shape = look_through(model), tuple(x_T.shape[1:])
+        key = (step.kind, step.eta, step.clip, self.rescale_timesteps, network, network.training, shape, x_T.device)
+        rows = self._rows(step)
+        assert rows is not None
+        timesteps = self._scale_timesteps(torch.arange(self.num_timesteps)).flip(0)
+        table = Table(rows.flip(0), timesteps, name=f"openai-{step.kind}", **self._flags(step))
+        return self._samplers.get(
+            key, network, table, shape, batch=len(x_T), device=x_T.device, options=self.sampler_options
+        )
 
     def _replaces(self, names: Sequence[str]) -> bool:
         ours = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("fastddpm."))

@@ -1,0 +1,116 @@
+"""When a drop-in's sampler gets compiled: the batch, the steps and the calls so far."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastddpm.integrations.kept_samplers import KeptSamplers
+from fastddpm.integrations.lucidrains import GaussianDiffusion
+from fastddpm.integrations.openai import GaussianDiffusion as OpenAIDiffusion
+from fastddpm.integrations.openai import LossType, ModelMeanType, ModelVarType
+from fastddpm.sampling import options
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.schedules.schedule import Schedule
+from fastddpm.tables.ddpm import ddpm_table
+from tests.integrations.diffusers.cases import tiny_unet
+
+SHAPE = (1, 4, 4)
+
+
+class Net(nn.Module):
+    channels, out_dim, self_condition = 1, 1, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, x_self_cond: None = None) -> torch.Tensor:
+        return self.layer(x)
+
+
+def get(samplers: KeptSamplers, batch: int, **given: Any) -> Sampler:
+    table = ddpm_table(Schedule.linear(10))
+    return samplers.get("key", NET, table, SHAPE, batch=batch, device=torch.device("cpu"), options=given)
+
+
+NET = Net().eval()
+
+
+@pytest.fixture
+def _repaid_after_80_network_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "REPAYS_AFTER", 80 * options.weight_uses(NET, SHAPE))
+    monkeypatch.setattr(options.torch_compile, "has_cpp_compiler", lambda: True)
+
+
+@pytest.mark.usefixtures("_repaid_after_80_network_calls")
+def test_sampler_that_keeps_being_called_is_compiled_once_that_pays(caplog: pytest.LogCaptureFixture) -> None:
+    samplers = KeptSamplers()
+    with caplog.at_level(logging.INFO, "fastddpm"):
+        compiled = [get(samplers, batch=2).options.compiles for _ in range(6)]
+    # 2 samples of 10 steps each call.
+    assert compiled == [False, False, False, True, True, True]
+    decisions = [record.message.split(" (")[0] for record in caplog.records if "compile" in record.message]
+    assert decisions == [
+        "compile='auto': the model runs uncompiled",
+        "compile='auto': the model runs compiled",
+    ]
+    assert get(KeptSamplers(), batch=8).options.compiles
+
+
+@pytest.mark.usefixtures("_repaid_after_80_network_calls")
+@pytest.mark.parametrize("given", [{"compile": False}, {"samples_ahead": 1}])
+def test_callers_decision_about_compilation_stands(given: dict[str, Any]) -> None:
+    samplers = KeptSamplers()
+    kept = [get(samplers, batch=100, **given) for _ in range(3)]
+    assert not kept[0].options.compiles
+    assert kept[0] is kept[1] is kept[2]
+
+
+def test_two_samplers_are_kept_and_copies_are_empty() -> None:
+    samplers = KeptSamplers()
+    first = get(samplers, 1, compile=False)
+    assert get(samplers, 1, compile=False) is first
+    get(samplers, 1, check_finite=True)
+    assert get(samplers, 1, compile=False) is first
+    get(samplers, 1, backend="torch")
+    assert [kept.key[1] for kept in samplers.kept] == [{"backend": "torch"}, {"compile": False}]
+    assert copy.deepcopy(samplers).kept == pickle.loads(pickle.dumps(samplers)).kept == []
+
+
+def draw_by_lucidrains(batch: int) -> None:
+    GaussianDiffusion(NET, image_size=4, timesteps=50, sampling_timesteps=10).sample(batch)
+
+
+def draw_by_openai(batch: int) -> None:
+    types = {"model_mean_type": ModelMeanType.EPSILON, "model_var_type": ModelVarType.FIXED_SMALL}
+    diffusion = OpenAIDiffusion(betas=[0.1] * 10, loss_type=LossType.MSE, **types)
+    diffusion.p_sample_loop(NET, (batch, *SHAPE))
+
+
+def draw_by_diffusers(batch: int) -> None:
+    diffusers: Any = pytest.importorskip("diffusers")
+    import fastddpm
+
+    pipe = fastddpm.accelerate(diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler()))
+    pipe.set_progress_bar_config(disable=True)
+    pipe(batch_size=batch, num_inference_steps=10, output_type="pt")
+
+
+@pytest.mark.parametrize("draw", [draw_by_diffusers, draw_by_lucidrains, draw_by_openai])
+def test_every_drop_in_counts_batch_and_steps(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+
+    def decide(choice: Any, device: Any, model: Any, shape: Any, calls_ahead: int) -> bool:
+        counted.append(calls_ahead)
+        return False
+
+    monkeypatch.setattr(options, "decide_compile", decide)
+    draw(3)
+    assert counted == [30]
