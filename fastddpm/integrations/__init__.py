@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, TypeVar, Unpack
 
 if TYPE_CHECKING:
-    from fastddpm.integrations.shared import SamplerOptions
+    from fastddpm.sampling.options import SamplerArguments
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ _INTEGRATIONS = {
 }
 
 
-def accelerate(target: T, **options: Unpack[SamplerOptions]) -> T:
+def accelerate(target: T, **options: Unpack[SamplerArguments]) -> T:
     """Return the fast form of a pipeline or scheduler of diffusers, or of lucidrains' or OpenAI's GaussianDiffusion.
 
     It has the original's methods, arguments and results; see `accelerate` of `fastddpm.integrations.diffusers`,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, TypeGuard
 
@@ -13,6 +13,7 @@ from fastddpm import ops
 from fastddpm.checks import one_of
 from fastddpm.errors import SamplingError
 from fastddpm.noise.v1 import STREAM_REVERSE, STREAM_X_T, resolve_seeds
+from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import COLUMN
 
@@ -35,22 +36,10 @@ class Seeding(TypedDict, total=False):
     sample_ids: Sequence[int] | Tensor | None
 
 
-class SamplerOptions(TypedDict, total=False):
-    """Arguments of `Sampler` that a drop-in leaves to its caller; see there."""
-
-    dtype: torch.dtype
-    compile: bool | str
-    cuda_graph: bool | str
-    backend: str
-    null_class: int
-    check_finite: bool
-    samples_ahead: int
-
-
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError unless every option is one of `SamplerOptions`; the message names the nearest."""
+    """Raise TypeError unless every option is an argument of `Sampler` that a drop-in leaves to its caller."""
     for name in options:
-        one_of("option", name, SamplerOptions.__annotations__, error=TypeError)
+        one_of("option", name, SamplerArguments.__annotations__.keys() - {"device"}, error=TypeError)
 
 
 class InvalidArgumentError(ValueError, AssertionError):
@@ -96,7 +85,7 @@ class NoiseSource:
             if sample_ids is not None:
                 raise ValueError("sample_ids tell the samples of one seed apart; pass seed= too")
             return cls(randn)
-        if isinstance(seeds, int):
+        if seeds is not None and not isinstance(seeds, Iterable):
             seeds = [seeds]
         key, sample_id = resolve_seeds(seeds=seeds, seed=seed, sample_ids=sample_ids, batch=batch)
         require(batch is None or len(key) == batch, f"got {len(key)} seeds for a batch of {batch}; give one per sample")

@@ -21,13 +21,13 @@ from fastddpm.integrations.kept_samplers import KeptSamplers
 from fastddpm.integrations.shared import (
     FUSED_DTYPES,
     NoiseSource,
-    SamplerOptions,
     Seeds,
     check_options,
     look_through,
     replay,
 )
 from fastddpm.sampling.model import Model, null_class_of
+from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import Table
 
@@ -60,8 +60,8 @@ class WholeLoop(NamedAsOriginal):
         """Leave out what a copy makes again: samplers hold locks and graphs."""
         return {name: value for name, value in vars(self).items() if name not in ("_samplers", "_native")}
 
-    def configure(self, **options: Unpack[SamplerOptions]) -> Self:
-        """Set further arguments of `Sampler`, those of `SamplerOptions`; return the pipeline itself.
+    def configure(self, **options: Unpack[SamplerArguments]) -> Self:
+        """Set further arguments of `Sampler`, those of `SamplerArguments`; return the pipeline itself.
 
         Raises:
             TypeError: there is no such option.

@@ -9,7 +9,8 @@ from torch import nn
 from fastddpm.integrations.lucidrains import tables
 from fastddpm.integrations.lucidrains.diffusion import GaussianDiffusion
 from fastddpm.integrations.lucidrains.process import ORIGINAL
-from fastddpm.integrations.shared import SamplerOptions, check_options
+from fastddpm.integrations.shared import check_options
+from fastddpm.sampling.options import SamplerArguments
 from fastddpm.tables.table import Table
 
 _ORIGINAL_CLASS = ("denoising_diffusion_pytorch.denoising_diffusion_pytorch", "GaussianDiffusion")
@@ -48,7 +49,7 @@ def table_of(diffusion: Any) -> Table:
     return tables.ddpm_table({name: getattr(diffusion, name) for name in tables.BUFFERS}, diffusion.objective)
 
 
-def accelerate(diffusion: nn.Module, **sampler_options: Unpack[SamplerOptions]) -> GaussianDiffusion:
+def accelerate(diffusion: nn.Module, **sampler_options: Unpack[SamplerArguments]) -> GaussianDiffusion:
     """Return a GaussianDiffusion of this module around the network and the buffers of a live instance.
 
     The network itself is shared, so training it further shows in both; the options are copied.

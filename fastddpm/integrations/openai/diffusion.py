@@ -33,7 +33,8 @@ from fastddpm.integrations.openai.tables import (
     get_named_beta_schedule,
     space_timesteps,
 )
-from fastddpm.integrations.shared import NoiseSource, SamplerOptions, Seeding, check_options, require
+from fastddpm.integrations.shared import NoiseSource, Seeding, check_options, require
+from fastddpm.sampling.options import SamplerArguments
 
 __all__ = [
     "GaussianDiffusion",
@@ -235,7 +236,7 @@ class SpacedDiffusion(GaussianDiffusion):
         return mapped.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else mapped
 
 
-def accelerate(diffusion: Any, **sampler_options: Unpack[SamplerOptions]) -> GaussianDiffusion:
+def accelerate(diffusion: Any, **sampler_options: Unpack[SamplerArguments]) -> GaussianDiffusion:
     """Return the GaussianDiffusion or SpacedDiffusion of this module that equals a live one of OpenAI's packages.
 
     Args:

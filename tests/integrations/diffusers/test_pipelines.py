@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +29,7 @@ from fastddpm.integrations.diffusers import (
     FastDDPMScheduler,
     native_unet,
 )
-from fastddpm.integrations.shared import SamplerOptions
-from fastddpm.sampling.sampler import Sampler, StepResult
+from fastddpm.sampling.sampler import StepResult
 from fastddpm.unet.inference import UNetInference
 from fastddpm.unet.unet import UNet
 from tests.integrations.diffusers.cases import normal, tiny_dit_pipeline, tiny_unet
@@ -242,12 +240,6 @@ def test_compiled_unet_is_called_as_it_is() -> None:
     theirs = quiet(DDPMPipeline(tiny_unet(), DDPMScheduler()))
     compiled = DDPMPipeline(torch.compile(theirs.unet, backend="eager"), DDPMScheduler())
     assert_same_images(quiet(accelerate(compiled)), theirs, steps=3)
-
-
-def test_options_are_arguments_of_the_sampler() -> None:
-    parameters = inspect.signature(Sampler).parameters.values()
-    keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    assert set(SamplerOptions.__annotations__) == keywords - {"device"}
 
 
 def test_unet_with_labels_of_its_own_runs_as_in_diffusers() -> None:
