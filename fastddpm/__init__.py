@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastddpm.errors import BackendUnavailable as BackendUnavailable
+    from fastddpm.files.images import save_grid as save_grid
     from fastddpm.integrations import accelerate as accelerate
     from fastddpm.noise.v1 import randn as randn
     from fastddpm.sampling.sample import sample as sample
@@ -49,6 +50,7 @@ _HOME = {
     "load": "unet.load",
     "randn": "noise.v1",
     "sample": "sampling.sample",
+    "save_grid": "files.images",
     "save_pretrained": "unet.save",
 }
 

@@ -9,7 +9,7 @@ import difflib
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def one_of(name: str, value: object, choices: Iterable[T], error: type[Exception] = ValueError) -> T:
+def one_of(name: str, value: object, choices: Iterable[T], error: Callable[[str], Exception] = ValueError) -> T:
     """Return the choice that equals a value.
 
     Raises:

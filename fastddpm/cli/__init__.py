@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import logging
 import os
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fastddpm import __version__
 
 COMMANDS = ("sample", "train", "eval", "diffuse", "convert", "inspect", "verify", "bench", "profile", "env")
+
+# How the library's messages name what is an option of the command line.
+_KEYWORD = re.compile(r"\b(device|dtype|backend|compile|spacing|sampler|steps)=['\"]?(?:torch\.)?([\w:+.-]+\w)['\"]?")
+_SWITCH = {"True": "on", "False": "off"}
 
 
 class _Terminated(BaseException):
@@ -25,37 +33,85 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def _one_line_warning(message: Warning | str, *rest: Any, **named: Any) -> str:
-    """Format a warning without the line of code that gave it, which a user of the command never wrote."""
-    return f"fastddpm: warning: {' '.join(str(message).split())}\n"
-
-
-def _one_line_error(error: Exception) -> str:
+def _one_line_error(error: Exception, options: Sequence[str]) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return f"--{name} {_SWITCH.get(value, value)}" if name in options else found[0]
+
+    return _KEYWORD.sub(option, " ".join(str(error).split())) or type(error).__name__
+
+
+def _print_line(source: str, level: str, message: object) -> None:
+    line = f"{source}: {level}: {' '.join(str(message).split())}"
+    if "tqdm" in sys.modules:
+        # Above the progress bar, if there is one.
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr)
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _print_line(record.name.partition(".")[0], record.levelname.lower(), record.getMessage())
+
+
+def _show_warning(message: Warning | str, category: Any, filename: str, *rest: Any, **named: Any) -> None:
+    """Show a warning without the line of code that gave it, which a user of the command never wrote."""
+    below = filename.rpartition("site-packages/")[2] if "site-packages/" in filename else "fastddpm"
+    _print_line(Path(below).parts[0].removesuffix(".py"), "warning", message)
+
+
+@contextlib.contextmanager
+def _lines_on_stderr() -> Iterator[None]:
+    """Print warnings and log records as lines that begin with their source."""
+    handler, show, level = _Handler(), warnings.showwarning, logging.getLogger("fastddpm").level
+    logging.getLogger().addHandler(handler)
+    warnings.showwarning = _show_warning
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+        logging.getLogger("fastddpm").setLevel(level)
+        logging.getLogger().removeHandler(handler)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser with every subcommand attached."""
-    parser = argparse.ArgumentParser(prog="fastddpm", description="Sample denoising diffusion models, fast.")
+    from fastddpm.cli.parser import Parser
+
+    parser = Parser(prog="fastddpm", description="Sample denoising diffusion models, fast.")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
     for name in COMMANDS:
         module = importlib.import_module(f"fastddpm.cli.{name}")
         module.add_parser(subparsers)
+    for command in subparsers.choices.values():
+        command.add_argument(
+            "--verbose", action="store_true", default=False, help="print what is decided and why (logger fastddpm)"
+        )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 (one line on stderr), 2 (usage), 130 or 143 (signals)."""
-    args = build_parser().parse_args(argv)
-    module = importlib.import_module(f"fastddpm.cli.{args.command}")
     handler = signal.signal(signal.SIGTERM, _raise_terminated)
-    formatting = warnings.formatwarning
-    warnings.formatwarning = _one_line_warning
+    options: Sequence[str] = ()
     try:
-        return int(module.run(args))
+        with _lines_on_stderr():
+            parser = build_parser()
+            args = parser.parse_args(argv)
+            if args.command is None:
+                parser.error(f"which command? {', '.join(COMMANDS)}")
+            options = list(vars(args))
+            if args.verbose:
+                logging.getLogger("fastddpm").setLevel(logging.INFO)
+            del args.verbose
+            return int(importlib.import_module(f"fastddpm.cli.{args.command}").run(args))
     except KeyboardInterrupt:
         print("fastddpm: interrupted", file=sys.stderr)
         return 130
@@ -69,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("FASTDDPM_TRACEBACK") == "1":
             raise
-        print(f"fastddpm: error: {_one_line_error(error)}", file=sys.stderr)
+        print(f"fastddpm: error: {_one_line_error(error, options)}", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, handler)
-        warnings.formatwarning = formatting

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastddpm.cli.parser import add_machine, add_outdir, add_output, examples
+
 if TYPE_CHECKING:
     from fastddpm.pictures.recording import Recording, RecordingSettings
     from fastddpm.sampling.sampler import Sampler
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 DESCRIPTION = """Draw the forward process of data in T steps, panel by panel, with alpha_bar_t and the signal-to-noise
 ratio, and beneath it a reverse process: for points that of a small network trained on the spot, or of the exact
 denoiser of the data (--exact); for images that of the exact denoiser, or of a --model."""
+
+EXAMPLES = examples(
+    "fastddpm diffuse --data swiss-roll --steps 8",
+    "fastddpm diffuse --data two-moons --steps 100 --gif --outdir pictures",
+    "fastddpm diffuse --data mnist --model digits",
+)
 
 DATA_HELP = """swiss-roll (default), two-moons, checkerboard; mnist, digits8x8; a .npy, .npz or .csv of points [N, 2];
 an image, an image folder, or a .npy/.npz file of images"""
@@ -31,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
         usage="%(prog)s [--data DATA] [options]",
         help="draw the forward and reverse process",
         description=DESCRIPTION,
+        epilog=EXAMPLES,
     )
     parser.add_argument("--data", default="swiss-roll", help=DATA_HELP)
     parser.add_argument("--steps", type=int, help="T (default: 8); with --model its network calls (default: 50)")
@@ -43,20 +52,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--show", type=int, help="points (default: 2000) or images (default: 2) drawn")
     parser.add_argument("--train-steps", type=int, default=4000, help="gradient steps of the points' network")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
-    parser.add_argument("--out", type=Path, help="the PNG to write (default: diffuse-DATA.png)")
+    add_outdir(parser, ".")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the PNG itself (default: OUTDIR/diffuse-DATA.png)")
     parser.add_argument("--gif", action="store_true", help="also write an animation, beside the PNG")
     parser.add_argument(
         "--measure",
         action="store_true",
         help="points: also compare 8 x 10000 samples with data by the sliced Wasserstein distance",
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1")
-    parser.add_argument(
-        "--backend", choices=("auto", "triton", "torch"), default="auto", help="for the fused operations"
-    )
+    add_machine(parser, "device", "backend")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that exist")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
+    add_output(parser, "numbers")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,16 +120,16 @@ def _free_paths(args: argparse.Namespace) -> list[Path]:
         ValueError: --out is no PNG, or in no folder that can be written to.
         FileExistsError: one exists, and --overwrite was not given.
     """
-    png = args.out or Path(f"diffuse-{Path(args.data).stem}.png")
+    png = args.out or args.outdir / f"diffuse-{Path(args.data).stem}.png"
     if png.suffix != ".png":
         raise ValueError(f"--out {png} must end in .png")
     folder = next(parent for parent in png.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder} is no folder that can be written to; choose another --out")
+        raise ValueError(f"{folder} is no folder that can be written to; choose another --outdir")
     paths = [png, png.with_suffix(".gif")] if args.gif else [png]
     for path in paths:
         if path.exists() and not args.overwrite:
-            raise FileExistsError(f"{path} exists already; use --overwrite to replace it, or another --out")
+            raise FileExistsError(f"{path} exists already; use --overwrite to replace it, or another --outdir")
     return paths
 
 
@@ -131,7 +137,7 @@ class _progress:  # noqa: N801 - used like a function
     """A progress bar of the training; hands out what to call after each step."""
 
     def __init__(self, args: argparse.Namespace, settings: RecordingSettings) -> None:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         hidden = args.quiet or not sys.stderr.isatty()
         self._bar = tqdm(total=settings.train_steps, unit="step", desc="training", file=sys.stderr, disable=hidden)

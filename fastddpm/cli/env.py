@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from fastddpm.cli.parser import examples
+
 WIDTH = 80
 _LABEL = 29
 
@@ -18,6 +20,7 @@ def add_parser(subparsers: Any) -> None:
         "env",
         help="show versions, devices and the backend in use",
         description="Show versions, processor, GPUs, threads, caches, and which backend runs the fused operations.",
+        epilog=examples("fastddpm env", "fastddpm env --json > env.json"),
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

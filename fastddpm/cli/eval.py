@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import sampling_options
+from fastddpm.cli.parser import examples, positive
 
 if TYPE_CHECKING:
     from fastddpm.data.datasets import Dataset
@@ -27,7 +29,13 @@ For images of your own (--data) also FID, where torch-fidelity and its weights a
 
 EPILOG = """Samples are written batch by batch; --resume completes a run that was interrupted, to the same numbers (but
 images a second, which are those of the batches drawn last). OUTDIR holds eval.json and pictures. Exit status: 0, 1
-(error), 2 (usage), 130 or 143 (interrupted; finished batches are kept)."""
+(error), 2 (usage), 130 or 143 (interrupted; finished batches are kept).
+
+""" + examples(
+    "fastddpm eval --samples 1000 --sampler ddim --steps 50",
+    "fastddpm eval --guidance 1,1.5,2 --outdir guidance",
+    "fastddpm eval --model runs/mine --data pictures/ --download",
+)
 
 # Ten of each digit.
 PICTURED, COLUMNS = 100, 10
@@ -35,8 +43,16 @@ PICTURED, COLUMNS = 100, 10
 
 def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
-    parser = subparsers.add_parser("eval", help="measure samples", description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("--samples", type=sampling_options.positive, default=1000, help="how many (default: 1000)")
+    parser = subparsers.add_parser(
+        "eval",
+        usage="%(prog)s [--model MODEL] [--data DATA] [options]",
+        help="measure samples",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        "--samples", type=functools.partial(positive, low=2), default=1000, help="how many (default: 1000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the first of as many seeds (default: 0)")
     parser.add_argument(
         "--guidance",
@@ -99,7 +115,7 @@ def _result(
     """Draw the samples of one guidance weight, and measure them."""
     from fastddpm.evaluation.measures import measure
     from fastddpm.evaluation.report import PICTURE, SPEED
-    from fastddpm.files.images import make_grid, save_png
+    from fastddpm.files.images import save_grid
     from fastddpm.sampling.outputs import Outputs
     from fastddpm.sampling.to_files import describe, draw_missing
 
@@ -111,7 +127,7 @@ def _result(
     speed = _speed(directory / SPEED, drawn)
     outputs.finish(grid=False)
     samples = _samples(outputs.samples_path, planned.labels, model, reference)
-    save_png(directory / PICTURE, make_grid(samples.images[:PICTURED], COLUMNS))
+    save_grid(samples.images[:PICTURED], directory / PICTURE, columns=COLUMNS, scale=1)
     measures = measure(samples, reference, classifier)
     _add_fid(measures, args, samples, reference)
     return {"run": config, "images_per_second": speed, **measures.to_json()}
@@ -172,7 +188,7 @@ def _add_fid(measures: Measures, args: argparse.Namespace, samples: Dataset, ref
 
 
 def _train_classifier(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     from fastddpm.evaluation.classifier import classify, load_classifier, save_classifier
     from fastddpm.evaluation.classifier_training import count_steps, train_classifier

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import sampling_options
+from fastddpm.cli.parser import examples, positive
 from fastddpm.noise.seed_ranges import format_seeds, parse_seeds
 
 if TYPE_CHECKING:
@@ -22,7 +23,16 @@ of processes. Started by torchrun, each process draws its share of the batches (
 
 EPILOG = """Existing output is never overwritten unless --overwrite is given; --resume completes a run that was
 interrupted, with the bytes that it would have written, and refuses if anything about it has changed. Exit status: 0, 1
-(error), 2 (usage), 130 or 143 (interrupted; finished files are kept)."""
+(error), 2 (usage), 130 or 143 (interrupted; finished files are kept).
+
+Processes of torchrun leave part-*.npz of --format npz, and no grid: the same command with --resume and without torchrun
+then joins the parts, and draws the --grid, drawing no sample again.
+
+""" + examples(
+    "fastddpm sample --seeds 0-15 --grid --outdir samples",
+    "fastddpm sample --class 7 --guidance 2 --sampler ddim --steps 50 --outdir 7",
+    "torchrun --nproc-per-node 8 -m fastddpm sample --seeds 0-49999 --format npz",
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (default: 1)")
     parser.add_argument("--format", choices=("png", "npz"), default="png", help="one PNG per seed, or samples.npz")
     parser.add_argument("--grid", action="store_true", help="also write grid.png with all images")
+    parser.add_argument("--scale", type=positive, default=1, metavar="N", help="enlarge the grid N times (default: 1)")
     sampling_options.add_options(parser, outdir="samples")
 
 
@@ -55,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.unet.load import load
 
     rank, world = rank_and_world(os.environ)
+    if world > 1 and args.grid:
+        raise ValueError("--grid needs all images in one process; add it to a last run with --resume, without torchrun")
     model = load(args.model)
     planned = _plan(args, model)
     outputs = Outputs(
@@ -73,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         started = time.perf_counter()
         drawn = sum(n for n, _ in draw_missing(planned, outputs, quiet=args.quiet))
         seconds = time.perf_counter() - started
-        outputs.finish(grid=args.grid)
+        outputs.finish(grid=args.grid, scale=args.scale)
     _report(args, planned, drawn, seconds)
     return 0
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastddpm.cli.parser import COMPILE, add_machine, add_outdir, add_output, positive
 
 if TYPE_CHECKING:
+    import torch
+
     from fastddpm.sampling.sample import Run
     from fastddpm.unet.unet import UNet
 
-_COMPILE: Mapping[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+# Arguments of the samplers' tables.
+TABLE_OPTIONS = (
+    ("eta", float, "noise of ddim: 0 none, 1 as much as ddpm's (default: 0)"),
+    ("spacing", str, "which timesteps are visited: linspace (default), leading, trailing"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
@@ -21,16 +28,14 @@ def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     parser.add_argument("--steps", type=positive, help="network calls per sample (default: all the model's timesteps)")
     parser.add_argument("--batch", type=positive, help="the most samples per batch (default: by size and device)")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, ... (default: ddpm)")
-    parser.add_argument("--outdir", type=Path, default=Path(outdir), help=f"default: {outdir}")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the network (default: float32)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="for the fused step")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the network")
+    for name, kind, text in TABLE_OPTIONS:
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    add_outdir(parser, outdir)
+    add_machine(parser, "dtype", "device", "backend", "compile")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="complete an interrupted run of the same arguments")
     existing.add_argument("--overwrite", action="store_true", help="replace what is in the directory")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    add_output(parser, "summary")
 
 
 def plan(
@@ -50,35 +55,33 @@ def plan(
 
     from fastddpm.sampling.sample import plan_run
 
-    return plan_run(
-        model,
-        seeds=seeds,
-        steps=args.steps,
-        sampler=args.sampler,
-        class_labels=class_labels,
-        guidance=guidance,
-        batch_size=args.batch,
-        device=_device(args.device, os.environ),
-        dtype=None if args.dtype is None else getattr(torch, args.dtype),
-        backend=args.backend,
-        compile=_COMPILE[args.compile],
-    )
+    given = {name: getattr(args, name) for name, _, _ in TABLE_OPTIONS if getattr(args, name) is not None}
+    try:
+        return plan_run(
+            model,
+            seeds=seeds,
+            steps=args.steps,
+            sampler=args.sampler,
+            sampler_options=given,
+            class_labels=class_labels,
+            guidance=guidance,
+            batch_size=args.batch,
+            device=_device(args.device, os.environ),
+            dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            backend=args.backend,
+            compile=COMPILE[args.compile],
+        )
+    except TypeError as error:
+        for name in given:
+            if f"unexpected keyword argument '{name}'" in str(error):
+                raise ValueError(f"--{name}: the sampler {args.sampler} has no such option; leave it out") from None
+        raise
 
 
-def _device(name: str, environment: Mapping[str, str]) -> Any:
-    import torch
+def _device(name: str, environment: Mapping[str, str]) -> torch.device:
+    from fastddpm.machine.devices import resolve_device
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{environment['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in environment else name
-
-
-def positive(text: str) -> int:
-    """Read an integer of at least 1; an argparse type.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
-    return int(text)
+    device = resolve_device(name)
+    if device.type == "cuda" and name in ("auto", "cuda") and "LOCAL_RANK" in environment:
+        return resolve_device(f"cuda:{environment['LOCAL_RANK']}")
+    return device

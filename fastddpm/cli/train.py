@@ -3,79 +3,70 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-HELP: dict[str, tuple[Any, str]] = {
-    "model": (str, "UNet configuration (JSON); default: one that suits the images' size"),
-    "init": (str, "model to start from: a folder or a shipped name; default: fresh weights"),
-    "steps": (int, "gradient steps in all (10000)"),
-    "batch": (int, "images per gradient step (64)"),
-    "accumulate": (int, "passes a step's batch is divided among (1)"),
-    "lr": (float, "AdamW's learning rate (0.001)"),
-    "warmup": (int, "steps over which the learning rate rises (500)"),
-    "decay": (float, "last fraction of the steps, over which the learning rate falls to 0 (0.3)"),
-    "weight-decay": (float, "AdamW's weight decay (0.01)"),
-    "grad-clip": (float, "largest norm of the gradient, 0 for no bound (1)"),
-    "ema": (float, "decay of the weights' moving average (0.999)"),
-    "dropout": (float, "dropout in the residual blocks (0.1)"),
-    "class-dropout": (float, "how often a label becomes 'no class', for guidance (0.1)"),
-    "seed": (int, "seed of weights, image order, timesteps, noise and dropout (0)"),
-    "schedule": (str, "beta schedule: linear (default), cosine, sigmoid_jabri, ..."),
-    "timesteps": (int, "T, the number of diffusion steps (1000)"),
-    "prediction": (str, "what the network predicts: epsilon (default), v or x_0"),
-    "variance": (str, "sigma while sampling: fixed_small (default), fixed_large, or trained: learned_range, learned"),
-    "vlb-weight": (float, "weight of the variational bound, which trains the variance (0.001)"),
-    "loss-weight": (str, "weight of the timesteps: uniform (default), min-snr or p2"),
-    "gamma": (float, "of --loss-weight (min-snr: 5, p2: 1)"),
-    "resolution": (int, "crop and resize a folder's images to this side"),
-    "dtype": (str, "float32 (default), or bfloat16 for mixed precision"),
-    "device": (str, "auto (default), cpu, cuda, cuda:1, ..."),
-    "save-every": (int, "steps between checkpoints, 0 for one at the end (1000)"),
-    "sample-every": (int, "steps between sample grids and loss plots, 0 for none (0)"),
-    "log-every": (int, "steps per line of log.jsonl (10)"),
-}
-SWITCHES = {
-    "flip": "mirror images at random",
-    "compile": "compile the network with torch.compile",
-    "tensorboard": "write TensorBoard scalars too (needs tensorboard)",
-}
-MODES = {
-    "resume": "continue the run in --out with its settings",
-    "overwrite": "replace the run in --out",
-}
+from fastddpm.cli import parser as shared
+from fastddpm.training.config import TrainConfig
+
+DESCRIPTION = """Train a network by Algorithm 1 of Ho et al. 2020. Ctrl-C ends a run after its current step with a
+checkpoint, and --resume continues it; then options that are not given keep the run's values."""
+
+EXAMPLES = shared.examples(
+    "fastddpm train --data mnist --outdir runs/digits",
+    "fastddpm train --data pictures/ --resolution 32 --flip --outdir runs/pictures",
+    "fastddpm train --outdir runs/digits --resume --steps 20000",
+)
 
 
 def add_parser(subparsers: Any) -> None:
     """Attach the parser of ``fastddpm train``; options that are not given keep their stored or default value."""
     parser = subparsers.add_parser(
         "train",
-        usage="%(prog)s --data DATA --out OUT [options]",
+        usage="%(prog)s --data DATA --outdir DIR [options]",
         help="train a model",
-        description="Train a network by Algorithm 1 of Ho et al. 2020. An interrupted run continues with --resume, to "
-        "the same result.",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--data", help="mnist, digits8x8, an image folder, or a .npy/.npz file")
-    parser.add_argument("--out", required=True, help="folder for checkpoints, log and model")
-    for name, (kind, text) in HELP.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
-    for name, text in SWITCHES.items():
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
-    for name, text in MODES.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    for setting in dataclasses.fields(TrainConfig):
+        _add_option(parser, setting)
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
+
+
+def _add_option(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) -> None:
+    name, kind, text = f"--{setting.name.replace('_', '-')}", setting.metadata["kind"], setting.metadata["help"]
+    if setting.name == "out":
+        shared.add_outdir(parser, None, dest="out", old="--out")
+    elif setting.name == "compile":
+        # Alone it means "on", and --no-compile "off", as they did before there was a choice.
+        parser.add_argument(name, nargs="?", const="on", choices=tuple(shared.COMPILE), help=f"{text} (default: off)")
+        parser.add_argument("--no-compile", dest="compile", action="store_const", const="off", help=argparse.SUPPRESS)
+    elif setting.name in ("resume", "overwrite"):
+        parser.add_argument(name, action="store_true", help=text)
+    elif kind is bool:
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        known = setting.default not in (None, dataclasses.MISSING)
+        metavar = {int: "N", float: "X", str: setting.name.upper()}[kind]
+        text = f"{text} (default: {setting.default})" if known else text
+        parser.add_argument(name, type=kind, metavar=metavar, help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, and return 0, or 128 + the signal that interrupted it."""
-    from fastddpm.training.config import TrainConfig
     from fastddpm.training.folder import read_settings
     from fastddpm.training.trainer import train
 
     given = {k: v for k, v in vars(args).items() if k not in ("command", "quiet")}
+    if "out" not in given:
+        raise ValueError("give --outdir, the folder for checkpoints, log and model")
+    given["out"] = str(args.out)
+    if "compile" in given:
+        given["compile"] = shared.COMPILE[given["compile"]]
     quiet = "quiet" in args
     stored = read_settings(Path(args.out)) if "resume" in args else {}
     settings = {**stored, "resume": False, "overwrite": False, **given}

@@ -7,6 +7,8 @@ import json
 import textwrap
 from typing import Any
 
+from fastddpm.cli.parser import add_machine, examples
+
 
 def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
@@ -14,23 +16,19 @@ def add_parser(subparsers: Any) -> None:
         "verify",
         help="check the promises on this machine",
         description="Check noise, kernels and the sampling loop on this machine. Exit status: 0 if nothing failed, "
-        "1 otherwise. What cannot run here is left out, and said.",
+        "1 otherwise. What cannot run here is left out, with the reason.",
+        epilog=examples("fastddpm verify", "fastddpm verify --device cuda:1 --json"),
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    add_machine(parser, "device")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the checks, print each as it ends, and the verdict."""
-    import torch
-
     from fastddpm.diagnostics.verify import Result, verify
     from fastddpm.machine.devices import resolve_device
 
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = resolve_device(name)
+    device = resolve_device(args.device)
     results: list[Result] = []
     for result in verify(device):
         results.append(result)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastddpm.checks import integer
 from fastddpm.files.atomic import write_files
 
 # Grey, RGB and RGBA.
@@ -56,6 +57,25 @@ def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tenso
         top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         grid[:, top : top + H, left : left + W] = image
     return grid
+
+
+def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | None = None, scale: int = 4) -> None:
+    """Write images side by side as one PNG, atomically.
+
+    Args:
+        images: [N, C, H, W], N >= 1, with 1, 3 or 4 channels: uint8, or floating point in [-1, 1] as samples are.
+        path: the file; a complete one is replaced.
+        columns: images per row; default the square root of N, rounded up.
+        scale: each pixel becomes a square of this side.
+
+    Raises:
+        ValueError: images of another shape, no images, or a scale that is no positive integer.
+        OSError: the file cannot be written; a previous file is intact.
+    """
+    scale = integer("scale", scale, 1)
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    enlarged = pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1) if pixels.dim() == 4 else pixels
+    save_png(path, make_grid(enlarged, columns))
 
 
 def has_image_shape(shape: tuple[int, ...]) -> bool:

@@ -8,12 +8,14 @@ import torch
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """Return the device with its index.
+    """Return the device with its index; "auto" is CUDA where it is available, else the CPU.
 
     Raises:
         ValueError: torch knows no such device, or it is not there.
         RuntimeError: CUDA was initialised before this process was forked.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
     except RuntimeError as error:

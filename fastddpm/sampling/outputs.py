@@ -77,8 +77,8 @@ class Outputs:
             if not path.exists():
                 images.save_png(path, image)
 
-    def finish(self, *, grid: bool) -> None:
-        """Join the parts, and draw the grid; a process that drew only a share of the run does neither."""
+    def finish(self, *, grid: bool, scale: int = 1) -> None:
+        """Join the parts, and draw the grid, enlarged; a process that drew only a share of the run does neither."""
         if self.shared or not self.seeds:
             return
         if self.format == "npz" and not self.samples_path.exists():
@@ -88,7 +88,7 @@ class Outputs:
             for part in parts:
                 part.unlink()
         if grid:
-            images.save_png(self.grid_path, images.make_grid(self._drawn_images()))
+            images.save_grid(self._drawn_images(), self.grid_path, scale=scale)
 
     def _arrays(self, batch: range, x: Any) -> dict[str, Any]:
         arrays = {"x": x, "seeds": np.array([self.seeds[i] for i in batch], dtype=np.uint64)}

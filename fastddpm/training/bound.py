@@ -16,8 +16,6 @@ from fastddpm.tables.ddpm import log_variance_coefficients, x0_coefficients
 
 # Bits in a nat.
 BITS = 1.0 / math.log(2.0)
-# lambda of Nichol & Dhariwal 2021, section 3.1.
-VLB_WEIGHT = 0.001
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,136 +1,100 @@
-"""The settings of a training run, checked, and which of them decide its result."""
+"""The settings of a training run: what each means, its default and its range, and which of them decide the result."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import MISSING, dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
+from fastddpm import checks
 
-from fastddpm.machine.devices import resolve_device
-from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
-from fastddpm.tables.table import check_weighting
-from fastddpm.training.bound import VLB_WEIGHT
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = ("float32", "bfloat16")
+    from fastddpm.schedules.diffusion import DiffusionConfig
 
-# What may differ when a run is resumed: where, how long, how often; none of them changes a step that was taken.
-FREE_ON_RESUME = (
-    *("out", "steps", "save_every", "sample_every", "log_every", "tensorboard"),
-    *("compile", "device", "resume", "overwrite"),
-)
+# lambda of Nichol & Dhariwal 2021, section 3.1.
+VLB_WEIGHT = 0.001
+
+
+def setting(help: str, default: Any = MISSING, *, free: bool = False, **limits: Any) -> Any:
+    """Describe a setting.
+
+    Args:
+        help: what it means; `fastddpm train --help` prints it.
+        default: its default.
+        free: it may differ when a run is resumed: where, how long, how often; it changes no step that was taken.
+        **limits: of its value, see `checks.number`; or ``kind``, its type, where the default is None.
+    """
+    kind = limits.pop("kind", type(default) if default is not MISSING else str)
+    return field(default=default, metadata={"help": help, "free": free, "kind": kind, "limits": limits})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run.
-
-    Attributes:
-        data: "mnist", "digits8x8", an image folder, or a .npy/.npz file.
-        out: the folder that receives checkpoints, log and model.
-        model: a UNet configuration (JSON file); default: one that suits the images' size.
-        init: a model to start from instead of fresh weights: a folder, or the name of a shipped one.
-        steps: gradient steps in all.
-        batch: images per gradient step.
-        accumulate: forward/backward passes a step's batch is divided among.
-        lr: AdamW's learning rate between warm-up and descent.
-        warmup: steps over which the rate rises from 0.
-        decay: last fraction of the steps, over which the rate falls to 0.
-        weight_decay: AdamW's.
-        grad_clip: largest norm of the gradient; 0 for no bound.
-        ema: decay of the weights' moving average.
-        dropout: in the residual blocks.
-        class_dropout: how often a label becomes "no class" (for classifier-free guidance).
-        flip: mirror images at random.
-        seed: of weights, image order, timesteps, noise and dropout; 0 <= seed < 2^63.
-        schedule: beta schedule, a name of `Schedule.named`.
-        timesteps: T.
-        prediction: what the network learns to predict: "epsilon", "x_0" or "v".
-        variance: sigma while sampling: "fixed_small", "fixed_large", or one that the network learns in further channels
-            by L_hybrid: "learned_range", "learned".
-        vlb_weight: lambda of L_hybrid.
-        loss_weight: of the timesteps: "uniform", "min-snr" or "p2".
-        gamma: of the weighting; default: its paper's.
-        resolution: side that a folder's images are cropped and resized to.
-        dtype: "float32", or "bfloat16" for autocast (weights and optimiser stay float32).
-        compile: compile the network with torch.compile.
-        device: "auto", "cpu" or "cuda[:i]".
-        save_every: steps between checkpoints; 0 for one at the end.
-        sample_every: steps between sample grids and loss plots; 0 for none.
-        log_every: steps per line of the log, which holds their mean loss.
-        tensorboard: write the log's scalars for TensorBoard too.
-        resume: continue the run in ``out``, if there is one.
-        overwrite: replace the run in ``out``.
+    """Settings of a training run; the metadata of each field says what it means.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is unknown, of the wrong type or out of range.
     """
 
-    data: str
-    out: str
-    model: str | None = None
-    init: str | None = None
-    steps: int = 10_000
-    batch: int = 64
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: int = 500
-    decay: float = 0.3
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    ema: float = 0.999
-    dropout: float = 0.1
-    class_dropout: float = 0.1
-    flip: bool = False
-    seed: int = 0
-    schedule: str = "linear"
-    timesteps: int = 1000
-    prediction: str = "epsilon"
-    variance: str = "fixed_small"
-    vlb_weight: float = VLB_WEIGHT
-    loss_weight: str = "uniform"
-    gamma: float | None = None
-    resolution: int | None = None
-    dtype: str = "float32"
-    compile: bool = False
-    device: str = "auto"
-    save_every: int = 1000
-    sample_every: int = 0
-    log_every: int = 10
-    tensorboard: bool = False
-    resume: bool = False
-    overwrite: bool = False
+    data: str = setting("mnist, digits8x8, an image folder, or a .npy/.npz file")
+    out: str = setting("folder for checkpoints, log and model", free=True)
+    model: str | None = setting("UNet configuration (JSON); without it one that suits the images' size", None, kind=str)
+    init: str | None = setting("model to start from, a folder or a shipped name, not fresh weights", None, kind=str)
+    steps: int = setting("gradient steps in all", 10_000, free=True, ge=1)
+    batch: int = setting("images per gradient step", 64, ge=1)
+    accumulate: int = setting("passes that a step's batch is divided among", 1, ge=1)
+    lr: float = setting("AdamW's learning rate between warm-up and descent", 1e-3, ge=0)
+    warmup: int = setting("steps over which the learning rate rises from 0", 500, ge=0)
+    decay: float = setting("last fraction of the steps, over which the learning rate falls to 0", 0.3, ge=0, le=1)
+    weight_decay: float = setting("AdamW's weight decay", 0.01, ge=0)
+    grad_clip: float = setting("largest norm of the gradient, 0 for no bound", 1.0, ge=0)
+    ema: float = setting("decay of the weights' moving average", 0.999, ge=0, lt=1)
+    dropout: float = setting("dropout in the residual blocks", 0.1, ge=0, lt=1)
+    class_dropout: float = setting("how often a label becomes 'no class', for guidance", 0.1, ge=0, lt=1)
+    flip: bool = setting("mirror images at random", False)
+    seed: int = setting("seed of weights, image order, timesteps, noise and dropout", 0, ge=0, le=2**63 - 1)
+    schedule: str = setting("beta schedule: linear, cosine, sigmoid_jabri, ...", "linear")
+    timesteps: int = setting("T, the number of diffusion steps", 1000)
+    prediction: str = setting("what the network predicts: epsilon, v, or x_0 (also called sample)", "epsilon")
+    variance: str = setting("sigma: fixed_small, fixed_large, or trained: learned_range, learned", "fixed_small")
+    vlb_weight: float = setting("weight of the variational bound, which trains the variance", VLB_WEIGHT, ge=0)
+    loss_weight: str = setting("weight of the timesteps: uniform, min-snr or p2", "uniform")
+    gamma: float | None = setting("of --loss-weight; without it the paper's (min-snr: 5, p2: 1)", None, kind=float)
+    resolution: int | None = setting("crop and resize a folder's images to this side", None, kind=int, ge=1)
+    dtype: str = setting("float32, or bfloat16 for autocast (weights and optimiser stay float32)", "float32")
+    compile: bool | str = setting("torch.compile the network; auto: on CUDA", False, free=True)
+    device: str = setting("auto, cpu, cuda, cuda:1, ...", "auto", free=True)
+    save_every: int = setting("steps between checkpoints, 0 for one at the end", 1000, free=True, ge=0)
+    sample_every: int = setting("steps between sample grids and loss plots, 0 for none", 0, free=True, ge=0)
+    log_every: int = setting("steps per line of log.jsonl, which holds their mean loss", 10, free=True, ge=1)
+    tensorboard: bool = setting("write TensorBoard scalars too (needs tensorboard)", False, free=True)
+    resume: bool = setting("continue the run in the folder, with its settings", False, free=True)
+    overwrite: bool = setting("replace the run in the folder", False, free=True)
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch", 1), ("accumulate", 1), ("log_every", 1), ("warmup", 0)):
-            self._require(name, getattr(self, name) >= low, f"at least {low}")
-        for name in ("save_every", "sample_every"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("lr", "weight_decay", "grad_clip", "vlb_weight"):
-            value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value >= 0, "finite and at least 0")
-        for name in ("ema", "dropout", "class_dropout"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("decay", 0 <= self.decay <= 1, "in [0, 1]")
-        self._require("seed", 0 <= self.seed < 2**63, "in 0..2^63-1")
-        self._require("accumulate", self.accumulate <= self.batch, f"at most the batch of {self.batch}")
-        self._require("resolution", self.resolution is None or self.resolution >= 1, "at least 1")
-        self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        from fastddpm.tables.table import check_weighting
+
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        checks.one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        checks.one_of("compile", self.compile, ("auto", True, False))
+        if self.prediction == "sample":
+            object.__setattr__(self, "prediction", "x_0")
+        if self.accumulate > self.batch:
+            raise ValueError(f"accumulate must be at most the batch of {self.batch}, got {self.accumulate}")
         self.diffusion()
         check_weighting(self.loss_weight, self.gamma)
         for one, other in (("resume", "overwrite"), ("init", "model")):
             if getattr(self, one) and getattr(self, other):
                 raise ValueError(f"{one} and {other} exclude each other")
 
-    def _require(self, name: str, ok: bool, what: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
-
     def diffusion(self) -> DiffusionConfig:
         """The forward process and the target, as saved beside the weights."""
+        from fastddpm.schedules.diffusion import DiffusionConfig
+
         return DiffusionConfig(
             beta_schedule=self.schedule,
             num_timesteps=self.timesteps,
@@ -141,6 +105,8 @@ class TrainConfig:
     @property
     def learns_variance(self) -> bool:
         """Whether the network has twice the channels, the second half for the variance."""
+        from fastddpm.schedules.diffusion import LEARNED
+
         return self.variance in LEARNED
 
     def loss_options(self) -> dict[str, Any]:
@@ -159,20 +125,19 @@ class TrainConfig:
         Raises:
             ValueError: there is no such device.
         """
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        return resolve_device(name)
+        from fastddpm.machine.devices import resolve_device
+
+        return resolve_device(self.device)
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, which a resumed run must share."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE_ON_RESUME}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["free"]}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """What `identity` holds by default: so was a run made that is older than a setting."""
-        known = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
-        return {k: v for k, v in known.items() if k not in FREE_ON_RESUME}
+        known = {f.name: f.default for f in dataclasses.fields(cls) if not f.metadata["free"]}
+        return {name: default for name, default in known.items() if default is not MISSING}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -181,7 +146,22 @@ class TrainConfig:
         Raises:
             ValueError: a setting is unknown, missing or of the wrong type.
         """
+        for name in values:
+            checks.one_of("training setting", name, [f.name for f in dataclasses.fields(cls)])
         try:
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"unusable training settings: {error}") from error
+
+
+def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
+    kind, limits = f.metadata["kind"], f.metadata["limits"]
+    if f.name == "compile" or (value is None and f.default is None):
+        return value
+    if kind is float:
+        return checks.number(f.name, value, **limits)
+    if kind is int:
+        return checks.integer(f.name, value, limits.get("ge"), limits.get("le"))
+    if not isinstance(value, kind):
+        raise ValueError(f"{f.name} must be {'true or false' if kind is bool else 'text'}, got {checks.shown(value)}")
+    return value

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fastddpm.files.atomic import write_files
 from fastddpm.files.figures import new_figure, to_png
-from fastddpm.files.images import make_grid, save_png, to_uint8
+from fastddpm.files.images import save_grid
 from fastddpm.sampling.model import num_classes_of
 from fastddpm.sampling.sample import sample
 from fastddpm.training.config import TrainConfig
@@ -136,5 +136,4 @@ def _save_grid(path: Path, model: UNet) -> None:
     T = model.diffusion.num_timesteps if model.diffusion else 1000
     x_0 = sample(model, seeds=range(count), steps=min(GRID_STEPS, T), class_labels=labels, compile=False)
     scale = max(1, GRID_SIDE // min(x_0.shape[2:]))
-    pixels = to_uint8(x_0.cpu()).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    save_png(path, make_grid(pixels, columns))
+    save_grid(x_0, path, columns=columns, scale=scale)

@@ -15,7 +15,8 @@ from fastddpm.noise.seeds import as_word, resolve_seeds
 from fastddpm.schedules.diffusion import LEARNED
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.table import loss_rows, q_rows
-from fastddpm.training.bound import BITS, VLB_WEIGHT, Bound
+from fastddpm.training.bound import BITS, Bound
+from fastddpm.training.config import VLB_WEIGHT
 
 Model = Callable[..., Any]
 

@@ -203,7 +203,8 @@ def build_trainer(config: TrainConfig, data: Dataset, model: UNet) -> Trainer:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
-    net = torch.compile(model, fullgraph=True, dynamic=False) if config.compile else model
+    compiled = device.type == "cuda" if config.compile == "auto" else config.compile
+    net = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     return Trainer(config, data, model, net, EMA(model, config.ema), optimizer, config.diffusion().schedule())
 
 

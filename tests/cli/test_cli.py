@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import warnings
 from collections.abc import Callable
 
 import pytest
 
-from fastddpm.cli import env, main
+from fastddpm.cli import COMMANDS, env, main
 
 
 @pytest.fixture
@@ -21,7 +22,8 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], in
             return body()
 
         monkeypatch.setattr(env, "run", pretend)
-        return main(["env"])
+        monkeypatch.setattr(env, "add_parser", lambda subparsers: subparsers.add_parser("env").add_argument("--device"))
+        return main(["env", "--device", "auto"])
 
     return run
 
@@ -33,6 +35,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], in
         (FileNotFoundError(2, "No such file or directory", "a/b"), "a/b: No such file or directory"),
         (OSError("no space"), "no space"),
         (KeyError(), "KeyError"),
+        (ValueError("no GPU; use device='cpu', or steps=3"), "no GPU; use --device cpu, or steps=3"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -46,18 +49,35 @@ def test_main_reports_an_error_in_one_line(
     assert capsys.readouterr().err == f"fastddpm: error: {line}\n"
 
 
-def test_main_gives_a_warning_one_line(command: Callable[[Callable[[], int]], int]) -> None:
-    shown: list[str] = []
-
+def test_main_gives_warnings_and_log_records_one_line_each(
+    command: Callable[[Callable[[], int]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
     def warn() -> int:
         # pytest records warnings instead of showing them.
-        shown.append(warnings.formatwarning("few\n steps", UserWarning, "schedule.py", 7))
+        warnings.showwarning("few\n steps", UserWarning, "schedule.py", 7)
+        warnings.showwarning("old", UserWarning, "/usr/lib/python3/site-packages/torch/jit/a.py", 7)
+        logging.getLogger("fastddpm").warning("slow\n%s", "here")
+        logging.getLogger("fastddpm").info("why")
         return 0
 
-    before = warnings.formatwarning
+    before = warnings.showwarning
     assert command(warn) == 0
-    assert shown == ["fastddpm: warning: few steps\n"]
-    assert warnings.formatwarning is before
+    lines = ["fastddpm: warning: few steps", "torch: warning: old", "fastddpm: warning: slow here"]
+    assert capsys.readouterr().err.splitlines() == lines
+    assert warnings.showwarning is before
+
+
+def test_verbose_prints_what_is_decided(
+    command: Callable[[Callable[[], int]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def decide() -> int:
+        logging.getLogger("fastddpm").info("compile='auto': uncompiled")
+        return 0
+
+    assert command(decide) == 0
+    assert main(["env", "--verbose"]) == 0
+    assert capsys.readouterr().err == "fastddpm: info: compile='auto': uncompiled\n"
+    assert logging.getLogger("fastddpm").level == logging.NOTSET
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -76,3 +96,37 @@ def test_main_raises_on_request(command: Callable[[Callable[[], int]], int], mon
     monkeypatch.setenv("FASTDDPM_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         command(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smaple"], "unknown choice 'smaple' (did you mean 'sample'?); choose one of sample, train, "),
+        (["--bogus"], "unknown argument --bogus"),
+        ([], "which command? sample, train, "),
+        (["sample", "--sedes", "3"], "unknown argument --sedes; did you mean --seeds?"),
+        (["train", "--outdri=x"], "unknown argument --outdri=x; did you mean --outdir?"),
+        (["eval", "--samples", "1"], "'1' is no integer of at least 2"),
+        (["sample", "--compile", "of"], "unknown choice 'of' (did you mean 'off'?); choose one of auto, on, off"),
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_name_what_was_probably_meant(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("convert", "inspect", "bench", "profile")])
+def test_help_shows_examples_at_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert f"examples:\n  fastddpm {name}" in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -290,6 +290,8 @@ def test_usage_errors_exit_with_2(run: Any, tmp_path: Path, arguments: list[str]
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "gpu"], "unknown device 'gpu'; choose cpu"),
         (["--guidance", "nan"], "guidance must be a finite number"),
+        (["--eta", "1"], "--eta: the sampler ddpm has no such option"),
+        (["--spacing", "traling"], "unknown spacing 'traling'"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_output(
@@ -325,6 +327,7 @@ def test_ranks_together_write_what_one_process_writes(
     for rank in (2, 0, 1):
         monkeypatch.setenv("RANK", str(rank))
         assert run(*arguments, out=tmp_path / "ranks") == 0
+    assert run(*arguments, "--grid", out=tmp_path / "ranks") == 1
     if file_format == "png":
         assert contents(tmp_path / "ranks") == contents(tmp_path / "out")
         return
@@ -333,6 +336,11 @@ def test_ranks_together_write_what_one_process_writes(
     with np.load(tmp_path / "out" / "samples.npz") as whole:
         for name in whole:
             assert np.array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+    # As the help says: one process joins the parts, and draws the grid.
+    monkeypatch.delenv("WORLD_SIZE")
+    assert run(*arguments, "--resume", "--grid", "--scale", "3", out=tmp_path / "ranks") == 0
+    assert contents(tmp_path / "ranks")["samples.npz"] == contents(tmp_path / "out")["samples.npz"]
+    assert pixels(tmp_path / "ranks" / "grid.png").shape == (3 * (24 + 2) + 2, 3 * (24 + 2) + 2)
 
 
 def test_rank_and_world_reads_torchruns_variables() -> None:

@@ -43,7 +43,7 @@ def command(tmp_path: Path) -> list[str]:
     np.savez(tmp_path / "d.npz", images=np.zeros((32, 8, 8), np.uint8), labels=np.arange(32) % 10)
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     options = ["--model", str(tmp_path / "tiny.json"), "--batch", "8", "--log-every", "1", "--save-every", "2"]
-    return ["train", "--data", str(tmp_path / "d.npz"), "--out", str(tmp_path / "run"), *options]
+    return ["train", "--data", str(tmp_path / "d.npz"), "--outdir", str(tmp_path / "run"), *options]
 
 
 def test_train_writes_a_model_and_says_so(
@@ -76,11 +76,14 @@ def test_train_resumes_with_the_settings_of_the_run(command: list[str], tmp_path
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        pytest.param(["--steps", "0"], "steps must be at least 1, got 0", id="steps"),
-        pytest.param(["--lr", "nan"], "lr must be finite", id="lr"),
+        pytest.param(["--steps", "0"], "steps must be an integer >= 1, got 0", id="steps"),
+        pytest.param(["--lr", "nan"], "lr must be a finite number >= 0, got nan", id="lr"),
         pytest.param(["--batch", "64"], "a batch of 64 is more than the 32 images", id="batch"),
         pytest.param(["--data", "nowhere"], "no data at 'nowhere'", id="data"),
         pytest.param(["--model", "nowhere.json"], "nowhere.json", id="model"),
+        pytest.param(["--model", "bad.json"], "in_channels must be an integer", id="configuration"),
+        pytest.param(["--model", "rgb.json"], "rgb.json: 3 channels in and 1 out", id="channels"),
+        pytest.param(["--schedule", "cosin"], "unknown beta_schedule 'cosin'", id="schedule"),
         pytest.param(["--tensorboard"], "pip install tensorboard", id="tensorboard"),
         pytest.param(["--resume", "--overwrite"], "exclude each other", id="contradiction"),
         pytest.param(["--init", "digits"], "init and model exclude each other", id="two-networks"),
@@ -91,15 +94,22 @@ def test_train_resumes_with_the_settings_of_the_run(command: list[str], tmp_path
 def test_train_reports_an_error_in_one_line(
     command: list[str],
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     extra: list[str],
     message: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    (tmp_path / "bad.json").write_text('{"in_channels": "one"}')
+    (tmp_path / "rgb.json").write_text(json.dumps({**TINY, "in_channels": 3}))
+    monkeypatch.chdir(tmp_path)
     assert main([*command, *extra]) == 1
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+    # Nothing that would make the corrected command fail; a manifest alone does not.
+    assert {path.name for path in tmp_path.glob("run/*")} <= {SETTINGS}
+    assert "--tensorboard" in extra or not (tmp_path / "run").exists()
 
 
 def test_train_writes_tensorboard_scalars_when_installed(
