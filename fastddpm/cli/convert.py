@@ -7,27 +7,34 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """Convert a model of another library: a diffusers folder (DDPMPipeline or UNet2DModel), a checkpoint of
-OpenAI's improved-diffusion or guided-diffusion, or one of denoising-diffusion-pytorch. Nothing in a checkpoint is
-executed: files that hold more than tensors are refused. A network is converted exactly or not at all."""
+OpenAI's improved-diffusion or guided-diffusion, of latent-diffusion, of Ho et al.'s code in PyTorch, or one of
+denoising-diffusion-pytorch. Nothing in a checkpoint is executed: files that hold more than tensors are refused. Its
+networks are found by their parameters' names, whatever stands before them, and a moving average is preferred. A network
+is converted exactly or not at all."""
 
 EPILOG = """denoising-diffusion-pytorch's own Unet is another architecture, so that only its schedule can be converted
-(--schedule-only); sample it through fastddpm.integrations.lucidrains. OpenAI's checkpoints do not say how they were
-trained: repeat the flags of the training script, which default to improved-diffusion's where both packages agree."""
+(--schedule-only); sample it through fastddpm.integrations.lucidrains. Checkpoints of OpenAI and of Ho et al. do not
+say how they were trained: repeat the flags of the training script, which default to those of improved-diffusion."""
 
 
 def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
     parser = subparsers.add_parser("convert", help="convert a model", description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("source", type=Path, help="a folder, or a .pt, .pth, .ckpt or .bin file")
+    parser.add_argument("source", type=Path, help="a folder, or a .pt, .pth, .ckpt, .bin or .safetensors file")
     parser.add_argument("destination", type=Path, help="a folder that holds no model yet")
     parser.add_argument("--layout", choices=("flat", "pipeline"), default="flat", help="pipeline: as DDPMPipeline's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to store (default: float32)")
     parser.add_argument("--config", type=Path, help="config.json, for a .pt with the weights of a UNet2DModel")
     parser.add_argument(
-        "--weights", choices=("average", "last"), default="average", help="which of a lucidrains Trainer's weights"
+        "--weights",
+        choices=("average", "last"),
+        default="average",
+        help="take a moving average of the weights where there is one (default), or the last weights",
     )
+    parser.add_argument("--prefix", help="what stands before the names of the network to take, of several")
+    parser.add_argument("--prediction", choices=("epsilon", "x_0", "v"), help="for files that do not say it")
     parser.add_argument("--schedule-only", action="store_true", help="write scheduler_config.json alone")
-    openai = parser.add_argument_group("OpenAI's flags, as in training")
+    openai = parser.add_argument_group("what OpenAI's and Ho et al.'s scripts were given in training")
     heads = openai.add_mutually_exclusive_group()
     heads.add_argument("--num-heads", type=int, help="of every attention layer")
     heads.add_argument("--num-head-channels", type=int, help="width of every head")
@@ -64,11 +71,17 @@ def run(args: argparse.Namespace) -> int:
         layout=args.layout,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
         config=args.config,
-        average=args.weights == "average",
+        weights=args.weights,
+        prefix=args.prefix,
+        prediction=args.prediction,
         schedule_only=args.schedule_only,
         flags=flags,
     )
     print(f"{args.destination}: {_describe(converted, schedule_only=args.schedule_only)}")
+    if converted.taken is not None and (converted.taken.prefix or converted.others):
+        print(f"taken: {converted.taken}")
+    for other in converted.others:
+        print(f"left:  {other}")
     return 0
 
 

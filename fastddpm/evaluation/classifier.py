@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastddpm.data.datasets import Dataset
 from fastddpm.files.atomic import write_files
-from fastddpm.files.tensors import read_tensors
+from fastddpm.files.tensors import SafetensorsFile, read_tensors
 from fastddpm.unet.load import SHIPPED
 
 # Trained on `fastddpm.data.mnist("train")` by: fastddpm eval --train-classifier FILE
@@ -85,5 +85,5 @@ def load_classifier(path: Path, classes: int = 10) -> Classifier:
     with torch.device("meta"):
         classifier = Classifier(classes)
     expected = {name: tensor.shape for name, tensor in classifier.state_dict().items()}
-    classifier.load_state_dict(read_tensors(path, expected), assign=True)
+    classifier.load_state_dict(read_tensors(SafetensorsFile(path), expected), assign=True)
     return classifier.eval()

@@ -1,110 +1,207 @@
-"""Checkpoints of other libraries (.pt, .pth, .ckpt, .bin): tensors and plain values only, nothing is ever executed.
+"""The pickle inside torch's checkpoints, read as records: a storage is dtype, key and length, a tensor a view of one.
 
-torch.load runs with weights_only=True, always; there is no fallback, since the fallback would be the hole.
+Names in a pickle stand for what it would call. The few that torch.save writes for tensors stand here for functions that
+make records, and no other name is resolved, so nothing from outside is imported or called, and nothing is allocated
+that the pickle itself does not hold: neither a storage nor a memo of a length that it merely claims.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
-import re
-import stat
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-# A training checkpoint with optimiser and moving average has some 10,000 storages and 2 MB of pickle.
-MAX_ENTRIES = 100_000
+from fastddpm.checks import shown
+
 MAX_PICKLE_BYTES = 64 << 20
-_PLACE_OF_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that torch.save wrote, without executing anything in it.
+class RefusedObjectError(ValueError):
+    """The pickle needs something that is neither a tensor nor a plain value."""
 
-    Args:
-        path: a file in torch's zip format or its older one.
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a tensor's numbers lie: `length` of them under `key`."""
+
+    dtype: torch.dtype
+    key: str
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self.length * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that has not been read: a strided view of a storage."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class OtherTensor:
+    """A tensor that is no strided view of a storage: sparse, quantised, nested, without data, of a class of its own."""
+
+    kind: str
+
+
+def unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
+    """Read one pickle and stop behind its end.
 
     Returns:
-        The dict that was saved; its tensors are on the CPU, in a zip file mapped rather than read.
+        What it holds: dicts, lists, tuples and plain values, with `StoredTensor` and `OtherTensor` in the place of
+        tensors. The storages that it names, by their keys.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds anything but tensors and plain values, is damaged, or is no dict; the archive is compressed
-            or names files outside itself.
+        RefusedObjectError: it needs a name that is not one of torch.save's for tensors and plain values.
+        ValueError: it is damaged, or does what torch.save never does.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path}: not a regular file")
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        _check_archive(path)
+    records = _Records(stream)
+    records.storages = {}
     try:
-        with warnings.catch_warnings():
-            # About pickle protocols: the file is read whole or refused.
-            warnings.simplefilter("ignore")
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(path, error)) from None
+        return records.load(), records.storages
+    except RefusedObjectError:
+        raise
     except Exception as error:
-        raise ValueError(f"{path}: no usable checkpoint: {type(error).__name__}: {_first_line(error)}") from None
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{path}: must hold a dict of tensors, got {type(value).__name__}")
-    for name, tensor in _tensors(value):
-        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(
-                f"{path}: {name[:120]!r} claims shape {list(tensor.shape)}, more than the file stores for it"
-            )
-    return dict(value)
+        raise ValueError(f"not a pickle that torch.save writes: {type(error).__name__}: {shown(str(error))}") from None
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse what torch.save does not write: compression (a bomb would need it), and names that leave the archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise ValueError(f"{path}: damaged archive: {error}") from None
-    if len(entries) > MAX_ENTRIES:
-        raise ValueError(f"{path}: {len(entries)} entries; at most {MAX_ENTRIES} are read")
-    size = path.stat().st_size
-    for entry in entries:
-        name = PurePosixPath(entry.filename)
-        if name.is_absolute() or ".." in name.parts or "\\" in entry.filename:
-            raise ValueError(f"{path}: entry {entry.filename[:120]!r} points outside the archive")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
-            raise ValueError(f"{path}: entry {entry.filename[:120]!r} is compressed, which torch.save never does")
-        if name.name == "data.pkl" and entry.file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"{path}: {entry.file_size} bytes of pickle; at most {MAX_PICKLE_BYTES} are read")
+def _ordered_dict(pairs: Iterable[Any] = ()) -> dict[Any, Any]:
+    result: dict[Any, Any] = {}
+    for key, value in pairs:
+        _put(result, key, value)
+    return result
 
 
-def _refusal(path: Path, error: Exception) -> str:
-    # torch's own message recommends weights_only=False, which is what this refuses.
-    found = _PLACE_OF_GLOBAL.search(str(error))
-    what = f"it needs {found[1]}" if found else "its pickle needs more than torch's restricted reader does"
-    return (
-        f"{path}: refused, since it holds more than tensors and plain values ({what}), and such objects can run code "
-        "when loaded; where you trust the file, save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
-    )
+def _put(target: Any, key: Any, value: Any) -> None:
+    # The hash of a deeply nested tuple overflows the C stack.
+    if type(target) is not dict or not isinstance(key, str | bytes | int | float | None):
+        raise ValueError(f"a key of type {type(key).__name__} in a {type(target).__name__}")
+    target[key] = value
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["unreadable"])[0][:200]
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: Any = None) -> StoredTensor:
+    if not isinstance(storage, Storage) or not _are_sizes((offset,)) or not _are_sizes(shape) or not _are_sizes(stride):
+        raise ValueError("a tensor that is no view of a storage")
+    dtype = storage.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or len(shape) != len(stride):
+        raise ValueError(f"a tensor of dtype {shown(dtype)} with {len(shape)} sizes and {len(stride)} strides")
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if 0 not in shape and (last + 1) * dtype.itemsize > storage.nbytes:
+        raise ValueError(
+            f"a tensor claims shape {shown(shape)}, more than the {storage.nbytes} bytes that are stored for it"
+        )
+    return StoredTensor(storage, offset, tuple(shape), tuple(stride), dtype)
 
 
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor in nested dicts, lists and tuples, with its place."""
-    pending: list[tuple[str, Any]] = [(name, value)]
-    seen: set[int] = set()
-    while pending:
-        place, item = pending.pop()
-        if isinstance(item, Tensor):
-            yield place, item
-        elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
-            # A pickle can hold itself.
-            seen.add(id(item))
-            parts = item.items() if isinstance(item, Mapping) else enumerate(item)
-            pending.extend((f"{place}.{key}" if place else str(key), part) for key, part in parts)
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, tuple) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _untyped_tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *rest: Any
+) -> StoredTensor:
+    return _tensor(storage, offset, shape, stride, dtype=dtype)
+
+
+def _same(value: Any = None, *rest: Any) -> Any:
+    return value
+
+
+def _from_type(rebuild: Callable[..., Any], _kind: Any, arguments: Any, *rest: Any) -> Any:
+    return rebuild(*arguments)
+
+
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_STORAGES = {
+    **{"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16},
+    **{"BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32},
+    **{"ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8},
+    **{"BoolStorage": torch.bool, "UntypedStorage": torch.uint8, "ComplexFloatStorage": torch.complex64},
+    **{"ComplexDoubleStorage": torch.complex128, "QUInt8Storage": torch.quint8, "QInt8Storage": torch.qint8},
+    **{"QInt32Storage": torch.qint32},
+}
+_NAMES: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "collections.Counter": _same,
+    "torch.Size": tuple,
+    "torch.device": _same,
+    "torch.Tensor": _same,
+    "torch.nn.parameter.Parameter": _same,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _untyped_tensor,
+    "torch._utils._rebuild_parameter": _same,
+    "torch._utils._rebuild_parameter_with_state": _same,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.serialization._get_layout": _same,
+    **{f"{module}.set": _same for module in ("builtins", "__builtin__")},
+    **{f"numpy.{name}": _same for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")},
+    "_codecs.encode": _same,
+}
+_OPCODES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2),
+    *(pickle.LONG, pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT, pickle.BINSTRING),
+    *(pickle.SHORT_BINSTRING, pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
+    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1),
+    *(pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT),
+    *(pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BINPERSID),
+)
+# The unpickler in Python: that in C takes memory for as many memo slots as a file of ten bytes claims.
+_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+
+
+class _Records(_Unpickler):
+    storages: dict[str, Storage]
+    dispatch = {code[0]: _Unpickler.dispatch[code[0]] for code in _OPCODES}  # noqa: RUF012
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name in _NAMES:
+            return _NAMES[full_name]
+        if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout | torch.qscheme):
+            return _DTYPES.get(name)
+        if module == "torch._utils" and name.startswith("_rebuild_"):
+            return lambda *arguments: OtherTensor(name)
+        raise RefusedObjectError(shown(full_name, 80))
+
+    def persistent_load(self, pid: Any) -> Storage:
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or any(pid[5:]):
+            raise ValueError("a storage in another form than torch's")
+        _, dtype, key, _, length = pid[:5]
+        if not isinstance(dtype, torch.dtype) or not isinstance(key, str | int) or not _are_sizes((length,)):
+            raise ValueError(f"a storage of {shown(dtype)} with {shown(length)} numbers")
+        storage = Storage(dtype, str(key), length)
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise ValueError(f"storage {shown(key)} is described in two ways")
+        return storage
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _put(self.stack[-1], key, value)
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            _put(self.stack[-1], key, value)
+
+    def load_build(self) -> None:
+        # Attributes of an object (a state_dict's _metadata), which no record has.
+        self.stack.pop()
+
+    dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.BUILD[0]: load_build}

@@ -8,84 +8,148 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastddpm.checks import shown
 from fastddpm.files.outside import regular_size
+from fastddpm.files.pickles import Storage, StoredTensor
 from fastddpm.files.safejson import parse_object
 
 # The largest networks of this family have some 1,500 tensors and headers of 200 kB.
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 5_000
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
 _NAMES_SHOWN = 4
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file, from its header alone.
+class TensorFile(Protocol):
+    """A file of tensors, or several: what it holds is known before it is read."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is, for messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """What it holds, by name; dense tensors have a shape."""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors as float32 copies on the CPU; ValueError where they cannot be."""
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been checked.
+
+    Args:
+        path: the file.
+        digest: its SHA-256 in hexadecimal, compared before the first tensor is read.
 
     Raises:
-        ValueError: the header is too long, no JSON, has too many tensors, a dtype other than those of `ITEM_BYTES`, a
+        ValueError: it is no regular file, or its header is too long, no JSON, has too many tensors, an unknown dtype, a
             shape that does not fit its bytes, or bytes outside the file.
     """
-    size = regular_size(path)
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
+
+    def __init__(self, path: Path, digest: str | None = None) -> None:
+        self.path = path
+        self._digest = digest
+        self.tensors = _read_header(path)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors as float32 copies on the CPU.
+
+        Raises:
+            ValueError: the file has another digest or is damaged, or a tensor is not floating point.
+        """
+        names = list(names)
+        for name in names:
+            if not self.tensors[name].dtype.is_floating_point:
+                raise ValueError(f"{self.path}: {shown(name)} is {self.tensors[name].dtype}, not floating point")
+        if self._digest is not None and sha256(self.path) != self._digest:
             raise ValueError(
-                f"{path}: truncated, or no safetensors file ({size} bytes, a header of {length} announced)"
+                f"{self.path}: its SHA-256 is not weights_sha256={self._digest}; it is damaged or not its own"
             )
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
-        header = parse_object(stream.read(length), source=f"{path}: header")
-    header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise ValueError(f"{path}: {len(header)} tensors; at most {MAX_TENSORS} are read")
-    return {name: _checked_shape(path, name, entry, size - 8 - length) for name, entry in header.items()}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+
+class LoadedTensors:
+    """Tensors in memory, made from those of a file."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.path = path
+        self.tensors = tensors
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return them as float32."""
+        return {name: self.tensors[name].to(torch.float32) for name in names}
+
+
+class Shards:
+    """The tensors of several files as those of one.
+
+    Raises:
+        ValueError: two files hold a tensor of the same name.
+    """
+
+    def __init__(self, path: Path, files: Sequence[TensorFile]) -> None:
+        self.path = path
+        self._files = {name: file for file in files for name in file.tensors}
+        self.tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
+        if len(self.tensors) < sum(len(file.tensors) for file in files):
+            raise ValueError(f"{path}: two of its {len(files)} files hold a tensor of the same name")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors as float32 copies on the CPU; ValueError where one of the files cannot be read."""
+        names = list(names)
+        files = {id(self._files[name]): self._files[name] for name in names}
+        return {
+            name: tensor
+            for file in files.values()
+            for name, tensor in file.read(name for name in names if self._files[name] is file).items()
+        }
 
 
 def read_tensors(
-    path: Path,
-    expected: Mapping[str, torch.Size],
-    rename: Callable[[str], str] = lambda name: name,
-    digest: str | None = None,
+    file: TensorFile, expected: Mapping[str, torch.Size], places: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """Read exactly the tensors that a network has, as float32.
+    """Read exactly the tensors that a network has.
 
     Args:
-        path: a safetensors file.
-        expected: shape by name.
-        rename: from a name in the file to a name in `expected`.
-        digest: SHA-256 of the file, compared where it is given.
+        file: the file.
+        expected: shape by the network's own names.
+        places: from those names to the file's; default: they are the same.
 
     Returns:
         float32 tensors on the CPU, by the names of `expected`; copies, so the file may change afterwards.
 
     Raises:
-        ValueError: see `read_shapes`; tensors missing, left over or of another shape than expected; another
-            digest; a value that is NaN or infinite.
+        ValueError: tensors missing, left over or of another shape than expected, or that cannot be read; a value that
+            is NaN or infinite.
     """
-    shapes = read_shapes(path)
-    names = {rename(name): name for name in shapes}
-    if len(names) < len(shapes):
-        raise ValueError(f"{path}: two tensors stand for the same parameter under an old and a new name")
-    _check_match(path, {new: shapes[old] for new, old in names.items()}, expected)
-    if digest is not None and sha256(path) != digest:
-        raise ValueError(f"{path}: its SHA-256 is not weights_sha256={digest}; it is damaged or not its own")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {new: file.get_tensor(old).to(torch.float32, copy=True) for new, old in names.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from error
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged, or its training diverged")
-    return tensors
+    places = {name: name for name in file.tensors} if places is None else places
+    _check_match(
+        file.path, {name: getattr(file.tensors[place], "shape", None) for name, place in places.items()}, expected
+    )
+    tensors = file.read(places.values())
+    for name, place in places.items():
+        if not tensors[place].isfinite().all():
+            raise ValueError(
+                f"{file.path}: {name} holds NaN or infinity: the file is damaged, or its training diverged"
+            )
+    return {name: tensors[place] for name, place in places.items()}
 
 
 def sha256(path: Path) -> str:
@@ -110,34 +174,54 @@ def refuse_escape(path: Path, folder: Path) -> None:
         raise ValueError(f"{path}: links to {target}, outside {home}; copy the file into the folder")
 
 
-def _checked_shape(path: Path, name: str, entry: Any, data_bytes: int) -> tuple[int, ...]:
-    where = f"{path}: tensor {name[:120]!r}"
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    size = regular_size(path)
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(
+                f"{path}: truncated, or no safetensors file ({size} bytes, a header of {length} announced)"
+            )
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
+        header = parse_object(stream.read(length), source=f"{path}: header")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{path}: {len(header)} tensors; at most {MAX_TENSORS} are read")
+    return {name: _checked_entry(path, name, entry, size - 8 - length) for name, entry in header.items()}
+
+
+def _checked_entry(path: Path, name: str, entry: Any, data_bytes: int) -> StoredTensor:
+    where = f"{path}: tensor {shown(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where}: its header entry needs dtype, shape and data_offsets, and nothing else")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ValueError(f"{where}: dtype {repr(dtype)[:40]} is not one of {', '.join(ITEM_BYTES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{where}: dtype {shown(dtype)} is not one of {', '.join(_DTYPES)}")
     if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{where}: shape {repr(shape)[:80]} or data_offsets {repr(offsets)[:80]} is no list of sizes")
+        raise ValueError(f"{where}: shape {shown(shape)} or data_offsets {shown(offsets)} is no list of sizes")
     begin, end = offsets
-    if math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
+    count = math.prod(shape)
+    if count * _DTYPES[dtype].itemsize != end - begin:
         raise ValueError(f"{where}: shape {shape} in {dtype} needs other than bytes {begin} to {end}")
     if end > data_bytes:
         raise ValueError(
             f"{where}: bytes {begin} to {end} lie outside the file's {data_bytes} bytes of data; truncated?"
         )
-    return tuple(shape)
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return StoredTensor(Storage(_DTYPES[dtype], name, count), 0, tuple(shape), stride, _DTYPES[dtype])
 
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _check_match(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, torch.Size]) -> None:
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
+def _check_match(path: Path, found: Mapping[str, Any], expected: Mapping[str, torch.Size]) -> None:
+    missing = [shown(name) for name in expected if name not in found]
+    unexpected = [shown(name) for name in found if name not in expected]
     mismatched = [
-        f"{name} is {list(found[name])} where the configuration needs {list(shape)}"
+        f"{shown(name)} is {list(found[name] or ['no dense tensor'])} where the configuration needs {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != tuple(shape)
     ]
@@ -147,4 +231,4 @@ def _check_match(path: Path, found: Mapping[str, tuple[int, ...]], expected: Map
         if names
     ]
     if problems:
-        raise ValueError(f"{path}: weights of another architecture than its configuration's: {'; '.join(problems)}")
+        raise ValueError(f"{path}: weights of another architecture: {'; '.join(problems)}")

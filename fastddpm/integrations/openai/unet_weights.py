@@ -11,14 +11,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastddpm.files.tensors import LoadedTensors
 from fastddpm.schedules.betas import named_betas
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.unet.config import UNetConfig
+from fastddpm.unet.load import build_unet
 from fastddpm.unet.unet import UNet
 
 # Their GroupNorm always has 32 groups and torch's eps.
@@ -72,28 +75,17 @@ class OpenAIFlags:
     sigma_small: bool = False
 
 
-def is_openai(weights: Mapping[str, Tensor]) -> bool:
-    """Tell a UNetModel's state_dict by its names."""
-    return "time_embed.0.weight" in weights and "input_blocks.0.0.weight" in weights
-
-
-def convert_unet(weights: Mapping[str, Tensor], flags: OpenAIFlags) -> UNet:
-    """Build the UNet that computes what the UNetModel with these weights computes.
+def convert_unet(weights: Mapping[str, Tensor], flags: OpenAIFlags, source: Path) -> UNet:
+    """Build the UNet that computes what the UNetModel with these weights computes; `source` is named in messages.
 
     Raises:
         ValueError: it is no UNetModel, has a feature that UNet does not have, or a flag is missing or does not fit.
     """
     config = _infer_config(weights, flags)
-    with torch.device("meta"):
-        model = UNet(config, zero_init=False)
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        renamed |= _rename(name, tensor.float(), config, flags)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    _check_same(renamed, expected)
-    model.load_state_dict(renamed, assign=True)
-    model.diffusion = diffusion_of(flags, learned=config.out_channels == 2 * config.in_channels)
-    return model.eval()
+        renamed |= _rename(name, tensor, config, flags)
+    return build_unet(config, LoadedTensors(source, renamed), {name: name for name in renamed})
 
 
 def diffusion_of(flags: OpenAIFlags, *, learned: bool) -> DiffusionConfig:
@@ -266,17 +258,6 @@ def _split_qkv(tensor: Tensor, config: UNetConfig, flags: OpenAIFlags) -> dict[s
     split = rows.unflatten(0, shape)
     split = split if flags.new_attention_order else split.transpose(0, 1)
     return {name: part.flatten(0, 1).contiguous() for name, part in zip("qkv", split, strict=True)}
-
-
-def _check_same(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    wrong = sorted(found.keys() ^ expected.keys()) + sorted(
-        name for name in found.keys() & expected.keys() if found[name].shape != expected[name]
-    )
-    if wrong:
-        raise ValueError(
-            f"a network of another build than UNet: {len(wrong)} parameters do not fit, among them "
-            f"{', '.join(wrong[:4])}"
-        )
 
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
