@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.seeds import resolve_seeds
+from fastddpm.ops.draw import randn
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.tables.ddim import ddim_table
 from fastddpm.tables.ddpm import ddpm_table
@@ -154,7 +155,7 @@ def _fastddpm(case: Case, dtype: torch.dtype) -> Prepared:
 
     def evaluate() -> dict[str, Tensor]:
         recorder = Recorder(case)
-        recorder.state(noise.randn(case.full_shape, seeds=seeds, stream=noise.STREAM_X_T))
+        recorder.state(randn(case.full_shape, seeds=seeds, stream=noise.STREAM_X_T))
         sampler.sample(seeds=seeds, class_labels=labels, callback=lambda result: recorder.state(result.x_t))
         key, sample_id = resolve_seeds(seeds=seeds)
         n = case.n_elements // case.batch

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastddpm.noise import v1 as noise
+from fastddpm.ops.draw import randn
 
 # The loss as a function of eps; None: the provider draws its own.
 Loss = Callable[[Tensor | None], Tensor]
@@ -32,7 +33,7 @@ def _given(case: Case) -> tuple[Tensor, Tensor]:
 
 def _eps(case: Case) -> Tensor:
     """The noise that the gate has everybody add: that of `ddpm_loss` with seed 0 and step 0."""
-    return noise.randn(case.full_shape, seed=0, stream=noise.STREAM_TRAIN)
+    return randn(case.full_shape, seed=0, stream=noise.STREAM_TRAIN)
 
 
 def _labels(case: Case) -> dict[str, Any]:

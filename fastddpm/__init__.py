@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastddpm.errors import BackendUnavailable as BackendUnavailable
     from fastddpm.files.images import save_grid as save_grid
     from fastddpm.integrations import accelerate as accelerate
-    from fastddpm.noise.v1 import randn as randn
+    from fastddpm.ops.draw import randn as randn
     from fastddpm.sampling.sample import sample as sample
     from fastddpm.sampling.sampler import Sampler as Sampler
     from fastddpm.schedules.diffusion import DiffusionConfig as DiffusionConfig
@@ -48,7 +48,7 @@ _HOME = {
     "ddpm_table": "tables.ddpm",
     "dpm_solver_table": "tables.dpm_solver",
     "load": "unet.load",
-    "randn": "noise.v1",
+    "randn": "ops.draw",
     "sample": "sampling.sample",
     "save_grid": "files.images",
     "save_pretrained": "unet.save",

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from fastddpm.kernels.launch import (
     OPTIONS,
-    Keys,
     Variant,
+    Words,
     is_aligned,
     make_variant,
     on_device,
@@ -185,7 +185,7 @@ def launch_ddpm_loss(
     x_0: Tensor | None,
     rows: Tensor,
     row: Tensor,
-    keys: Keys | None,
+    keys: Words | None,
     *,
     batch: int,
     channels: int = 1,

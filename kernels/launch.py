@@ -30,13 +30,8 @@ class Variant(NamedTuple):
     options: dict[str, Any]
 
 
-class Keys(NamedTuple):
-    """Key and counter words of a draw: int64 [B] or [1] each, and the stream."""
-
-    seed: Tensor
-    sample_id: Tensor
-    step: Tensor
-    stream: int
+# Key and counter words of a draw: seed, sample_id and step, int64 [B] or [1] each, and the stream.
+Words = tuple[Tensor, Tensor, Tensor, int]
 
 
 def make_variant(fn: Any, types: dict[str, torch.dtype | None], constants: dict[str, Any]) -> Variant:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from fastddpm.kernels.launch import (
     OPTIONS,
-    Keys,
     Variant,
+    Words,
     is_aligned,
     make_variant,
     on_device,
@@ -155,7 +155,7 @@ def _randn_kernel(
     store(out_ptr, base, g.to(tl.int64) * 4, z, live & exists, n, n, 1, 0, VECTOR if ALIGNED else SCALAR)
 
 
-def launch_randn(out: Tensor, keys: Keys) -> None:
+def launch_randn(out: Tensor, keys: Words) -> None:
     """Fill ``out``, contiguous [B, n], with noise-v1."""
     batch, n = out.shape
     if out.numel() == 0:
@@ -164,7 +164,7 @@ def launch_randn(out: Tensor, keys: Keys) -> None:
     strides = [sample_stride(v, batch) for v in keys[:3]]
     with on_device(out):
         _randn_kernel[launch_grid(batch, groups)](
-            out, *keys[:3], batch, groups if aligned else n, *strides, keys.stream,
+            out, *keys[:3], batch, groups if aligned else n, *strides, keys[3],
             **tile_constants(groups, aligned), **OPTIONS,
         )  # fmt: skip
 

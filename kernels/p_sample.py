@@ -6,13 +6,13 @@ compilation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastddpm.kernels import launch
-from fastddpm.kernels.launch import OPTIONS, Keys, Variant, is_aligned, make_variant, on_device, sample_stride
+from fastddpm.kernels.launch import OPTIONS, Variant, Words, is_aligned, make_variant, on_device, sample_stride
 from fastddpm.kernels.noise import horner, normals4
 from fastddpm.kernels.tiles import (
     PIXELS,
@@ -234,7 +234,7 @@ def launch_p_sample(
     m: Tensor,
     rows: Tensor,
     row: Tensor,
-    noise: Keys | Tensor | None,
+    noise: Words | Tensor | None,
     out: Tensor,
     *,
     channels: int = 1,
@@ -255,7 +255,7 @@ def launch_p_sample(
     if x_t.numel() == 0:
         return
     given = noise if isinstance(noise, Tensor) else None
-    keys = noise if isinstance(noise, Keys) else (None, None, None, 0)
+    keys: Any = (None, None, None, 0) if noise is None or given is not None else noise
     kind = launch.NOISE_NONE if noise is None else launch.NOISE_COUNTER if given is None else launch.NOISE_GIVEN
     nhwc = flags.m_nhwc or flags.low_nhwc
     aligned = is_aligned(n // channels if nhwc else n, x_t, m, given, x0_prev, out, x0_out, low_out)

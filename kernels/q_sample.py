@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from fastddpm.kernels.launch import (
     OPTIONS,
-    Keys,
     Variant,
+    Words,
     is_aligned,
     make_variant,
     on_device,
@@ -76,7 +76,7 @@ def _constants(n: int, aligned: bool, counter: bool, eps_out: bool) -> dict[str,
 
 
 def launch_q_sample(
-    x_0: Tensor, rows: Tensor, row: Tensor, noise: Keys | Tensor, out: Tensor, eps_out: Tensor | None = None
+    x_0: Tensor, rows: Tensor, row: Tensor, noise: Words | Tensor, out: Tensor, eps_out: Tensor | None = None
 ) -> None:
     """Fill ``out`` with x_t, and ``eps_out`` with the noise if given; all tensors contiguous [B, n]."""
     batch, n = x_0.shape

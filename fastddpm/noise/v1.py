@@ -218,15 +218,18 @@ def normals(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, n: int) 
     return out
 
 
-def fill_pairs(out: Tensor, seed: Tensor, sample_id: Tensor, step: Tensor, stream: int) -> None:
-    """Write what `normals` returns, for torch.compile: a loop that needs no memory of its own.
+def pairs(seed: Tensor, sample_id: Tensor, step: Tensor, stream: int, n: int) -> Tensor:
+    """What `normals` returns, for torch.compile: a loop that needs no memory of its own.
 
     Args:
-        out: int64 [B, n / 2], the memory of the normals two by two, on a little-endian machine.
         seed, sample_id, step, stream: as in `normals`.
+        n: pairs per sample.
+
+    Returns:
+        int64 [B, n], the memory of the normals two by two, on a little-endian machine.
     """
     seed, sample_id, step = (v.reshape(-1, 1) for v in (seed, sample_id, step))
-    pair = torch.arange(out.shape[1], dtype=torch.int64, device=out.device)[None]
+    pair = torch.arange(n, dtype=torch.int64, device=seed.device)[None]
     r0, r1, r2, r3 = philox(seed, sample_id, step, stream, pair >> 1)
     second = (pair & 1) == 1
     # Inductor merges the loops over samples and pairs of what reads nothing per sample, cannot fuse that with the
@@ -234,7 +237,7 @@ def fill_pairs(out: Tensor, seed: Tensor, sample_id: Tensor, step: Tensor, strea
     nothing = seed & 0
     cos, sin = box_muller(torch.where(second, r2, r0) | nothing, torch.where(second, r3, r1) | nothing)
     low = cos.view(torch.int32).to(torch.int64) & _WORD
-    out.copy_((sin.view(torch.int32).to(torch.int64) << 32) | low)
+    return (sin.view(torch.int32).to(torch.int64) << 32) | low
 
 
 def counter(
@@ -246,47 +249,6 @@ def counter(
     """Make a Counter from the result of :func:`resolve_seeds` and one step for all samples (or int64 [B])."""
     steps = step if isinstance(step, Tensor) else torch.tensor([step], dtype=torch.int64)
     return Counter(seeds[0].to(device), seeds[1].to(device), steps.to(device), stream)
-
-
-def randn(
-    shape: Sequence[int],
-    *,
-    seed: int | None = None,
-    seeds: Iterable[int] | Tensor | None = None,
-    sample_ids: Iterable[int] | Tensor | None = None,
-    step: int = 0,
-    stream: int = STREAM_REVERSE,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Draw a batch of noise-v1: sample b of the result depends on its own seed or id only.
-
-    Args:
-        shape: (B, ...), samples first.
-        seed, sample_ids: one seed for all and one id per sample (0 .. B-1 if not given).
-        seeds: or one seed per sample.
-        step, stream: counter words, both in [0, 2**32).
-        device: where to draw; the bits do not depend on it.
-        dtype: float32, or float16 or bfloat16 for a draw rounded once to nearest even.
-
-    Returns:
-        Contiguous tensor of ``shape``.
-
-    Raises:
-        ValueError: for a seed, id, step or stream out of range, or a count that is not B.
-        TypeError: for another dtype.
-    """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"noise-v1 is float32, float16 or bfloat16, got {dtype}; convert a float32 draw instead")
-    if len(shape) == 0:
-        raise ValueError("shape must be (B, ...), samples first, got ()")
-    batch, per_sample = shape[0], tuple(shape[1:])
-    key, ids = resolve_seeds(seeds, seed, sample_ids, batch)
-    where = counter((key, ids), as_word(step, "step"), as_word(stream, "stream"), device)
-    # Imported here: ops imports this module, and owns the choice between twin and kernel.
-    from fastddpm import ops
-
-    return ops.randn(where, per_sample, dtype=dtype, device=device)
 
 
 def timesteps(

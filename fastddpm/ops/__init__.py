@@ -10,6 +10,9 @@ host: a row index out of range is an error on the CPU and undefined on a GPU.
 """
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops.p_sample import ddpm_loss, p_sample, q_sample, randn
+from fastddpm.ops.ddpm_loss import ddpm_loss
+from fastddpm.ops.p_sample import p_sample
+from fastddpm.ops.q_sample import q_sample
+from fastddpm.ops.randn import randn
 
 __all__ = ["Counter", "ddpm_loss", "p_sample", "q_sample", "randn"]

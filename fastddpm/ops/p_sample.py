@@ -1,13 +1,4 @@
-"""The one door to the fused operations: checks arguments, and leaves the choice of kernel or twin to the operators.
-
-``backend`` is "auto" (the Triton kernel for GPU tensors where it can run, its twin elsewhere), "triton" (the kernel, or
-BackendUnavailable) or "torch" (the twin). With ``compiled=True`` a twin on the CPU runs through Inductor where a C++
-compiler exists. The bits are the same in every case.
-
-State, network output and copies are float32, float16 or bfloat16, each of its own; the arithmetic is float32, and each
-stored value is rounded once. For float64 there is ``fastddpm.reference``. No operation reads a tensor's value on the
-host: a row index out of range is an error on the CPU and undefined on a GPU.
-"""
+"""The fused reverse step: one table row per sample, of any sampler."""
 
 from __future__ import annotations
 
@@ -18,101 +9,12 @@ import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops import operators as custom_ops
 from fastddpm.ops.backend import check_backend
-
-__all__ = ["Counter", "ddpm_loss", "p_sample", "q_sample", "randn"]
-
-_STORAGE = (torch.float32, torch.float16, torch.bfloat16)
-_P_COLUMNS, _Q_COLUMNS, _LOSS_COLUMNS = 14, 2, 3
-
-
-def randn(
-    counter: Counter,
-    shape_per_sample: Sequence[int],
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    backend: str = "auto",
-    compiled: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Draw noise-v1 of a counter.
-
-    Args:
-        counter: seed, sample_id and step int64 [B] or [1], on one device.
-        shape_per_sample: shape without the batch.
-        dtype: float32, float16 or bfloat16.
-        device: must be the counter's device, if given.
-        out: where to write, contiguous [B, *shape_per_sample] of that dtype.
-
-    Returns:
-        ``out``, or a new contiguous [B, *shape_per_sample]; B is the length of the counter's tensors.
-
-    Raises:
-        ValueError, TypeError: for arguments that do not fit.
-        BackendUnavailable: "triton" was asked for and cannot run.
-    """
-    check_backend(backend)
-    _check_dtype("dtype", dtype)
-    batch = max(counter.seed.numel(), counter.sample_id.numel(), counter.step.numel())
-    if 0 in (counter.seed.numel(), counter.sample_id.numel()):
-        batch = 0
-    _check_counter(counter, batch, counter.seed.device)
-    if device is not None and torch.empty(0, device=device).device != counter.seed.device:
-        raise ValueError(f"device is {device}, but the counter is on {counter.seed.device}; move the counter")
-    shape = torch.Size((batch, *shape_per_sample))
-    keys = counter.seed, counter.sample_id, counter.step, counter.stream
-    if out is None:
-        z = custom_ops.call(custom_ops.randn, *keys, batch, shape[1:].numel(), dtype, backend, compiled)
-        return z.view(shape)
-    _check_device("out", out, counter.seed.device)
-    if (out.shape, out.dtype) != (shape, dtype) or not out.is_contiguous():
-        raise ValueError(
-            f"out must be contiguous {dtype} {list(shape)}, got {out.dtype} {list(out.shape)} "
-            f"with strides {list(out.stride())}"
-        )
-    custom_ops.call(custom_ops.randn_out, *keys, out, backend, compiled)
-    return out
-
-
-def q_sample(
-    x_0: Tensor,
-    rows: Tensor,
-    row: Tensor,
-    noise: Counter | Tensor,
-    *,
-    return_eps: bool = False,
-    backend: str = "auto",
-    compiled: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Draw x_t = c_x * x_0 + sigma * eps   (Ho et al. 2020, eq. 4; with the rows of q_step, eq. 2).
-
-    Args:
-        x_0: [B, ...] in any layout.
-        rows: float32 [R, 2], columns (c_x, sigma): ``table.q_rows`` or ``table.q_step_rows``.
-        row: int64 [B] or [1], 0-based.
-        noise: a Counter, or eps with x_0's shape and dtype.
-        return_eps: also return the noise.
-
-    Returns:
-        x_t, contiguous, x_0's shape and dtype; or (x_t, eps). Differentiable in x_0 and eps.
-
-    Raises:
-        ValueError: for shapes, devices or dtypes that do not fit together.
-        TypeError: for a dtype that is not float32, float16 or bfloat16.
-        BackendUnavailable: "triton" was asked for and cannot run.
-    """
-    check_backend(backend)
-    _check_dtype("x_0", x_0.dtype)
-    _check_rows(rows, row, x_0, _Q_COLUMNS)
-    if isinstance(noise, Tensor):
-        _check_like("noise", noise, x_0)
-        if noise.dtype != x_0.dtype:
-            raise ValueError(f"noise is {noise.dtype}, but x_0 is {x_0.dtype}; convert one of them")
-    else:
-        _check_counter(noise, x_0.shape[0], x_0.device)
-    x_t, eps = custom_ops.call(custom_ops.q_sample, x_0, rows, row, *_unpack(noise), return_eps, backend, compiled)
-    return (x_t, eps) if return_eps else x_t
+from fastddpm.ops.checks import check_counter, check_dtype, check_like, check_output, check_rows, refuse_gradients
+from fastddpm.ops.memory import check_overlap
+from fastddpm.ops.operators import HOW, NOISE, define, execute, pack, unpack
+from fastddpm.ops.randn import randn
+from fastddpm.ops.twins import Flags, columns, network_output
 
 
 def p_sample(
@@ -159,146 +61,122 @@ def p_sample(
         BackendUnavailable: "triton" was asked for and cannot run.
     """
     check_backend(backend)
-    _check_dtype("x_t", x_t.dtype)
-    _check_rows(rows, row, x_t, _P_COLUMNS)
-    _check_output(m, x_t, learned, guided)
+    check_dtype("x_t", x_t.dtype)
+    check_rows(rows, row, x_t, 14)
+    check_output(m, x_t, learned, guided)
     if use_prev:
         if x0_prev is None:
             raise ValueError("use_prev needs x0_prev, the x0 of the step before")
-        _check_like("x0_prev", x0_prev, x_t)
+        check_like("x0_prev", x0_prev, x_t)
     if isinstance(noise, Tensor):
-        _check_like("noise", noise, x_t)
+        check_like("noise", noise, x_t)
     elif noise is not None:
-        _check_counter(noise, x_t.shape[0], x_t.device)
+        check_counter(noise, x_t.shape[0], x_t.device)
     outputs = {"out": out, "x0_out": x0_out, "low_out": low_out}
     for name, tensor in outputs.items():
         if tensor is not None:
-            _check_like(name, tensor, x_t)
+            check_like(name, tensor, x_t)
     if out is not None and out.dtype != x_t.dtype:
         raise ValueError(f"out is {out.dtype}, but x_t is {x_t.dtype}; use low_out for a copy in another dtype")
-    arguments = (x_t, m, rows, row, *_unpack(noise), x0_prev if use_prev else None)
-    flags = (clip, learned, guided, use_m, use_prev)
+    flags = Flags(clip, learned, guided, use_m, use_prev)
+    arguments = (x_t, m, rows, row, *pack(noise), x0_prev if use_prev else None, flags.to_int())
     if all(tensor is None for tensor in outputs.values()):
-        return custom_ops.call(custom_ops.p_sample, *arguments, *flags, backend, compiled)
-    _refuse_gradients({"x_t": x_t, "m": m, "noise": noise, "x0_prev": x0_prev, **outputs})
+        return _p_sample(*arguments, backend, compiled)
+    refuse_gradients({"x_t": x_t, "m": m, "noise": noise, "x0_prev": x0_prev, **outputs})
     out = torch.empty_like(x_t, memory_format=torch.contiguous_format) if out is None else out
-    custom_ops.call(custom_ops.p_sample_out, *arguments, *flags, out, x0_out, low_out, backend, compiled)
+    _p_sample_out(*arguments, out, x0_out, low_out, backend, compiled)
     return out
 
 
-def ddpm_loss(
+def _step_into(
+    x_t: Tensor,
     m: Tensor,
     rows: Tensor,
     row: Tensor,
-    noise: Counter | None,
-    x_0: Tensor | None,
-    *,
-    learned: bool = False,
-    backend: str = "auto",
-    compiled: bool = False,
-) -> Tensor:
-    """Return each sample's weighted mean of ||target - m||^2, target = c_eps * eps + c_x0 * x_0   (eq. 14).
-
-    Args:
-        m: the network's output [B, ...], contiguous or channels-last (else it is copied).
-        rows: float32 [R, 3], columns (c_eps, c_x0, weight): ``table.loss_rows``.
-        row: int64 [B] or [1].
-        noise: a Counter that names eps; None where the target has no such term.
-        x_0: [B, ...]; None where the target has no such term.
-        learned: m has twice the channels, and its second half has no part in the loss.
-
-    Returns:
-        float32 [B]. Differentiable once, in m and x_0.
-
-    Raises:
-        ValueError: for shapes or devices that do not fit together, or a target without any term.
-        TypeError: for a dtype that is not float32, float16 or bfloat16.
-        BackendUnavailable: "triton" was asked for and cannot run.
-    """
-    check_backend(backend)
-    _check_dtype("m, the network's output,", m.dtype)
-    _check_rows(rows, row, m, _LOSS_COLUMNS)
-    if learned and (m.dim() < 2 or m.shape[1] % 2):
-        raise ValueError(f"a learned variance needs m [B, 2C, ...], got {tuple(m.shape)}")
-    if noise is None and x_0 is None:
-        raise ValueError("give noise, x_0 or both: the target has no term")
-    if x_0 is not None:
-        _check_dtype("x_0", x_0.dtype)
-        _check_output(m, x_0, learned, False)
-    if noise is not None:
-        _check_counter(noise, m.shape[0], m.device)
-    _, *keys = _unpack(noise)
-    return custom_ops.call(custom_ops.ddpm_loss, m, x_0, rows, row, *keys, learned, backend, compiled)
+    noise: Sequence[Tensor],
+    stream: int,
+    x0_prev: Tensor | None,
+    flags: int,
+    out: Tensor,
+    x0_out: Tensor | None,
+    low_out: Tensor | None,
+    backend: str,
+    compiled: bool,
+) -> None:
+    source = unpack(noise, stream)
+    z = source if isinstance(source, Tensor) else None
+    check_overlap(
+        {"x_t": x_t, "m": m, "noise": z, "x0_prev": x0_prev}, {"out": out, "x0_out": x0_out, "low_out": low_out}
+    )
+    arguments = (x_t, m, rows, row, source, Flags.from_int(flags), () if x0_prev is None else (x0_prev,))
+    execute("p_sample", (out, x0_out, low_out), arguments, backend, compiled)
 
 
-def _unpack(noise: Counter | Tensor | None) -> tuple[Any, ...]:
-    if isinstance(noise, Counter):
-        return None, noise.seed, noise.sample_id, noise.step, noise.stream
-    return noise, None, None, None, 0
+def _step(x_t: Tensor, *rest: Any) -> Tensor:
+    *arguments, backend, compiled = rest
+    out = _empty(x_t)
+    _step_into(*(x_t, *arguments, out, None, None, backend, compiled))
+    return out
 
 
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in _STORAGE:
-        hint = "; for float64 use fastddpm.reference" if dtype == torch.float64 else ""
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {dtype}{hint}")
+def _empty(x_t: Tensor, *_: Any) -> Tensor:
+    return x_t.new_empty(x_t.shape)
 
 
-def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
-    _check_dtype(name, tensor.dtype)
-    _check_device(name, tensor, x.device)
-    if tensor.shape != x.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, x has {tuple(x.shape)}; nothing is broadcast")
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x_t, m, rows, row, noise, ctx.stream, x0_prev, flags, *ctx.how = inputs
+    ctx.save_for_backward(x_t, m, rows, row, x0_prev, *noise)
+    ctx.flags = Flags.from_int(flags)
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, but x is on {device}; move one of them")
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """In PyTorch operations that autograd can differentiate again."""
+    x_t, m, rows, row, x0_prev, *noise = ctx.saved_tensors
+    flags, source = ctx.flags, unpack(noise, ctx.stream)
+    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w, _, _ = columns(rows, row, x_t)
+    prediction, v = network_output(m, w, flags)
+    g = grad.float()
+    grad_x0 = c_x0 * g
+    if flags.clip:
+        raw = a * x_t.float() + b * prediction
+        grad_x0 = torch.where((raw >= lo) & (raw <= hi), grad_x0, 0.0)
+    grad_m = b * grad_x0
+    if flags.use_m:
+        grad_m = grad_m + c_m * g
+    grad_z = grad_v = torch.zeros_like(g)
+    if source is not None:
+        std = sigma if v is None else sigma * torch.exp(h0 + h1 * v)
+        grad_z = torch.where(sigma == 0, 0.0, std * g)
+        if v is not None:
+            z = source if isinstance(source, Tensor) else randn(source, x_t.shape[1:], torch.float32, None, *ctx.how)
+            grad_v = torch.where(sigma == 0, 0.0, std * g * z.float() * h1)
+    return (
+        (a * grad_x0 + c_xt * g).to(x_t.dtype),
+        _join(grad_m, grad_v, w, flags).to(m.dtype),
+        None,
+        None,
+        [grad_z.to(source.dtype)] if isinstance(source, Tensor) else [None] * len(noise),
+        None,
+        None if x0_prev is None else (c_1 * g).to(x0_prev.dtype),
+        *(None,) * 3,
+    )
 
 
-def _check_indices(name: str, index: Tensor, batch: int, device: torch.device) -> None:
-    _check_device(name, index, device)
-    if index.dtype != torch.int64 or index.dim() != 1 or index.shape[0] not in (1, batch):
-        raise ValueError(f"{name} must be int64 [1] or [{batch}], got {index.dtype} {list(index.shape)}")
+def _join(grad_m: Tensor, grad_v: Tensor, w: Tensor, flags: Flags) -> Tensor:
+    """Undo ``twins.network_output``."""
+    if not flags.guided:
+        return torch.cat((grad_m, grad_v), dim=1) if flags.learned else grad_m
+    conditional, unconditional = w * grad_m, grad_m - w * grad_m
+    if flags.learned:
+        conditional = torch.cat((conditional, grad_v), dim=1)
+        unconditional = torch.cat((unconditional, torch.zeros_like(grad_v)), dim=1)
+    return torch.cat((conditional, unconditional))
 
 
-def _check_counter(counter: Counter, batch: int, device: torch.device) -> None:
-    for name, tensor in (("seed", counter.seed), ("sample_id", counter.sample_id), ("step", counter.step)):
-        _check_indices(name, tensor, batch, device)
-
-
-def _check_rows(rows: Tensor, row: Tensor, x: Tensor, columns: int) -> None:
-    if x.dim() == 0:
-        raise ValueError("x must be [B, ...], samples first, got a scalar")
-    _check_device("rows", rows, x.device)
-    if rows.dtype != torch.float32 or rows.dim() != 2 or rows.shape[1] != columns or rows.shape[0] == 0:
-        raise ValueError(f"rows must be float32 [R, {columns}] with R >= 1, got {rows.dtype} {list(rows.shape)}")
-    _check_indices("row", row, x.shape[0], x.device)
-
-
-def _check_output(m: Tensor, x_t: Tensor, learned: bool, guided: bool) -> None:
-    _check_dtype("m, the network's output,", m.dtype)
-    _check_device("m, the network's output,", m, x_t.device)
-    expected = list(x_t.shape)
-    if learned:
-        if x_t.dim() < 2:
-            raise ValueError(f"a learned variance needs x_t [B, C, ...], got {tuple(x_t.shape)}")
-        expected[1] *= 2
-    if guided:
-        expected[0] *= 2
-    if list(m.shape) == expected:
-        return
-    message = f"m, the network's output, has shape {tuple(m.shape)}; expected {tuple(expected)}, nothing is broadcast"
-    if not learned and x_t.dim() > 1 and list(m.shape[1:]) == [2 * x_t.shape[1], *x_t.shape[2:]]:
-        message += "; twice the channels need a table with variance_type 'learned' or 'learned_range' (learned=True)"
-    raise ValueError(message)
-
-
-def _refuse_gradients(tensors: dict[str, Any]) -> None:
-    if not torch.is_grad_enabled():
-        return
-    names = [name for name, t in tensors.items() if isinstance(t, Tensor) and t.requires_grad]
-    if names:
-        raise RuntimeError(
-            f"{', '.join(names)} requires a gradient, but a step that writes into given tensors has none; call it "
-            "under torch.no_grad(), or without out, x0_out and low_out"
-        )
+_ARGUMENTS = f"Tensor x_t, Tensor m, Tensor rows, Tensor row, {NOISE}, Tensor? x0_prev, int flags"
+_p_sample_out = define(
+    f"p_sample_out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!)? x0_out, Tensor(c!)? low_out, {HOW}) -> ()",
+    _step_into,
+    lambda *_: None,
+)
+_p_sample = define(f"p_sample({_ARGUMENTS}, {HOW}) -> Tensor", _step, _empty, _setup, _backward)

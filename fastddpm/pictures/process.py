@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.noise import v1 as noise
+from fastddpm.ops.draw import randn
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.table import q_step_rows
@@ -139,7 +140,7 @@ def reverse_walk(
         state 0, where nothing is left to estimate, x_0 itself.
     """
     steps = len(sampler.table)
-    x = noise.randn((n, *sampler.shape), seed=seed, stream=noise.STREAM_X_T, device=sampler.device)
+    x = randn((n, *sampler.shape), seed=seed, stream=noise.STREAM_X_T, device=sampler.device)
     wanted = set(indices)
     states: list[Tensor] = []
     estimates: list[Tensor] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastddpm import DiffusionConfig
 from fastddpm.data import points
-from fastddpm.noise import v1 as noise
+from fastddpm.ops.draw import randn
 from fastddpm.pictures.mlp import PointMLP, train_points
 
 N = 40_000
@@ -83,7 +83,7 @@ def test_sliced_wasserstein_of_a_shift_and_of_a_stretch_matches_the_closed_form(
 
 def test_sliced_wasserstein_of_gaussians_matches_the_closed_form() -> None:
     n = 8000
-    x, y = (noise.randn((n, 2), seed=seed) for seed in (0, 1))
+    x, y = (randn((n, 2), seed=seed) for seed in (0, 1))
     # W_2(N(0, 1), N(0, s^2)) = |1 - s| in every direction; a sample's own error falls as 1 / sqrt(n).
     assert points.sliced_wasserstein(x, 1.5 * y) == pytest.approx(0.5, abs=5 * 1.5 / math.sqrt(n))
 

@@ -31,7 +31,7 @@ def p_sample(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0
     x_t, m, out = (torch.zeros(count + offset)[offset:].view(size) for _ in range(3))
     rows, row = make_rows(batch, bool(seed % 2), generator)
     counter = make_counter(batch, bool(seed % 3), generator)
-    triton_backend.p_sample(x_t, m, rows, row, counter, CLIP, None, out, None, None)
+    triton_backend.p_sample((out, None, None), x_t, m, rows, row, counter, CLIP, ())
 
 
 def q_sample(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0, offset: int = 0) -> None:
@@ -40,13 +40,13 @@ def q_sample(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0
     count = torch.Size(size).numel()
     x_0, out = (torch.zeros(count + offset)[offset:].view(size) for _ in range(2))
     row = torch.zeros(batch, dtype=torch.int64)
-    triton_backend.q_sample(x_0, torch.ones(5, 2), row, make_counter(batch, False, generator), out, None)
+    triton_backend.q_sample((out, None), x_0, torch.ones(5, 2), row, make_counter(batch, False, generator))
 
 
 def randn(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0, offset: int = 0) -> None:
     counter = make_counter(batch, bool(seed % 2), torch.Generator().manual_seed(seed), stream=seed % 5)
     n = torch.Size(shape).numel()
-    triton_backend.randn(torch.zeros(batch * n + offset)[offset:].view(batch, n), counter)
+    triton_backend.randn((torch.zeros(batch * n + offset)[offset:].view(batch, n),), counter, n)
 
 
 OPERATIONS = [p_sample, q_sample, randn]
@@ -81,7 +81,8 @@ def test_the_seeds_that_specialise_integers_compile_nothing_new(seed: int, devic
     with device.active():
         for value in (5, seed):
             word = torch.tensor([value])
-            triton_backend.randn(torch.zeros(2, 64), Counter(word, torch.tensor([value & 0xFFFFFFFF]), word & 1, 1))
+            counter = Counter(word, torch.tensor([value & 0xFFFFFFFF]), word & 1, 1)
+            triton_backend.randn((torch.zeros(2, 64),), counter, 64)
     assert len(device.compiled) == 1
 
 
@@ -121,7 +122,7 @@ def test_a_replay_with_new_contents_has_the_same_arguments(device: PtxDevice) ->
     counter = make_counter(2, False, torch.Generator().manual_seed(0))
     with device.active():
         for _ in range(3):
-            triton_backend.p_sample(x, m, rows, row, counter, CLIP, None, x, None, None)
+            triton_backend.p_sample((x, None, None), x, m, rows, row, counter, CLIP, ())
             rows.mul_(2)
             for static in (row, *counter[:3]):
                 static.add_(1)
@@ -149,7 +150,7 @@ def one_step(channels_last: bool) -> Callable[[], None]:
         m, low = (t.contiguous(memory_format=torch.channels_last) for t in (m, low))
     rows, row = make_rows(2, False, torch.Generator().manual_seed(0))
     counter = make_counter(2, False, torch.Generator().manual_seed(0))
-    return lambda: triton_backend.p_sample(x, m, rows, row, counter, CLIP, None, x, None, low)
+    return lambda: triton_backend.p_sample((x, None, low), x, m, rows, row, counter, CLIP, ())
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

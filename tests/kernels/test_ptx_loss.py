@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 
 from fastddpm import Schedule
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops import torch_backend, triton_backend
+from fastddpm.ops import triton_backend
 from fastddpm.ops import twins as step
 from fastddpm.tables.table import loss_rows
 from tests.ptx.device import PtxDevice
@@ -65,13 +66,19 @@ def operands(case: LossCase) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Cou
     return arrange(m, case.layout), x_0, loss_rows(Schedule.linear(), case.prediction), row, noise, case.learned
 
 
+def squares(m: Tensor, *arguments: Any) -> Tensor:
+    sums = torch.empty(len(m), dtype=torch.float64)
+    triton_backend.squares((sums,), m, *arguments)
+    return sums
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_is_within_1e_6_of_float64_and_reads_each_element_once(case: LossCase) -> None:
     arguments = operands(case)
     m, x_0 = arguments[:2]
     device = PtxDevice(output_arguments=OUTPUTS)
     with device.active():
-        sums = triton_backend.ddpm_loss(*arguments)
+        sums = squares(*arguments)
     device.check_written_once()
     expected = step.residual(*arguments).double().square().flatten(1).sum(dim=1)
     assert sums.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
@@ -89,20 +96,14 @@ def test_gradient_has_the_twins_bits(case: LossCase) -> None:
         spiced(m, torch.Generator().manual_seed(1))
     dense = m if case.layout == "channels_last" else m.contiguous()
     scale = torch.randn(len(m), generator=torch.Generator().manual_seed(2))
-    twin, kernel = torch.zeros_like(dense), torch.zeros_like(dense)
-    torch_backend.ddpm_loss_gradient(*arguments, scale, twin)
+    twin, kernel = (torch.zeros_like(dense).chunk(1 + case.learned, dim=1)[0] for _ in range(2))
+    step.fill(step.scaled_residual, (twin,), (*arguments, scale), False)
     device = PtxDevice(output_arguments=OUTPUTS)
     with device.active():
-        triton_backend.ddpm_loss_gradient(*arguments, scale, kernel)
-    if case.learned:
-        # Poison where the kernel did not write.
-        kept, read = kernel.chunk(2, dim=1)[1], twin.chunk(2, dim=1)[0]
-        assert kept.isnan().all()
-        assert_same_bits(kernel.chunk(2, dim=1)[0], read)
-    else:
-        device.check_written_once()
-        assert_same_bits(kernel, twin)
-    assert device.traffic(kernel).stored == kernel.numel() // (1 + case.learned) * kernel.element_size()
+        triton_backend.scaled_residual((kernel,), *arguments, scale)
+    device.check_written_once()
+    assert_same_bits(kernel, twin)
+    assert device.traffic(kernel).stored == kernel.numel() * kernel.element_size()
 
 
 def test_sums_are_the_same_alone_and_in_a_batch() -> None:
@@ -111,11 +112,11 @@ def test_sums_are_the_same_alone_and_in_a_batch() -> None:
     assert x_0 is not None
     device = PtxDevice(output_arguments=OUTPUTS)
     with device.active():
-        together = triton_backend.ddpm_loss(m, x_0, rows, row, noise, learned)
+        together = squares(m, x_0, rows, row, noise, learned)
         for k in (0, 36):
             one = slice(k, k + 1)
             alone = Counter(noise.seed[one], noise.sample_id[one], noise.step, noise.stream)
-            sums = triton_backend.ddpm_loss(m[one].clone(), x_0[one].clone(), rows, row[one], alone, learned)
+            sums = squares(m[one].clone(), x_0[one].clone(), rows, row[one], alone, learned)
             assert torch.equal(sums, together[one])
 
 
@@ -126,7 +127,7 @@ def test_code_for_other_architectures_has_the_same_bits(arch: int) -> None:
     for target in (90, arch):
         device = PtxDevice(target, output_arguments=OUTPUTS)
         with device.active():
-            sums.append(triton_backend.ddpm_loss(*arguments))
+            sums.append(squares(*arguments))
     assert torch.equal(*sums)
 
 
@@ -134,6 +135,6 @@ def test_an_empty_batch_launches_nothing() -> None:
     device, none = PtxDevice(), torch.zeros(0, dtype=torch.int64)
     empty, rows = torch.empty(0, 12), torch.ones(1, 3)
     with device.active():
-        assert triton_backend.ddpm_loss(empty, empty, rows, none, None, False).shape == (0,)
-        triton_backend.ddpm_loss_gradient(empty, empty, rows, none, None, False, torch.empty(0), empty)
+        assert squares(empty, empty, rows, none, None, False).shape == (0,)
+        triton_backend.scaled_residual((empty,), empty, empty, rows, none, None, False, torch.empty(0))
     assert device.launches == []

@@ -13,7 +13,8 @@ from fastddpm.noise import v1 as noise
 from fastddpm.noise.known_answers import NOISE_V1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops import torch_backend, triton_backend
+from fastddpm.ops import triton_backend, twins
+from fastddpm.ops.twins import fill
 from tests.ptx.device import PtxDevice
 from tests.ptx.steps import OUTPUTS, arrange, assert_same_bits, make_counter, spiced
 
@@ -29,7 +30,7 @@ def draw(counter: Counter, batch: int, n: int, dtype: torch.dtype = FP32, arch: 
     device = PtxDevice(arch, output_arguments=OUTPUTS)
     out = torch.empty(batch, n, dtype=dtype)
     with device.active():
-        triton_backend.randn(out, counter)
+        triton_backend.randn((out,), counter, n)
     device.check_written_once()
     return out
 
@@ -95,15 +96,15 @@ def test_q_sample_has_the_twins_bits(
     rows, row = torch.randn(7, 2, generator=generator), torch.randint(0, 7, (shape[0],), generator=generator)
     given = torch.randn(shape, generator=generator).to(dtype)
     eps = given if source == "given" else make_counter(shape[0], False, generator, stream=2)
-    outputs = []
+    twin, kernel = (
+        (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype) if with_eps else None) for _ in range(2)
+    )
+    fill(twins.q_sample, twin, (x_0, rows, row, eps), False)
     device = PtxDevice(output_arguments=OUTPUTS)
-    for backend in (torch_backend, triton_backend):
-        out, eps_out = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype) if with_eps else None
-        with device.active():
-            backend.q_sample(x_0, rows, row, eps, out, eps_out)
-        outputs.append((out, eps_out))
+    with device.active():
+        triton_backend.q_sample(kernel, x_0, rows, row, eps)
     device.check_written_once()
-    for expected, actual in zip(*outputs, strict=True):
+    for expected, actual in zip(twin, kernel, strict=True):
         assert (expected is None) == (actual is None)
         if expected is not None and actual is not None:
             assert_same_bits(actual, expected)
@@ -114,6 +115,6 @@ def test_an_empty_batch_launches_nothing() -> None:
     empty = torch.zeros(0, dtype=torch.int64)
     counter = Counter(empty, empty, torch.zeros(1, dtype=torch.int64), 1)
     with device.active():
-        triton_backend.randn(torch.empty(0, 12), counter)
-        triton_backend.q_sample(torch.empty(0, 12), torch.ones(1, 2), empty, counter, torch.empty(0, 12), None)
+        triton_backend.randn((torch.empty(0, 12),), counter, 12)
+        triton_backend.q_sample((torch.empty(0, 12), None), torch.empty(0, 12), torch.ones(1, 2), empty, counter)
     assert device.launches == []

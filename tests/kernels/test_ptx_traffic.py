@@ -20,7 +20,8 @@ from tests.ptx.memory import sparse_zeros
 from tests.ptx.steps import OUTPUTS, StepCase, assert_same_bits, assert_twins_bits, make_counter, make_rows, run_step
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-IMAGE = StepCase(flags=Flags(clip=True))
+CLIP = Flags(clip=True)
+IMAGE = StepCase(flags=CLIP)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_q_sample_moves_each_element_once(return_eps: bool, per_element: int) ->
     out, eps = torch.empty_like(x_0), torch.empty_like(x_0)
     device = PtxDevice(output_arguments=OUTPUTS)
     with device.active():
-        triton_backend.q_sample(x_0, rows, torch.tensor([1]), counter, out, eps if return_eps else None)
+        triton_backend.q_sample((out, eps if return_eps else None), x_0, rows, torch.tensor([1]), counter)
     moved = device.traffic(x_0).loaded + device.traffic(out).stored + device.traffic(eps).stored
     assert moved == per_element * x_0.numel()
 
@@ -110,7 +111,7 @@ def test_x0_out_may_replace_x0_prev() -> None:
     device.in_place(x0)
     out = torch.empty_like(x_t)
     with device.active():
-        triton_backend.p_sample(x_t, m, rows, row, None, flags, x0, out, x0, None)
+        triton_backend.p_sample((out, x0, None), x_t, m, rows, row, None, flags, (x0,))
     device.check_written_once()
     assert_same_bits(out, expected[0])
     assert_same_bits(x0, expected[1])
@@ -120,7 +121,7 @@ def test_an_empty_batch_launches_nothing() -> None:
     device = PtxDevice()
     x, none = torch.empty(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64)
     with device.active():
-        triton_backend.p_sample(x, x, torch.ones(1, 14), none, None, Flags(), None, x.clone(), None, None)
+        triton_backend.p_sample((x.clone(), None, None), x, x, torch.ones(1, 14), none, None, Flags(), ())
     assert device.launches == []
 
 
@@ -205,10 +206,10 @@ def test_elements_beyond_two_to_the_31_in_one_sample(n: int) -> None:
     x, m, out = filled(n, windows, seed=3), filled(n, windows, seed=4), filled(n, [])
     device = PtxDevice(select_blocks=lambda grid: programs, output_arguments=OUTPUTS)
     with device.active():
-        triton_backend.p_sample(x[None], m[None], rows, row, counter, Flags(clip=True), None, out[None], None, None)
+        triton_backend.p_sample((out[None], None, None), x[None], m[None], rows, row, counter, CLIP, ())
     for window in windows:
         z = noise_window(counter, window)
-        expected, _ = step.p_sample(x[None, window], m[None, window], rows, row, z, Flags(clip=True))
+        expected, *_ = step.p_sample(x[None, window], m[None, window], rows, row, z, CLIP)
         assert_same_bits(out[None, window], expected)
     assert device.traffic(out).stored == 4 * sum(window.stop - window.start for window in windows)
 
@@ -225,7 +226,7 @@ def test_elements_beyond_two_to_the_31_in_a_batch() -> None:
     device = PtxDevice(select_blocks=lambda grid: [s + grid[0] * (n // 1024 - 1) for s in range(batch)])
     device.output(out)
     with device.active():
-        triton_backend.q_sample(x, rows, row, counter, out, None)
+        triton_backend.q_sample((out, None), x, rows, row, counter)
     for s in range(batch):
         alone = Counter(counter.seed[s : s + 1], counter.sample_id[s : s + 1], counter.step, 2)
         expected, _ = step.q_sample(x[s : s + 1, window], rows, row[s : s + 1], noise_window(alone, window))

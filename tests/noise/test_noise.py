@@ -127,11 +127,10 @@ def test_normals_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 4, 6, 130])
-def test_fill_pairs_writes_the_normals(n: int) -> None:
+def test_pairs_are_the_normals_two_by_two(n: int) -> None:
     seed, sample_id, step = words(7, 2**63 - 1, -1), words(0, 2**32 - 1, 5), words(9)
-    out = torch.empty(3, n)
-    noise.fill_pairs(out.view(torch.int64), seed, sample_id, step, noise.STREAM_REVERSE)
-    assert torch.equal(out, noise.normals(seed, sample_id, step, noise.STREAM_REVERSE, n))
+    out = noise.pairs(seed, sample_id, step, noise.STREAM_REVERSE, n // 2)
+    assert torch.equal(out.view(torch.float32), noise.normals(seed, sample_id, step, noise.STREAM_REVERSE, n))
 
 
 def test_normals_broadcast_one_value_for_all_samples() -> None:

@@ -16,6 +16,7 @@ from fastddpm.noise import v1 as noise
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import twins as step
+from fastddpm.ops.operators import pack
 from fastddpm.tables.table import check_weighting, loss_rows
 from tests.ops.step_cases import to_channels_last
 
@@ -98,11 +99,12 @@ def test_operator_passes_gradcheck_in_float64(prediction: str, learned: bool) ->
     kw["rows"][:, 2] = 0.7
     m = kw["m"].double().repeat(1, 1 + learned, 1, 1).requires_grad_()
     x_0 = None if kw["x_0"] is None else kw["x_0"].double().requires_grad_()
-    keys = (None, None, None, 0) if kw["noise"] is None else kw["noise"]
 
     def loss(*inputs: Tensor) -> Tensor:
         given = inputs[1] if len(inputs) > 1 else None
-        return torch.ops.fastddpm.ddpm_loss(inputs[0], given, kw["rows"], kw["row"], *keys, learned, "torch", False)
+        return torch.ops.fastddpm.ddpm_loss(
+            inputs[0], given, kw["rows"], kw["row"], *pack(kw["noise"]), learned, "torch", False
+        )
 
     assert torch.autograd.gradcheck(loss, (m,) if x_0 is None else (m, x_0))
 
@@ -125,8 +127,7 @@ OPCHECKS = [("epsilon", False, torch.float32), ("v", True, torch.bfloat16), ("x_
 def test_operators_pass_opcheck(prediction: str, learned: bool, dtype: torch.dtype) -> None:
     kw = operands((2, 2, 3, 4), prediction, dtype)
     m = to_channels_last(kw["m"].repeat(1, 1 + learned, 1, 1)).requires_grad_()
-    keys = (None, None, None, 0) if kw["noise"] is None else kw["noise"]
-    arguments = (m, kw["x_0"], kw["rows"], kw["row"], *keys, learned)
+    arguments = (m, kw["x_0"], kw["rows"], kw["row"], *pack(kw["noise"]), learned)
     gradient = (m.detach(), *arguments[1:], torch.ones(2), "auto", False)
     for name, args in (("ddpm_loss", (*arguments, "auto", False)), ("ddpm_loss_gradient", gradient)):
         results = torch.library.opcheck(getattr(torch.ops.fastddpm, name).default, args)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastddpm import Schedule, ddpm_table, ops
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.seeds import resolve_seeds
+from fastddpm.ops.draw import randn
 from fastddpm.tables.table import Table
 
 MU, S = 0.7, 0.5
@@ -65,7 +66,7 @@ def exact_log_std(table: Table, r: int) -> float:
 def run(table: Table, output: Model, n: int, x_T: Tensor | None = None) -> list[Tensor]:
     """States of the fused chain, x_T first: n samples of one element each share a row of noise."""
     key = resolve_seeds(seeds=[11])
-    x = noise_v1.randn((1, 1, n), seeds=[11], stream=noise_v1.STREAM_X_T) if x_T is None else x_T
+    x = randn((1, 1, n), seeds=[11], stream=noise_v1.STREAM_X_T) if x_T is None else x_T
     states = [x]
     for r in range(len(table)):
         noise = noise_v1.counter(key, r)
@@ -148,7 +149,7 @@ def test_p_sample_chain_with_the_exact_learned_variance_reproduces_the_data(vari
         return torch.cat([slope * x + intercept, torch.full_like(x, v)], dim=1)
 
     n, ab = 1 << 16, float(alpha_bars(table)[0])
-    x_T = noise_v1.randn((1, 1, n), seeds=[11], stream=noise_v1.STREAM_X_T)
+    x_T = randn((1, 1, n), seeds=[11], stream=noise_v1.STREAM_X_T)
     x_T = math.sqrt(ab) * MU + math.sqrt(ab * S**2 + 1 - ab) * x_T
     states = run(table, output, n, x_T)
     for r, ab in enumerate(alpha_bars(table)[:-1].tolist()):

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastddpm import Sampler, Schedule, ddpm_table, reference
 from fastddpm.data import points
 from fastddpm.noise import v1 as noise
+from fastddpm.ops.draw import randn
 from fastddpm.pictures import process as diffuse
 from fastddpm.pictures.process import ExactDenoiser, Process, forward_walk, marginal, reverse_walk
 from fastddpm.pictures.recording import point_diffusion, point_sampler
@@ -82,7 +83,7 @@ def test_forward_walk_matches_the_reference_chain(cosine: Schedule, roll: Tensor
     x = roll
     assert torch.equal(states[0], x)
     for t in range(T):
-        z = noise.randn(tuple(roll.shape), seed=3, step=t, stream=noise.STREAM_FORWARD)
+        z = randn(tuple(roll.shape), seed=3, step=t, stream=noise.STREAM_FORWARD)
         x = reference.q_step(x, t, cosine, z)
         torch.testing.assert_close(states[t + 1], x, rtol=1e-5, atol=1e-6)
 
@@ -106,7 +107,7 @@ def test_forward_walk_records_what_is_asked_for(cosine: Schedule, roll: Tensor) 
 def test_exact_denoiser_of_two_points_is_a_hyperbolic_tangent(cosine: Schedule) -> None:
     # E[x_0 | x_t] = a tanh(sqrt(alpha_bar) <a, x_t> / (1 - alpha_bar)) for the points a and -a.
     a = torch.tensor([0.8, -0.5], dtype=torch.float64)
-    x, t = 2 * noise.randn((40, 2), seed=0), torch.arange(40) % T
+    x, t = 2 * randn((40, 2), seed=0), torch.arange(40) % T
     alpha_bar = cosine.alphas_cumprod[t][:, None]
     mean = a * torch.tanh(alpha_bar.sqrt() * (x.double() @ a)[:, None] / (1 - alpha_bar))
     expected = (x.double() - alpha_bar.sqrt() * mean) / (1 - alpha_bar).sqrt()
@@ -116,7 +117,7 @@ def test_exact_denoiser_of_two_points_is_a_hyperbolic_tangent(cosine: Schedule) 
 
 
 def test_exact_denoiser_splits_large_batches(cosine: Schedule, roll: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, t = noise.randn((50, 2), seed=0), torch.arange(50) % T
+    x, t = randn((50, 2), seed=0), torch.arange(50) % T
     whole = ExactDenoiser(roll, cosine)(x, t)
     monkeypatch.setattr(diffuse, "_MAX_PAIRS", 7 * len(roll))
     torch.testing.assert_close(ExactDenoiser(roll, cosine)(x, t), whole, rtol=1e-6, atol=1e-7)
@@ -128,10 +129,10 @@ def test_reverse_walk_takes_the_sampler_s_steps(cosine: Schedule, roll: Tensor) 
     sampler = Sampler(exact, ddpm_table(cosine, **options), (2,), compile=False)
     states, x0_estimates = reverse_walk(sampler, 30, range(T + 1), seed=4)
     assert torch.equal(states[0], sampler.sample(seed=4, batch_size=30))
-    assert torch.equal(states[T], noise.randn((30, 2), seed=4, stream=noise.STREAM_X_T))
+    assert torch.equal(states[T], randn((30, 2), seed=4, stream=noise.STREAM_X_T))
     for i in range(T, 0, -1):
         t = torch.full((30,), i - 1)
-        z = noise.randn((30, 2), seed=4, step=T - i)
+        z = randn((30, 2), seed=4, step=T - i)
         m = exact(states[i], t)
         mean, variance, x_0 = reference.p_mean_variance(states[i], m, t, cosine, **options)
         # The first step divides float32's rounding by sqrt(alpha_bar_T) = 0.006.

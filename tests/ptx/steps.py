@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops import torch_backend, triton_backend
-from fastddpm.ops.twins import Flags
+from fastddpm.ops import triton_backend, twins
+from fastddpm.ops.twins import Flags, fill
 from tests.ptx.device import PtxDevice
 
 OUTPUTS = ("out_ptr", "x0_out_ptr", "low_ptr", "eps_out_ptr")
@@ -135,13 +135,13 @@ def run_step(case: StepCase, arch: int = 90, seed: int = 0) -> StepRun:
         noise = torch.randn(case.shape, generator=generator).to(case.z)
     twin = _outputs(case, x_t.clone())
     kernel = _outputs(case, x_t)
-    arguments = (rows, row, noise, case.flags, x0_prev)
-    torch_backend.p_sample(x_t.clone(), m, *arguments, twin["out"], twin["x0_out"], twin["low_out"])
+    arguments = (m, rows, row, noise, case.flags, () if x0_prev is None else (x0_prev,))
+    fill(twins.p_sample, tuple(twin.values()), (x_t.clone(), *arguments), False)
     device = PtxDevice(arch, output_arguments=OUTPUTS)
     if case.in_place:
         device.in_place(x_t)
     with device.active():
-        triton_backend.p_sample(x_t, m, *arguments, kernel["out"], kernel["x0_out"], kernel["low_out"])
+        triton_backend.p_sample(tuple(kernel.values()), x_t, *arguments)
     return StepRun(device, x_t, m, kernel, twin)
 
 

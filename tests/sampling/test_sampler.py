@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastddpm import DiffusionConfig, Sampler, Schedule, ddpm_table, reference
 from fastddpm.errors import BackendUnavailable, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
+from fastddpm.ops.draw import randn
 from fastddpm.sampling.engine import LoopEngine
 from fastddpm.sampling.sampler import StepResult
 from fastddpm.tables.by_name import make_table
@@ -57,8 +58,8 @@ def sampler(model: Any = None, steps: int = 6, shape: tuple[int, ...] = SHAPE, *
 
 def drawn(batch: int, steps: int, seeds: list[int], shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, Tensor]:
     """x_T and every z of noise-v1, from its public function."""
-    x_T = noise.randn((batch, *shape), seeds=seeds, stream=noise.STREAM_X_T)
-    z = torch.stack([noise.randn((batch, *shape), seeds=seeds, step=i) for i in range(steps)])
+    x_T = randn((batch, *shape), seeds=seeds, stream=noise.STREAM_X_T)
+    z = torch.stack([randn((batch, *shape), seeds=seeds, step=i) for i in range(steps)])
     return x_T, z
 
 

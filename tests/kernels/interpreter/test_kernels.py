@@ -16,6 +16,8 @@ from fastddpm import Schedule, ops
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
+from fastddpm.ops.operators import pack
+from fastddpm.ops.twins import Flags
 from fastddpm.tables.table import loss_rows
 from tests.ops.step_cases import SHAPES, Case, flag_cases, inputs, to_channels_last
 
@@ -162,14 +164,13 @@ def test_ddpm_loss_kernel_equals_its_twin(shape: tuple[int, ...], prediction: st
 @pytest.mark.parametrize("op", ["p_sample", "p_sample_out", "q_sample", "randn"])
 def test_operators_pass_opcheck_with_the_kernels(op: str) -> None:
     kw = inputs(Case(noise="given", flags=frozenset({"clip", "x0_out"})))
-    noise = (kw["noise"], None, None, None, 0)
-    flags, how = (True, False, False, False, False), ("triton", False)
+    noise, flags, how = pack(kw["noise"]), Flags(clip=True).to_int(), ("triton", False)
     tensors = (kw["x_t"], kw["m"], kw["rows"], kw["row"], *noise)
     arguments: dict[str, tuple[Any, ...]] = {
-        "p_sample": (*tensors, None, *flags, *how),
-        "p_sample_out": (*tensors, None, *flags, kw["out"], kw["x0_out"], None, *how),
+        "p_sample": (*tensors, None, flags, *how),
+        "p_sample_out": (*tensors, None, flags, kw["out"], kw["x0_out"], None, *how),
         "q_sample": (kw["x_t"], kw["rows"][:, :2].contiguous(), kw["row"], *noise, True, *how),
-        "randn": (*counter(2), 2, 5, torch.float32, *how),
+        "randn": (*pack(counter(2)), 2, 5, torch.float32, *how),
     }
     results = torch.library.opcheck(getattr(torch.ops.fastddpm, op).default, arguments[op])
     assert set(results.values()) == {"SUCCESS"}

@@ -1,0 +1,102 @@
+"""The fused forward process: x_t from x_0, or from x_{t-1}."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastddpm.noise.v1 import Counter
+from fastddpm.ops.backend import check_backend
+from fastddpm.ops.checks import check_counter, check_dtype, check_like, check_rows
+from fastddpm.ops.operators import HOW, NOISE, define, execute, pack, unpack
+from fastddpm.ops.twins import columns
+
+
+def q_sample(
+    x_0: Tensor,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | Tensor,
+    *,
+    return_eps: bool = False,
+    backend: str = "auto",
+    compiled: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draw x_t = c_x * x_0 + sigma * eps   (Ho et al. 2020, eq. 4; with the rows of q_step, eq. 2).
+
+    Args:
+        x_0: [B, ...] in any layout.
+        rows: float32 [R, 2], columns (c_x, sigma): ``table.q_rows`` or ``table.q_step_rows``.
+        row: int64 [B] or [1], 0-based.
+        noise: a Counter, or eps with x_0's shape and dtype.
+        return_eps: also return the noise.
+
+    Returns:
+        x_t, contiguous, x_0's shape and dtype; or (x_t, eps). Differentiable in x_0 and eps.
+
+    Raises:
+        ValueError: for shapes, devices or dtypes that do not fit together.
+        TypeError: for a dtype that is not float32, float16 or bfloat16.
+        BackendUnavailable: "triton" was asked for and cannot run.
+    """
+    check_backend(backend)
+    check_dtype("x_0", x_0.dtype)
+    check_rows(rows, row, x_0, 2)
+    if isinstance(noise, Tensor):
+        check_like("noise", noise, x_0)
+        if noise.dtype != x_0.dtype:
+            raise ValueError(f"noise is {noise.dtype}, but x_0 is {x_0.dtype}; convert one of them")
+    else:
+        check_counter(noise, x_0.shape[0], x_0.device)
+    x_t, eps = _q_sample(x_0, rows, row, *pack(noise), return_eps, backend, compiled)
+    return (x_t, eps) if return_eps else x_t
+
+
+def _draw(
+    x_0: Tensor,
+    rows: Tensor,
+    row: Tensor,
+    noise: Sequence[Tensor],
+    stream: int,
+    return_eps: bool,
+    backend: str,
+    compiled: bool,
+) -> tuple[Tensor, Tensor]:
+    out, eps = _empty(x_0, rows, row, noise, stream, return_eps)
+    arguments = (x_0, rows, row, unpack(noise, stream))
+    execute("q_sample", (out, eps if return_eps else None), arguments, backend, compiled)
+    return out, eps
+
+
+def _empty(
+    x_0: Tensor, rows: Tensor, row: Tensor, noise: Sequence[Tensor], stream: int, return_eps: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return x_0.new_empty(x_0.shape), x_0.new_empty(x_0.shape if return_eps else (0,))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, rows, row, noise, *_ = inputs
+    ctx.save_for_backward(rows, row)
+    ctx.given = len(noise) == 1
+
+
+def _backward(ctx: Any, grad: Tensor, grad_eps: Tensor | None) -> tuple[Any, ...]:
+    """x_t = c_x * x_0 + sigma * eps; a caller's eps is returned as well."""
+    rows, row = ctx.saved_tensors
+    c_x, sigma = columns(rows, row, grad)
+    grad_z = sigma * grad.float()
+    if grad_eps is not None and grad_eps.shape == grad.shape:
+        grad_z = grad_z + grad_eps.float()
+    grad_noise = [grad_z.to(grad.dtype)] if ctx.given else [None] * 3
+    return (c_x * grad.float()).to(grad.dtype), None, None, grad_noise, *(None,) * 4
+
+
+_q_sample = define(
+    f"q_sample(Tensor x_0, Tensor rows, Tensor row, {NOISE}, bool return_eps, {HOW}) -> (Tensor, Tensor)",
+    _draw,
+    _empty,
+    _setup,
+    _backward,
+)

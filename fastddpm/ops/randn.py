@@ -1,0 +1,93 @@
+"""Noise-v1 of a counter, drawn by the kernel or its twin."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastddpm.noise.v1 import MAX_ELEMENTS, Counter
+from fastddpm.ops import twins
+from fastddpm.ops.backend import check_backend, use_triton
+from fastddpm.ops.checks import check_counter, check_device, check_dtype
+from fastddpm.ops.operators import HOW, NOISE, define, execute, pack, unpack
+
+
+def randn(
+    counter: Counter,
+    shape_per_sample: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    compiled: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Draw noise-v1 of a counter.
+
+    Args:
+        counter: seed, sample_id and step int64 [B] or [1], on one device.
+        shape_per_sample: shape without the batch.
+        dtype: float32, float16 or bfloat16.
+        device: must be the counter's device, if given.
+        out: where to write, contiguous [B, *shape_per_sample] of that dtype.
+
+    Returns:
+        ``out``, or a new contiguous [B, *shape_per_sample]; B is the length of the counter's tensors.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit.
+        BackendUnavailable: "triton" was asked for and cannot run.
+    """
+    check_backend(backend)
+    check_dtype("dtype", dtype)
+    batch = max(counter.seed.numel(), counter.sample_id.numel(), counter.step.numel())
+    if 0 in (counter.seed.numel(), counter.sample_id.numel()):
+        batch = 0
+    check_counter(counter, batch, counter.seed.device)
+    if device is not None and torch.empty(0, device=device).device != counter.seed.device:
+        raise ValueError(f"device is {device}, but the counter is on {counter.seed.device}; move the counter")
+    shape = torch.Size((batch, *shape_per_sample))
+    if out is None:
+        return _randn(*pack(counter), batch, shape[1:].numel(), dtype, backend, compiled).view(shape)
+    check_device("out", out, counter.seed.device)
+    if (out.shape, out.dtype) != (shape, dtype) or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous {dtype} {list(shape)}, got {out.dtype} {list(out.shape)} "
+            f"with strides {list(out.stride())}"
+        )
+    _randn_out(*pack(counter), out, backend, compiled)
+    return out
+
+
+def _fill(noise: Sequence[Tensor], stream: int, out: Tensor, backend: str, compiled: bool) -> None:
+    n = out.shape[1:].numel()
+    z, counter = out.view(len(out), n), unpack(noise, stream)
+    if compiled and _holds_pairs(z) and not use_triton(backend, z.device):
+        twins.fill(twins.randn_pairs, (z.view(torch.int64),), (counter, n // 2), compiled)
+    else:
+        execute("randn", (z,), (counter, n), backend, compiled)
+
+
+def _holds_pairs(z: Tensor) -> bool:
+    """Whether contiguous ``z`` can be filled two normals at a time."""
+    n, offset = z.shape[1], int(z.storage_offset())
+    pairs = z.numel() > 0 and n % 2 == 0 and n <= MAX_ELEMENTS and offset % 2 == 0
+    return bool(pairs) and z.dtype == torch.float32 and sys.byteorder == "little"
+
+
+def _draw(
+    noise: Sequence[Tensor], stream: int, batch: int, n: int, dtype: torch.dtype, backend: str, compiled: bool
+) -> Tensor:
+    out = _empty(noise, stream, batch, n, dtype)
+    _fill(noise, stream, out, backend, compiled)
+    return out
+
+
+def _empty(noise: Sequence[Tensor], stream: int, batch: int, n: int, dtype: torch.dtype, *_: object) -> Tensor:
+    return noise[0].new_empty((batch, n), dtype=dtype)
+
+
+_randn_out = define(f"randn_out({NOISE}, Tensor(a!) out, {HOW}) -> ()", _fill, lambda *_: None)
+_randn = define(f"randn({NOISE}, SymInt batch, SymInt n, ScalarType dtype, {HOW}) -> Tensor", _draw, _empty)
