@@ -1,7 +1,6 @@
 """The training loss: squared residuals of a network's output, against noise that is drawn again instead of read.
 
-``fastddpm/ops/twins.py`` has the twin of a residual; :func:`ddpm_loss_variant` describes every variant for offline
-compilation.
+``fastddpm/ops/twins.py`` has the twin of a residual.
 """
 
 from __future__ import annotations
@@ -9,23 +8,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastddpm.kernels.launch import (
-    OPTIONS,
-    Variant,
-    Words,
-    is_aligned,
-    make_variant,
-    on_device,
-    sample_stride,
-    tile_constants,
-)
+from fastddpm.kernels.launch import Launch, Words, is_aligned, sample_stride, split_words, tile_constants
 from fastddpm.kernels.noise import normals4
 from fastddpm.kernels.tiles import (
     PIXELS,
     SCALAR,
     STRIDED,
     VECTOR,
-    block_groups,
     launch_grid,
     load,
     per_row,
@@ -109,7 +98,7 @@ def _ddpm_loss_kernel(
     Counts    as in ``p_sample``
     Traffic   sums: 1 read = 4 B/element at fp32, 8 if USE_X0; gradient: 1 write more (x_0 is not read for the
               epsilon target, nor is eps for any)
-    Numerics  fp32 inside, no contraction; the residual and the gradient are bit-equal to ``step.residual``; a sum has
+    Numerics  fp32 inside, no contraction; the residual and the gradient are bit-equal to ``twins.residual``; a sum has
               a fixed order: that of the four, of channels, of the lanes of a warp, and then of the partial sums
     Noise     noise-v1 if COUNTER, else none
     """
@@ -162,94 +151,45 @@ def _ddpm_loss_kernel(
         tl.store(out_ptr + target + lane, sums, mask=(lane == 0) & (sample < batch))
 
 
-def _plane(n: int, channels: int, aligned: bool) -> tuple[int, int]:
-    """What the kernel counts of a sample (``count``), and the groups of four that its programs cover."""
-    count = n // channels // 4 if aligned else n // channels
-    return count, count if aligned else -(-n // 4)
-
-
-def _constants(groups: int, aligned: bool, **flags: object) -> dict[str, object]:
-    tile = tile_constants(groups, aligned)
-    return flags | tile | {"LANES": min(tile["BLOCK_G"], WARP)}
-
-
-def _partial_sums(batch: int, groups: int, like: Tensor) -> Tensor:
-    """Memory for each warp's sum, [batch, P]."""
-    _, y, z = launch_grid(batch, groups)
-    block = block_groups(groups)
-    return torch.empty(batch, y * z * (block // min(block, WARP)), dtype=torch.float32, device=like.device)
-
-
-def launch_ddpm_loss(
+def ddpm_loss_launch(
     m: Tensor,
     x_0: Tensor | None,
     rows: Tensor,
     row: Tensor,
-    keys: Words | None,
-    *,
-    batch: int,
-    channels: int = 1,
+    noise: Words | None,
     learned: bool = False,
-    m_nhwc: bool = False,
     scale: Tensor | None = None,
     out: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Launch, Tensor]:
     """Sum the squared residuals of each sample, or with ``scale`` fill ``out`` with scale times the residuals.
 
     Args:
-        m: dense storage of the network's output, at least one element.
-        x_0: contiguous [B, n], where the target has a term in it.
+        m: the network's output, contiguous or channels-last, at least one element.
+        x_0: contiguous [B, ...], where the target has a term in it.
         rows: float32 [R, 3] contiguous; row: int64 [B] or [1].
-        keys: of the noise, where the target has a term in it.
-        batch: B.
-        channels: of x_0; needed if m is channels-last (m_nhwc).
+        noise: where the target has a term in it.
         learned: m has twice the channels, and the second half is left alone.
         scale: float32 [B] contiguous.
-        out: laid out as m.
+        out: laid out as m, or the first half of what is.
 
     Returns:
-        Partial sums float32 [B, P], P a function of n; or ``out``.
+        The launch, and what it fills: ``out``, or partial sums float32 [B, P], P a function of n.
     """
-    halves = 2 if learned else 1
+    batch, halves, m_nhwc = len(m), 2 if learned else 1, not m.is_contiguous()
     n = m.numel() // (batch * halves)
-    channels = channels if m_nhwc else 1
+    channels = m.shape[1] // halves if m_nhwc else 1
     aligned = is_aligned(n // channels, m, x_0, out)
-    count, groups = _plane(n, channels, aligned)
-    out = _partial_sums(batch, groups, m) if out is None else out
-    words = (None, None, None, 0) if keys is None else keys
-    strides = [0 if v is None else sample_stride(v, batch) for v in (row, *words[:3])]
-    with on_device(m):
-        _ddpm_loss_kernel[launch_grid(batch, groups)](
-            m, x_0, scale, out, rows, row, *words[:3], batch, count, *strides, words[3],
-            **_constants(
-                groups, aligned, USE_X0=x_0 is not None, COUNTER=keys is not None, GRADIENT=scale is not None,
-                HALVES=halves, M_NHWC=m_nhwc, CHANNELS=channels,
-            ), **OPTIONS,
-        )  # fmt: skip
-    return out
-
-
-def ddpm_loss_variant(
-    n: int,
-    channels: int = 1,
-    *,
-    m: torch.dtype = torch.float32,
-    x: torch.dtype | None = None,
-    counter: bool = True,
-    gradient: bool = False,
-    learned: bool = False,
-    m_nhwc: bool = False,
-    aligned: bool | None = None,
-) -> Variant:
-    """The variant that :func:`launch_ddpm_loss` runs for samples of n elements; ``x`` None: no term in x_0."""
-    channels = channels if m_nhwc else 1
-    aligned = n // channels % 4 == 0 if aligned is None else aligned
-    key = torch.int64 if counter else None
-    types = {"m_ptr": m, "x_ptr": x, "scale_ptr": torch.float32 if gradient else None}
-    types |= {"out_ptr": m if gradient else torch.float32, "rows_ptr": torch.float32, "row_ptr": torch.int64}
-    types |= {"seed_ptr": key, "id_ptr": key, "step_ptr": key}
-    constants = _constants(
-        _plane(n, channels, aligned)[1], aligned, USE_X0=x is not None, COUNTER=counter, GRADIENT=gradient,
-        HALVES=2 if learned else 1, M_NHWC=m_nhwc, CHANNELS=channels,
-    )  # fmt: skip
-    return make_variant(_ddpm_loss_kernel, types, constants)
+    count = n // channels // 4 if aligned else n // channels
+    groups = count if aligned else -(-n // 4)
+    grid, tile = launch_grid(batch, groups), tile_constants(groups, aligned)
+    lanes = min(tile["BLOCK_G"], WARP)
+    if out is None:
+        parts = grid[1] * grid[2] * (tile["BLOCK_G"] // lanes)
+        out = torch.empty(batch, parts, dtype=torch.float32, device=m.device)
+    words, strides, stream = split_words(noise, batch)
+    values = (m, x_0, scale, out, rows, row, *words, batch, count, sample_stride(row, batch), *strides, stream)
+    flags = {
+        "USE_X0": x_0 is not None, "COUNTER": noise is not None, "GRADIENT": scale is not None, "HALVES": halves,
+        "M_NHWC": m_nhwc, "CHANNELS": channels, "LANES": lanes,
+    }  # fmt: skip
+    return Launch(_ddpm_loss_kernel, grid, values, flags | tile), out

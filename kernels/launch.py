@@ -1,8 +1,8 @@
-"""What every launcher shares: alignment, strides, the device guard, and the description of a compiled variant."""
+"""A launch as a value, to be run, or compiled without a GPU; and what every kernel's arguments share."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,40 +14,58 @@ OPTIONS: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 NOISE_NONE, NOISE_COUNTER, NOISE_GIVEN = 0, 1, 2
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
-
-
-class Variant(NamedTuple):
-    """One compiled form of a kernel, as ``triton.compile(ASTSource(fn, signature, constexprs), options=...)`` takes it.
-
-    No argument carries an assumption about divisibility: alignment is the constant ``ALIGNED``, and everything that
-    is no constant is in ``do_not_specialize``.
-    """
-
-    fn: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    options: dict[str, Any]
-
-
 # Key and counter words of a draw: seed, sample_id and step, int64 [B] or [1] each, and the stream.
 Words = tuple[Tensor, Tensor, Tensor, int]
 
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 
-def make_variant(fn: Any, types: dict[str, torch.dtype | None], constants: dict[str, Any]) -> Variant:
-    """Describe a variant from its pointers' dtypes (None: not passed) and constants; integers are 32 bits wide."""
-    signature: dict[str, str] = {}
-    constexprs = dict(constants)
-    for name in fn.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name not in types:
-            signature[name] = "i32"
-        elif (dtype := types[name]) is None:
-            signature[name], constexprs[name] = "constexpr", None
-        else:
-            signature[name] = f"*{_TYPES[dtype]}"
-    return Variant(fn, signature, constexprs, dict(OPTIONS))
+
+class Launch(NamedTuple):
+    """One launch of a kernel.
+
+    No argument carries an assumption about divisibility: alignment is the constant ``ALIGNED``, and everything that is
+    no constant is in ``do_not_specialize``. So the launch's own code can be compiled from tensors without data.
+
+    Attributes:
+        kernel: the jitted function.
+        grid: programs on each axis.
+        values: the arguments in the kernel's order, those that are no constants: tensors, None or ints.
+        flags: the constants by name.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    values: tuple[Tensor | int | None, ...]
+    flags: dict[str, Any]
+
+    def run(self) -> None:
+        """Launch on the device of the first argument."""
+        first = self.values[0]
+        assert isinstance(first, Tensor)
+        # Triton launches on whatever device is current.
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            self.kernel[self.grid](*self.values, **self.flags, **OPTIONS)
+
+    @property
+    def arguments(self) -> dict[str, Tensor | int | None]:
+        """The values by name."""
+        return dict(zip(self.kernel.arg_names, self.values, strict=False))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What is compiled in: the flags, and None for a tensor that is not passed."""
+        return {name: None for name, value in self.arguments.items() if value is None} | self.flags
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """Triton's types of the arguments that are no constants."""
+        return {name: _type(value) for name, value in self.arguments.items() if value is not None}
+
+
+def _type(value: Tensor | int) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
 
 
 def tile_constants(groups: int, aligned: bool) -> dict[str, Any]:
@@ -60,13 +78,16 @@ def is_aligned(n: int, *tensors: Tensor | None) -> bool:
     return n % 4 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
+def split_words(noise: Words | Tensor | None, batch: int) -> tuple[tuple[Tensor | None, ...], list[int], int]:
+    """The tensors of a counter, their strides per sample, and its stream; None and 0 for other noise."""
+    if noise is None or isinstance(noise, Tensor):
+        return (None, None, None), [0, 0, 0], 0
+    *words, stream = noise
+    return tuple(words), [sample_stride(word, batch) for word in words], stream
+
+
 def sample_stride(values: Tensor, batch: int) -> int:
     """0 for one value for all samples, 1 for one each."""
     if values.shape not in ((1,), (batch,)) or not values.is_contiguous():
         raise ValueError(f"expected contiguous [1] or [{batch}], got {tuple(values.shape)}, strides {values.stride()}")
     return 0 if values.shape[0] == 1 else 1
-
-
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on whatever device is current: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

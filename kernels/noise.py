@@ -7,19 +7,9 @@ Allowed operations: integer ops, integer-to-float casts, float32 add, sub and mu
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from fastddpm.kernels.launch import (
-    OPTIONS,
-    Variant,
-    Words,
-    is_aligned,
-    make_variant,
-    on_device,
-    sample_stride,
-    tile_constants,
-)
+from fastddpm.kernels.launch import Launch, Words, is_aligned, split_words, tile_constants
 from fastddpm.kernels.tiles import SCALAR, VECTOR, join4, launch_grid, program, store, tile_groups, tile_samples
 from torch import Tensor
 
@@ -155,22 +145,10 @@ def _randn_kernel(
     store(out_ptr, base, g.to(tl.int64) * 4, z, live & exists, n, n, 1, 0, VECTOR if ALIGNED else SCALAR)
 
 
-def launch_randn(out: Tensor, keys: Words) -> None:
-    """Fill ``out``, contiguous [B, n], with noise-v1."""
+def randn_launch(out: Tensor, noise: Words) -> Launch:
+    """Fill ``out``, contiguous [B, n] of at least one element, with noise-v1."""
     batch, n = out.shape
-    if out.numel() == 0:
-        return
     aligned, groups = is_aligned(n, out), -(-n // 4)
-    strides = [sample_stride(v, batch) for v in keys[:3]]
-    with on_device(out):
-        _randn_kernel[launch_grid(batch, groups)](
-            out, *keys[:3], batch, groups if aligned else n, *strides, keys[3],
-            **tile_constants(groups, aligned), **OPTIONS,
-        )  # fmt: skip
-
-
-def randn_variant(n: int, dtype: torch.dtype = torch.float32, aligned: bool | None = None) -> Variant:
-    """The variant that :func:`launch_randn` runs for samples of n elements."""
-    i64 = torch.int64
-    types: dict[str, torch.dtype | None] = {"out_ptr": dtype, "seed_ptr": i64, "id_ptr": i64, "step_ptr": i64}
-    return make_variant(_randn_kernel, types, tile_constants(-(-n // 4), n % 4 == 0 if aligned is None else aligned))
+    words, strides, stream = split_words(noise, batch)
+    values = (out, *words, batch, groups if aligned else n, *strides, stream)
+    return Launch(_randn_kernel, launch_grid(batch, groups), values, tile_constants(groups, aligned))

@@ -1,18 +1,16 @@
 """The reverse step: one table row per sample, executed in one pass over memory.
 
-``fastddpm/ops/twins.py`` is the twin; ``p_sample_variant`` describes every variant for offline
-compilation.
+``fastddpm/ops/twins.py`` is the twin.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from fastddpm.kernels import launch
-from fastddpm.kernels.launch import OPTIONS, Variant, Words, is_aligned, make_variant, on_device, sample_stride
+from fastddpm.kernels.launch import Launch, Words, is_aligned, sample_stride, split_words, tile_constants
 from fastddpm.kernels.noise import horner, normals4
 from fastddpm.kernels.tiles import (
     PIXELS,
@@ -30,7 +28,6 @@ from fastddpm.kernels.tiles import (
 )
 from torch import Tensor
 
-COLUMNS = tl.constexpr(14)
 EXP_POLY = tl.constexpr(
     (
         1.0,
@@ -65,42 +62,62 @@ def _exp(y):
     return horner(r, EXP_POLY, 7) * power
 
 
-@triton.jit
-def _coefficients(p, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
-    """The columns of a table row up to w; those that nothing reads are never loaded."""
-    a = per_row(tl.load(p), BLOCK_G, TILE)
-    b = per_row(tl.load(p + 1), BLOCK_G, TILE)
-    lo = per_row(tl.load(p + 2), BLOCK_G, TILE)
-    hi = per_row(tl.load(p + 3), BLOCK_G, TILE)
-    c_x0 = per_row(tl.load(p + 4), BLOCK_G, TILE)
-    c_xt = per_row(tl.load(p + 5), BLOCK_G, TILE)
-    c_m = per_row(tl.load(p + 6), BLOCK_G, TILE)
-    c_1 = per_row(tl.load(p + 7), BLOCK_G, TILE)
-    sigma = per_row(tl.load(p + 8), BLOCK_G, TILE)
-    h0 = per_row(tl.load(p + 9), BLOCK_G, TILE)
-    h1 = per_row(tl.load(p + 10), BLOCK_G, TILE)
-    w = per_row(tl.load(p + 11), BLOCK_G, TILE)
-    return a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w
+class Row(NamedTuple):
+    """The columns of a table row, in their order in memory."""
+
+    a: Any
+    b: Any
+    lo: Any
+    hi: Any
+    c_x0: Any
+    c_xt: Any
+    c_m: Any
+    c_1: Any
+    sigma: Any
+    h0: Any
+    h1: Any
+    w: Any
+    c_2: Any
+    c_3: Any
+
+
+COLUMNS = tl.constexpr(len(Row._fields))
 
 
 @triton.jit
-def _update(x, m, v, z, x0_prev, coefficients, CLIP: tl.constexpr, USE_M: tl.constexpr):
+def _column(ptr, K: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
+    return per_row(tl.load(ptr + K), BLOCK_G, TILE)
+
+
+@triton.jit
+def _row(ptr, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
+    """Load a row; the columns that nothing reads are never loaded."""
+    return Row(
+        _column(ptr, 0, BLOCK_G, TILE), _column(ptr, 1, BLOCK_G, TILE), _column(ptr, 2, BLOCK_G, TILE),
+        _column(ptr, 3, BLOCK_G, TILE), _column(ptr, 4, BLOCK_G, TILE), _column(ptr, 5, BLOCK_G, TILE),
+        _column(ptr, 6, BLOCK_G, TILE), _column(ptr, 7, BLOCK_G, TILE), _column(ptr, 8, BLOCK_G, TILE),
+        _column(ptr, 9, BLOCK_G, TILE), _column(ptr, 10, BLOCK_G, TILE), _column(ptr, 11, BLOCK_G, TILE),
+        _column(ptr, 12, BLOCK_G, TILE), _column(ptr, 13, BLOCK_G, TILE),
+    )  # fmt: skip
+
+
+@triton.jit
+def _update(x, m, v, z, x0_prev, row, CLIP: tl.constexpr, USE_M: tl.constexpr):
     """The arithmetic of a row, every operation rounded on its own: (x_prev, x0). A term whose tensor is None is off."""
-    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, _ = coefficients
-    x0 = a * x + b * m
+    x0 = row.a * x + row.b * m
     if CLIP:
-        x0 = tl.maximum(x0, lo, propagate_nan=NAN)
-        x0 = tl.minimum(x0, hi, propagate_nan=NAN)
-    x_prev = c_x0 * x0 + c_xt * x
+        x0 = tl.maximum(x0, row.lo, propagate_nan=NAN)
+        x0 = tl.minimum(x0, row.hi, propagate_nan=NAN)
+    x_prev = row.c_x0 * x0 + row.c_xt * x
     if USE_M:
-        x_prev = x_prev + c_m * m
+        x_prev = x_prev + row.c_m * m
     if x0_prev is not None:
-        x_prev = x_prev + c_1 * x0_prev
+        x_prev = x_prev + row.c_1 * x0_prev
     if z is not None:
-        std = sigma
+        std = row.sigma
         if v is not None:
-            std = sigma * _exp(h0 + h1 * v)
-        x_prev = tl.where(sigma == 0.0, x_prev, x_prev + std * z)
+            std = row.sigma * _exp(row.h0 + row.h1 * v)
+        x_prev = tl.where(row.sigma == 0.0, x_prev, x_prev + std * z)
     return x_prev, x0
 
 
@@ -141,7 +158,7 @@ def _p_sample_kernel(
     if not ALIGNED:
         groups = (n + 3) // 4
     s, exists = tile_samples(batch, BLOCK_G, TILE)
-    coefficients = _coefficients(rows_ptr + tl.load(row_ptr + s * row_stride) * COLUMNS, BLOCK_G, TILE)
+    row = _row(rows_ptr + tl.load(row_ptr + s * row_stride) * COLUMNS, BLOCK_G, TILE)
     if NOISE == NOISE_COUNTER:
         seed = tl.load(seed_ptr + s * seed_stride)
         sample_id = tl.load(id_ptr + s * id_stride)
@@ -163,7 +180,7 @@ def _p_sample_kernel(
         m = load(m_ptr, m_base, m_index, live, n, plane, M_CHANNELS, channel, M_ACCESS)
         if GUIDED:
             m_u = load(m_ptr, m_base + half, m_index, live, n, plane, M_CHANNELS, channel, M_ACCESS)
-            m = m_u + coefficients[11] * (m - m_u)
+            m = m_u + row.w * (m - m_u)
         v = None
         if LEARNED:
             v_base = m_base + (CHANNELS if M_NHWC else n)
@@ -177,7 +194,7 @@ def _p_sample_kernel(
         if NOISE == NOISE_GIVEN:
             z = load(z_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
 
-        x_prev, x0 = _update(x, m, v, z, x0_prev, coefficients, CLIP, USE_M)
+        x_prev, x0 = _update(x, m, v, z, x0_prev, row, CLIP, USE_M)
         store(out_ptr, base, e, x_prev, live, n, plane, CHANNELS, channel, FLAT)
         if X0_OUT:
             store(x0_out_ptr, base, e, x0, live, n, plane, CHANNELS, channel, FLAT)
@@ -186,23 +203,8 @@ def _p_sample_kernel(
             store(low_ptr, base, low_index, x_prev, live, n, plane, CHANNELS, channel, LOW_ACCESS)
 
 
-class PSampleFlags(NamedTuple):
-    """The compile-time flags that do not follow from which tensors are given."""
-
-    clip: bool = False
-    learned: bool = False
-    guided: bool = False
-    use_m: bool = False
-    use_prev: bool = False
-    m_nhwc: bool = False
-    low_nhwc: bool = False
-
-
-DEFAULT_FLAGS = PSampleFlags()
-
-
 class Geometry(NamedTuple):
-    """How a shape is launched: a pure function of it, so that a variant can be compiled and run anywhere."""
+    """How a shape is launched, a pure function of it."""
 
     plane: int
     groups: int
@@ -211,9 +213,8 @@ class Geometry(NamedTuple):
     grid: tuple[int, int, int]
 
 
-def geometry(batch: int, n: int, channels: int, flags: PSampleFlags, aligned: bool) -> Geometry:
+def geometry(batch: int, n: int, channels: int, nhwc: bool, aligned: bool) -> Geometry:
     """Counts and grid for ``batch`` samples of n elements, of which ``channels`` matter only if channels-last."""
-    nhwc = flags.m_nhwc or flags.low_nhwc
     channels = channels if nhwc else 1
     plane = n // channels // 4 if aligned else n // channels
     groups = plane if aligned else -(-n // 4)
@@ -221,15 +222,7 @@ def geometry(batch: int, n: int, channels: int, flags: PSampleFlags, aligned: bo
     return Geometry(plane, groups, channels, repeat, launch_grid(batch, groups, repeat))
 
 
-def _constants(
-    flags: PSampleFlags, geom: Geometry, aligned: bool, noise: int, x0_out: bool, low_out: bool
-) -> dict[str, object]:
-    constants: dict[str, object] = {name.upper(): value for name, value in flags._asdict().items()}
-    constants |= {"X0_OUT": x0_out, "LOW_OUT": low_out, "NOISE": noise, "CHANNELS": geom.channels}
-    return constants | launch.tile_constants(geom.groups, aligned)
-
-
-def launch_p_sample(
+def p_sample_launch(
     x_t: Tensor,
     m: Tensor,
     rows: Tensor,
@@ -237,58 +230,39 @@ def launch_p_sample(
     noise: Words | Tensor | None,
     out: Tensor,
     *,
-    channels: int = 1,
-    flags: PSampleFlags = DEFAULT_FLAGS,
+    clip: bool = False,
+    learned: bool = False,
+    guided: bool = False,
+    use_m: bool = False,
+    use_prev: bool = False,
     x0_prev: Tensor | None = None,
     x0_out: Tensor | None = None,
     low_out: Tensor | None = None,
-) -> None:
+) -> Launch:
     """Execute one row of a table for each sample.
 
     Args:
-        x_t, out, x0_prev, x0_out, z: contiguous [B, n].
-        m, low_out: dense storage of the network's output and of the copy, laid out as the flags say.
+        x_t, out, x0_prev, x0_out: contiguous [B, ...], at least one element; z likewise, if given.
+        m, low_out: contiguous or channels-last.
         rows: float32 [R, 14] contiguous; row: int64 [B] or [1].
-        channels: of x_t; needed if something is channels-last.
+        clip, learned, guided, use_m, use_prev: what is computed, see ``twins.p_sample``.
     """
-    batch, n = x_t.shape
-    if x_t.numel() == 0:
-        return
+    batch, n = len(x_t), x_t.shape[1:].numel()
     given = noise if isinstance(noise, Tensor) else None
-    keys: Any = (None, None, None, 0) if noise is None or given is not None else noise
     kind = launch.NOISE_NONE if noise is None else launch.NOISE_COUNTER if given is None else launch.NOISE_GIVEN
-    nhwc = flags.m_nhwc or flags.low_nhwc
-    aligned = is_aligned(n // channels if nhwc else n, x_t, m, given, x0_prev, out, x0_out, low_out)
-    geom = geometry(batch, n, channels, flags, aligned)
-    strides = [0 if v is None else sample_stride(v, batch) for v in (row, *keys[:3])]
-    with on_device(x_t):
-        _p_sample_kernel[geom.grid](
-            x_t, m, given, x0_prev, out, x0_out, low_out, rows, row, *keys[:3],
-            batch, geom.plane, geom.repeat, *strides, keys[3],
-            **_constants(flags, geom, aligned, kind, x0_out is not None, low_out is not None), **OPTIONS,
-        )  # fmt: skip
-
-
-def p_sample_variant(
-    n: int,
-    channels: int = 1,
-    *,
-    flags: PSampleFlags = DEFAULT_FLAGS,
-    x: torch.dtype = torch.float32,
-    m: torch.dtype | None = None,
-    noise: int = launch.NOISE_COUNTER,
-    z: torch.dtype = torch.float32,
-    x0_out: torch.dtype | None = None,
-    low_out: torch.dtype | None = None,
-    aligned: bool | None = None,
-) -> Variant:
-    """The variant that :func:`launch_p_sample` runs for samples of n elements; m has x's dtype unless told."""
-    nhwc = flags.m_nhwc or flags.low_nhwc
-    aligned = (n // channels if nhwc else n) % 4 == 0 if aligned is None else aligned
-    geom = geometry(1, n, channels, flags, aligned)
-    key = torch.int64 if noise == launch.NOISE_COUNTER else None
-    types = {"x_ptr": x, "m_ptr": m or x, "z_ptr": z if noise == launch.NOISE_GIVEN else None}
-    types |= {"x0_prev_ptr": x if flags.use_prev else None, "out_ptr": x, "x0_out_ptr": x0_out, "low_ptr": low_out}
-    types |= {"rows_ptr": torch.float32, "row_ptr": torch.int64, "seed_ptr": key, "id_ptr": key, "step_ptr": key}
-    constants = _constants(flags, geom, aligned, noise, x0_out is not None, low_out is not None)
-    return make_variant(_p_sample_kernel, types, constants)
+    m_nhwc, low_nhwc = not m.is_contiguous(), low_out is not None and not low_out.is_contiguous()
+    nhwc = m_nhwc or low_nhwc
+    channels = x_t.shape[1] if nhwc else 1
+    aligned = is_aligned(n // channels, x_t, m, given, x0_prev, out, x0_out, low_out)
+    geom = geometry(batch, n, channels, nhwc, aligned)
+    words, strides, stream = split_words(noise, batch)
+    values = (
+        x_t, m, given, x0_prev, out, x0_out, low_out, rows, row, *words,
+        batch, geom.plane, geom.repeat, sample_stride(row, batch), *strides, stream,
+    )  # fmt: skip
+    flags = {
+        "CLIP": clip, "LEARNED": learned, "GUIDED": guided, "USE_M": use_m, "USE_PREV": use_prev,
+        "X0_OUT": x0_out is not None, "LOW_OUT": low_out is not None, "M_NHWC": m_nhwc, "LOW_NHWC": low_nhwc,
+        "NOISE": kind, "CHANNELS": geom.channels,
+    }  # fmt: skip
+    return Launch(_p_sample_kernel, geom.grid, values, flags | tile_constants(geom.groups, aligned))

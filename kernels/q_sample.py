@@ -1,23 +1,13 @@
 """The forward process: q(x_t | x_0), or q(x_t | x_{t-1}), in one pass over memory.
 
-``fastddpm/ops/twins.py`` is the twin; :func:`q_sample_variant` describes every variant for offline compilation.
+``fastddpm/ops/twins.py`` is the twin.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from fastddpm.kernels.launch import (
-    OPTIONS,
-    Variant,
-    Words,
-    is_aligned,
-    make_variant,
-    on_device,
-    sample_stride,
-    tile_constants,
-)
+from fastddpm.kernels.launch import Launch, Words, is_aligned, sample_stride, split_words, tile_constants
 from fastddpm.kernels.noise import normals4
 from fastddpm.kernels.tiles import SCALAR, VECTOR, launch_grid, load, per_row, program, store, tile_groups, tile_samples
 from torch import Tensor
@@ -41,7 +31,7 @@ def _q_sample_kernel(
     Output    x_t: [batch, n]; eps if EPS_OUT
     Grid      ``tiles.launch_grid``; count: n in groups of four (in elements if not ALIGNED)
     Traffic   1 read + 1 write = 8 B/element at fp32, 12 with eps returned
-    Numerics  fp32 inside, no contraction, one rounding at each store; bit-equal to ``step.q_sample``
+    Numerics  fp32 inside, no contraction, one rounding at each store; bit-equal to ``twins.q_sample``
     Noise     noise-v1 if COUNTER, else the caller's eps
     """
     ACCESS: tl.constexpr = VECTOR if ALIGNED else SCALAR
@@ -71,40 +61,20 @@ def _q_sample_kernel(
         store(eps_out_ptr, base, index, eps, live, n, n, 1, 0, ACCESS)
 
 
-def _constants(n: int, aligned: bool, counter: bool, eps_out: bool) -> dict[str, object]:
-    return {"EPS_OUT": eps_out, "COUNTER": counter} | tile_constants(-(-n // 4), aligned)
-
-
-def launch_q_sample(
+def q_sample_launch(
     x_0: Tensor, rows: Tensor, row: Tensor, noise: Words | Tensor, out: Tensor, eps_out: Tensor | None = None
-) -> None:
-    """Fill ``out`` with x_t, and ``eps_out`` with the noise if given; all tensors contiguous [B, n]."""
-    batch, n = x_0.shape
-    if x_0.numel() == 0:
-        return
+) -> Launch:
+    """Fill ``out`` with x_t, and ``eps_out`` with the noise if given.
+
+    Args:
+        x_0, out, eps_out: contiguous [B, ...], at least one element; eps likewise, if given.
+        rows: float32 [R, 2] contiguous; row: int64 [B] or [1].
+    """
+    batch, n = len(x_0), x_0.shape[1:].numel()
     given = noise if isinstance(noise, Tensor) else None
     aligned, groups = is_aligned(n, x_0, given, out, eps_out), -(-n // 4)
-    keys = (None, None, None, 0) if isinstance(noise, Tensor) else noise
-    strides = [0 if v is None else sample_stride(v, batch) for v in (row, *keys[:3])]
-    with on_device(x_0):
-        _q_sample_kernel[launch_grid(batch, groups)](
-            x_0, given, out, eps_out, rows, row, *keys[:3], batch, groups if aligned else n, *strides, keys[3],
-            **_constants(n, aligned, given is None, eps_out is not None), **OPTIONS,
-        )  # fmt: skip
-
-
-def q_sample_variant(
-    n: int,
-    *,
-    x: torch.dtype = torch.float32,
-    noise: torch.dtype | None = None,
-    out: torch.dtype | None = None,
-    eps_out: torch.dtype | None = None,
-    aligned: bool | None = None,
-) -> Variant:
-    """The variant that :func:`launch_q_sample` runs for samples of n elements; ``noise`` None: drawn in the kernel."""
-    key = None if noise is not None else torch.int64
-    types = {"x_ptr": x, "noise_ptr": noise, "out_ptr": out or x, "eps_out_ptr": eps_out, "rows_ptr": torch.float32}
-    types |= {"row_ptr": torch.int64, "seed_ptr": key, "id_ptr": key, "step_ptr": key}
-    aligned = n % 4 == 0 if aligned is None else aligned
-    return make_variant(_q_sample_kernel, types, _constants(n, aligned, noise is None, eps_out is not None))
+    words, strides, stream = split_words(noise, batch)
+    count = groups if aligned else n
+    values = (x_0, given, out, eps_out, rows, row, *words, batch, count, sample_stride(row, batch), *strides, stream)
+    flags = {"EPS_OUT": eps_out is not None, "COUNTER": given is None} | tile_constants(groups, aligned)
+    return Launch(_q_sample_kernel, launch_grid(batch, groups), values, flags)

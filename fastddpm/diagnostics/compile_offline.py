@@ -124,6 +124,14 @@ def compile_kernel(
     )
 
 
+def compile_launch(launch: Any, arch: str) -> Compiled:
+    """Compile the code that a ``kernels.launch.Launch`` runs; see `compile_kernel`."""
+    load_triton()
+    from fastddpm.kernels.launch import OPTIONS
+
+    return compile_kernel(launch.kernel, launch.signature, launch.constants, arch, options=OPTIONS)
+
+
 def check_arch(arch: str) -> None:
     """Raise ValueError for what is no name of an architecture."""
     if not re.fullmatch(r"sm_\d+|gfx\w+", arch):

@@ -1,4 +1,4 @@
-"""Figures of named GPUs, from the makers' data sheets, for the roofline of ``fastddpm inspect``.
+"""Figures of named GPUs, from the makers' data sheets, and the roofline: what they allow a kernel, per element.
 
 Clock: the boost clock; data centre parts are quoted by their peak float32 rate, which fixes it (2 x lanes x clock).
 Issue rate: an SM's four schedulers issue one warp instruction each per clock, so 128 lanes (CUDA C++ Programming Guide,
@@ -9,6 +9,7 @@ compute capability 12.0 do better on the first; 64 is the cautious figure there)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -125,3 +126,53 @@ def find_gpu(name: str) -> Gpu:
         if gpu.name.lower() == name.lower():
             return gpu
     raise ValueError(f"no data sheet on file for the GPU {name!r}; known: {', '.join(BY_NAME)}")
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Lower bounds of the time per element, in seconds, and what follows from them.
+
+    Attributes:
+        dram: bytes per element over the DRAM bandwidth.
+        issue: executed instructions per element over the issue rate.
+        integer: the larger of integer arithmetic and integer multiply over their rates.
+        l2_elements: elements up to which everything the kernel touches fits into L2, so that DRAM is not the bound.
+    """
+
+    dram: float
+    issue: float
+    integer: float
+    l2_elements: int
+
+    @property
+    def binds(self) -> str:
+        """The roof that binds once the tensors have left L2: "DRAM", "issue" or "integer"."""
+        return max((self.dram, "DRAM"), (self.issue, "issue"), (self.integer, "integer"))[1]
+
+    @property
+    def elements_per_second(self) -> float:
+        """The most that the binding roof allows."""
+        return 1.0 / max(self.dram, self.issue, self.integer)
+
+    @property
+    def compute_share(self) -> float:
+        """Time of the slower of issue and integer as a share of DRAM's: below 1, bandwidth binds."""
+        return max(self.issue, self.integer) / self.dram
+
+
+def roofline(gpu: Gpu, bytes_per_element: float, executed: float, classes: Mapping[str, float]) -> Roofline:
+    """Place a kernel under a GPU's roofs.
+
+    Args:
+        gpu: data-sheet figures.
+        bytes_per_element: to and from the tensors that scale with the batch; coefficients stay in L1.
+        executed: instructions per element.
+        classes: the same by class, see ``sass.instruction_class``.
+    """
+    integer = max(classes.get("integer", 0.0), classes.get("integer multiply", 0.0))
+    return Roofline(
+        dram=bytes_per_element / gpu.bandwidth,
+        issue=executed / gpu.issue_rate,
+        integer=integer / gpu.integer_rate,
+        l2_elements=int(gpu.l2 // bytes_per_element),
+    )

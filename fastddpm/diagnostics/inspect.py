@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastddpm.diagnostics import compile_offline as offline
-from fastddpm.diagnostics.gpus import Gpu, default_gpu
+from fastddpm.diagnostics.gpus import Gpu, default_gpu, roofline
 from fastddpm.diagnostics.ptx import accesses
-from fastddpm.diagnostics.roofline import roofline
 from fastddpm.diagnostics.sass import SassError
 from fastddpm.diagnostics.sass_walk import Walk, walk
 from fastddpm.diagnostics.variants import Variant
@@ -77,20 +76,14 @@ def inspect_variant(variant: Variant, arch: str, gpu: Gpu | None = None) -> Repo
     """Compile one variant for an architecture and measure it.
 
     Args:
-        variant: see ``kernel_variants.variants``.
+        variant: see ``variants.variants``.
         arch: "sm_NN" or "gfxNNN".
         gpu: data sheet for the roofline; the architecture's default if not given.
 
     Raises:
         BackendUnavailable: if Triton or one of its tools is missing.
     """
-    compiled = offline.compile_kernel(
-        variant.function,
-        variant.signature,
-        variant.constants,
-        arch,
-        options=variant.options,
-    )
+    compiled = offline.compile_launch(variant.launch, arch)
     used = offline.resources(compiled)
     gpu = gpu or default_gpu(arch)
     common: dict[str, Any] = {
@@ -125,7 +118,6 @@ def _nvidia_measures(compiled: offline.Compiled, variant: Variant) -> dict[str, 
         result = walk(listing, compiled.name, variant.trips)
     except SassError as error:
         notes = (f"not counted: {error}",)
-    arguments = {name: kind for name, kind in variant.signature.items() if name not in variant.constants}
     return {
         "barriers": len(re.findall(r"\bBAR\.", listing)),
         "executed": result.executed / elements if result else None,
@@ -133,7 +125,7 @@ def _nvidia_measures(compiled: offline.Compiled, variant: Variant) -> dict[str, 
         "avoided": result.avoided if result else (),
         "loads": _bits(result, "LDG"),
         "stores": _bits(result, "STG"),
-        "widths": _widths_by_tensor(compiled.assembly, arguments, variant),
+        "widths": _widths_by_tensor(compiled.assembly, variant),
         "notes": notes,
     }
 
@@ -142,10 +134,8 @@ def _bits(result: Walk | None, stem: str) -> dict[int, int]:
     return {8 * width: count for width, count in result.widths(stem).items()} if result else {}
 
 
-def _widths_by_tensor(
-    ptx: str, arguments: Mapping[str, str], variant: Variant
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    found = accesses(ptx, arguments)
+def _widths_by_tensor(ptx: str, variant: Variant) -> dict[str, dict[str, tuple[int, ...]]]:
+    found = accesses(ptx, variant.launch.signature)
     widths: dict[str, dict[str, tuple[int, ...]]] = {}
     for argument, label in variant.tensors.items():
         access = found.get(argument)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastddpm.diagnostics.sass import SassError, SassInstruction, access_width, instruction_class, parse
 
@@ -126,12 +127,34 @@ class _Graph:
     """Loops, rare blocks and the costliest path of a kernel's blocks."""
 
     def __init__(self, blocks: dict[int, Block], trips: Sequence[int]) -> None:
-        self._blocks = blocks
-        self.loops = _natural_loops(blocks)
+        import networkx
+
+        self._nx, self._blocks = networkx, blocks
+        whole = networkx.DiGraph((start, f) for start, block in blocks.items() for f in block.following)
+        whole.add_node(0)
+        self._flow = whole.subgraph({0} | networkx.descendants(whole, 0))
+        self.loops = self._natural_loops()
         self._trips = dict(zip(sorted(self.loops), trips, strict=False))
         if len(trips) > len(self.loops) > 0:
             raise SassError(f"{len(trips)} loop counts given, but the kernel has {len(self.loops)} loops")
         self.rare = self._find_rare()
+
+    def _natural_loops(self) -> dict[int, set[int]]:
+        """Header and body of each loop, loops with one header joined; an irreducible graph is refused."""
+        parents = self._nx.immediate_dominators(self._flow, 0)
+        tree = self._nx.DiGraph((parent, node) for node, parent in parents.items() if parent not in (None, node))
+        tree.add_node(0)
+        back = [(s, f) for s, f in self._flow.edges if f == s or s in self._nx.descendants(tree, f)]
+        loops: dict[int, set[int]] = {}
+        for latch, header in back:
+            without = self._flow.subgraph(set(self._flow) - {header} | {latch})
+            body = {header, latch} | (self._nx.ancestors(without, latch) if latch != header else set())
+            loops.setdefault(header, set()).update(body)
+        forward = self._flow.copy()
+        forward.remove_edges_from(back)
+        if not self._nx.is_directed_acyclic_graph(forward):
+            raise SassError("the control flow is irreducible: a loop has two entries")
+        return loops
 
     def _find_rare(self) -> dict[int, str]:
         """Blocks to avoid, and why."""
@@ -150,12 +173,13 @@ class _Graph:
 
     def costliest_path(self) -> Counter[int]:
         """How often each block runs on the costliest path that avoids the rare blocks."""
-        following = {s: [f for f in b.following if f not in self.rare] for s, b in self._blocks.items()}
-        content = {s: Counter([s]) for s in self._blocks if s not in self.rare}
-        leaving = {s for s in content if self._blocks[s].leaves}
+        flow = self._flow.copy()
+        flow.remove_nodes_from(self.rare)
+        content = {start: Counter([start]) for start in flow}
+        leaving = {start for start in flow if self._blocks[start].leaves}
         for header in sorted(self._trips, key=lambda h: len(self.loops[h])):
-            self._collapse(header, content, following, leaving)
-        best = self._longest(0, set(content), content, following, leaving)
+            self._collapse(header, flow, content, leaving)
+        best = self._longest(0, leaving, flow, content)
         if best is None or (self._stores(self._blocks) and not self._stores(best)):
             reasons = ", ".join(sorted(set(self.rare.values()))) or "no EXIT is reached"
             raise SassError(f"every path that stores meets what cannot be counted: {reasons}; give the trip counts")
@@ -165,107 +189,37 @@ class _Graph:
         """Whether any of these blocks writes global memory: a thread with work to do does."""
         return any(i.stem in ("STG", "ST") for start in starts for i in self._blocks[start].instructions)
 
-    def _collapse(
-        self, header: int, content: dict[int, Counter[int]], following: dict[int, list[int]], leaving: set[int]
-    ) -> None:
+    def _collapse(self, header: int, flow: Any, content: dict[int, Counter[int]], leaving: set[int]) -> None:
         """Replace a loop by one block that holds its costliest round as often as it runs."""
-        body = {start for start in self.loops[header] if start in content}
-        inside = {s: [f for f in following[s] if f in body and f != header] for s in body}
-        latches = {s for s in body if header in following[s]}
-        once = self._longest(header, body, content, inside, latches)
+        body = self.loops[header] & set(flow)
+        latches = {start for start in body if flow.has_edge(start, header)}
+        inside = flow.subgraph(body).copy()
+        inside.remove_edges_from([(latch, header) for latch in latches])
+        once = self._longest(header, latches, inside, content)
         if once is None:
             raise SassError(f"the loop at block {header} has no round that can be counted")
-        exits = sorted({f for s in body for f in following[s] if f not in body})
+        content[header] = Counter({start: times * self._trips[header] for start, times in once.items()})
         if body & leaving:
             leaving.add(header)
-        content[header] = Counter({start: times * self._trips[header] for start, times in once.items()})
-        following[header] = exits
-        for start in body - {header}:
-            del content[start]
+        exits = {f for start in body for f in flow.successors(start)} - body
+        flow.remove_edges_from([(header, f) for f in body])
+        flow.remove_nodes_from(body - {header})
+        flow.add_edges_from((header, f) for f in exits)
 
     def _longest(
-        self,
-        entry: int,
-        nodes: set[int],
-        content: Mapping[int, Counter[int]],
-        following: Mapping[int, list[int]],
-        ends: Iterable[int],
+        self, entry: int, ends: set[int], flow: Any, content: Mapping[int, Counter[int]]
     ) -> Counter[int] | None:
-        """The costliest acyclic path from ``entry`` to one of ``ends``; None if there is none."""
-        best: dict[int, Counter[int] | None] = {}
-        ends = set(ends)
-        for node in _reverse_order(entry, nodes, following):
-            paths = [p for f in following[node] if (p := best.get(f)) is not None]
-            if node in ends:
-                paths.append(Counter())
-            tail = max(paths, key=self._cost, default=None)
-            best[node] = None if tail is None else content[node] + tail
-        return best.get(entry)
+        """The costliest path from ``entry`` to one of ``ends`` in an acyclic graph; None if there is none."""
+        if entry not in flow:
+            return None
+        reached = {entry} | self._nx.descendants(flow, entry)
+        between = {node for end in ends & reached for node in {end} | self._nx.ancestors(flow, end)} & reached
+        if not between:
+            return None
+        # Entry is the only node without predecessors here, and only ends have no successors: the path joins the two.
+        graph = self._nx.DiGraph((s, f, {"weight": self._cost(content[f])}) for s, f in flow.subgraph(between).edges)
+        graph.add_nodes_from(between)
+        return sum((content[node] for node in self._nx.dag_longest_path(graph)), Counter())
 
     def _cost(self, path: Counter[int]) -> int:
         return sum(times * len(self._blocks[start].instructions) for start, times in path.items())
-
-
-def _reverse_order(entry: int, nodes: set[int], following: Mapping[int, list[int]]) -> list[int]:
-    """Nodes in depth-first post-order: what follows a node comes before it."""
-    order: list[int] = []
-    state: dict[int, bool] = {}
-    stack = [(entry, False)]
-    while stack:
-        node, finished = stack.pop()
-        if finished:
-            order.append(node)
-            state[node] = True
-        elif node in nodes and node not in state:
-            state[node] = False
-            stack.append((node, True))
-            stack.extend((f, False) for f in following[node])
-    return order
-
-
-def _natural_loops(blocks: dict[int, Block]) -> dict[int, set[int]]:
-    """Header and body of each loop, loops with one header joined; an irreducible graph is refused."""
-    dominators = _dominators(blocks)
-    loops: dict[int, set[int]] = {}
-    forward: dict[int, list[int]] = {}
-    for start, block in blocks.items():
-        forward[start] = [f for f in block.following if f not in dominators[start]]
-        for header in (f for f in block.following if f in dominators[start]):
-            loops.setdefault(header, {header}).update(_reaching(start, header, blocks))
-    position = {node: n for n, node in enumerate(_reverse_order(0, set(blocks), forward))}
-    if any(position[f] > position[s] for s in position for f in forward[s]):
-        raise SassError("the control flow is irreducible: a loop has two entries")
-    return loops
-
-
-def _reaching(latch: int, header: int, blocks: Mapping[int, Block]) -> set[int]:
-    """Blocks from which the latch is reached without passing the header."""
-    before: dict[int, set[int]] = {start: set() for start in blocks}
-    for start, block in blocks.items():
-        for f in block.following:
-            before[f].add(start)
-    body, stack = {header}, [latch]
-    while stack:
-        node = stack.pop()
-        if node not in body:
-            body.add(node)
-            stack.extend(before[node])
-    return body
-
-
-def _dominators(blocks: dict[int, Block]) -> dict[int, set[int]]:
-    """For each block, the blocks that every path from the entry passes, itself included."""
-    everything = set(blocks)
-    dominators = {start: everything if start else {0} for start in blocks}
-    before: dict[int, set[int]] = {start: set() for start in blocks}
-    for start, block in blocks.items():
-        for f in block.following:
-            before[f].add(start)
-    changed = True
-    while changed:
-        changed = False
-        for start in blocks:
-            if start and before[start]:
-                new = set.intersection(*(dominators[p] for p in before[start])) | {start}
-                changed, dominators[start] = changed or new != dominators[start], new
-    return dominators

@@ -15,9 +15,8 @@ from fastddpm.cli import inspect as command
 from fastddpm.diagnostics import compile_offline as offline
 from fastddpm.diagnostics import inspect, sass
 from fastddpm.diagnostics import variants as kernel_variants
-from fastddpm.diagnostics.gpus import find_gpu
+from fastddpm.diagnostics.gpus import find_gpu, roofline
 from fastddpm.diagnostics.inspect import Report
-from fastddpm.diagnostics.roofline import roofline
 
 
 @lru_cache(maxsize=1)
@@ -54,7 +53,7 @@ def test_a_group_of_four_moves_in_one_access(kernel: str, name: str) -> None:
     variant, cost = catalogue()[kernel, name], report(kernel, name)
     assert cost.widths
     for argument, tensor in variant.tensors.items():
-        expected = {"*fp32": 128, "*bf16": 64}.get(variant.signature[argument])
+        expected = {"*fp32": 128, "*bf16": 64}.get(variant.launch.signature.get(argument, ""))
         widths = {bits for direction in cost.widths.get(tensor, {}).values() for bits in direction}
         assert widths == ({expected} if expected else set()), tensor
 
@@ -67,7 +66,7 @@ def test_ptxas_keeps_the_widths_of_the_ptx() -> None:
 
 
 def test_p_sample_keeps_its_widths_where_n_is_a_multiple_of_4_but_not_of_16() -> None:
-    cost = inspect.inspect_variant(kernel_variants.p_sample_case("n = 4 (mod 16)", n=3 * 32 * 34 + 4), "sm_90")
+    cost = inspect.inspect_variant(kernel_variants.p_sample_variant("n = 4 (mod 16)", (64, 3 * 32 * 34 + 4)), "sm_90")
     assert inspect.summarise_widths(cost.widths) == "x_t 128, m 128, x_prev 128"
 
 
@@ -132,10 +131,7 @@ def test_noise_alone_is_bound_by_issue_not_by_bandwidth() -> None:
 @pytest.mark.parametrize("key", [("p_sample", "float32, full row (c_m)"), ("noise", "float32")], ids=" ".join)
 def test_no_product_is_contracted_into_a_sum(key: tuple[str, str]) -> None:
     """A fused multiply-add would change bits; ptxas may fuse what PTX leaves open, so nothing is left open."""
-    variant = catalogue()[key]
-    compiled = offline.compile_kernel(
-        variant.function, variant.signature, variant.constants, "sm_90", options=variant.options
-    )
+    compiled = offline.compile_launch(catalogue()[key].launch, "sm_90")
     arithmetic = re.findall(r"^\s+((?:add|sub|mul|mad|fma)\S*\.f32)\s", compiled.assembly, re.MULTILINE)
     assert len(arithmetic) > 100
     assert {name for name in arithmetic if ".rn." not in name or name.startswith(("mad", "fma"))} == set()

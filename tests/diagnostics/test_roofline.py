@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastddpm.diagnostics.gpus import GPUS, Gpu, default_gpu, find_gpu
-from fastddpm.diagnostics.roofline import roofline
+from fastddpm.diagnostics.gpus import GPUS, Gpu, default_gpu, find_gpu, roofline
 
 ROUND = Gpu("round", "sm_90", bandwidth=1e12, processors=100, clock=1e9, l2=48_000_000, source="made up")
 

@@ -10,13 +10,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastddpm.kernels.launch import NOISE_GIVEN, NOISE_NONE
-from fastddpm.kernels.p_sample import PSampleFlags
-
 from fastddpm.diagnostics import compile_offline as offline
-from fastddpm.diagnostics import variants as kernel_variants
 from fastddpm.diagnostics.compile_offline import ARCHITECTURES, Resources
-from fastddpm.diagnostics.variants import Variant
+from fastddpm.diagnostics.variants import (
+    Variant,
+    ddpm_loss_variant,
+    noise_variant,
+    p_sample_variant,
+    q_sample_variant,
+)
+from fastddpm.ops.twins import Flags
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SINGLE: dict[str, dict[str, Any]] = {
@@ -27,10 +30,10 @@ SINGLE: dict[str, dict[str, Any]] = {
     "use_prev": {"flags": {"use_prev": True}},
     "x0_out": {"x0_out": FP32},
     "low_out": {"low_out": BF16},
-    "low_nhwc": {"flags": {"low_nhwc": True}, "low_out": FP16},
-    "m_nhwc": {"flags": {"m_nhwc": True}},
-    "noise_given": {"noise": NOISE_GIVEN},
-    "noise_none": {"noise": NOISE_NONE},
+    "low_nhwc": {"low_nhwc": True, "low_out": FP16},
+    "m_nhwc": {"m_nhwc": True},
+    "noise_given": {"noise": "given"},
+    "noise_none": {"noise": "none"},
 }
 EXCLUSIVE = ({"noise_given", "noise_none"}, {"low_out", "low_nhwc"})
 PAIRS = [pair for pair in itertools.combinations(SINGLE, 2) if set(pair) not in EXCLUSIVE]
@@ -43,14 +46,11 @@ def p_sample(names: tuple[str, ...], **how: Any) -> Variant:
     for name in names:
         flags |= SINGLE[name].get("flags", {})
         how |= {key: value for key, value in SINGLE[name].items() if key != "flags"}
-    return kernel_variants.p_sample_case("+".join(names), flags=PSampleFlags(**flags), **how)
+    return p_sample_variant("+".join(names), flags=Flags(**flags), **how)
 
 
 def resources(variant: Variant, arch: str) -> Resources:
-    compiled = offline.compile_kernel(
-        variant.function, variant.signature, variant.constants, arch, options=variant.options
-    )
-    return offline.resources(compiled)
+    return offline.resources(offline.compile_launch(variant.launch, arch))
 
 
 def check(variant: Variant, arch: str) -> None:
@@ -80,31 +80,28 @@ def test_p_sample_compiles_with_everything_at_once(arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("gradient", [False, True], ids=["sums", "gradient"])
 def test_ddpm_loss_compiles(gradient: bool, arch: str) -> None:
-    check(kernel_variants.ddpm_loss_case("v", m=BF16, x=FP16, learned=True, gradient=gradient), arch)
-    check(kernel_variants.ddpm_loss_case("nhwc", m_nhwc=True, gradient=gradient), arch)
+    check(ddpm_loss_variant("v", m=BF16, x=FP16, learned=True, gradient=gradient), arch)
+    check(ddpm_loss_variant("nhwc", m_nhwc=True, gradient=gradient), arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ["q_sample", "noise"])
 def test_noise_and_q_sample_compile(kernel: str, arch: str) -> None:
     if kernel == "q_sample":
-        check(kernel_variants.q_sample_case("bfloat16", x=BF16, eps_out=BF16), arch)
+        check(q_sample_variant("bfloat16", x=BF16, eps_out=BF16), arch)
     else:
-        check(kernel_variants.noise_case("float32"), arch)
+        check(noise_variant("float32"), arch)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_bfloat16_compiles_for_sm_75_which_has_no_such_conversion(aligned: bool) -> None:
     """Turing converts by integer arithmetic."""
-    check(p_sample(("clip",), x=BF16, m=BF16, aligned=aligned), "sm_75")
+    check(p_sample(("clip",), x=BF16, m=BF16, offset=0 if aligned else 1), "sm_75")
 
 
 @pytest.mark.parametrize("fusion", ["0", "1"])
 def test_environment_does_not_switch_contraction_on(fusion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", fusion)
-    variant = kernel_variants.noise_case("float32", n=64)
-    compiled = offline.compile_kernel(
-        variant.function, variant.signature, variant.constants, "sm_90", options=variant.options
-    )
+    compiled = offline.compile_launch(noise_variant("float32", (2, 64)).launch, "sm_90")
     assert "fma." not in compiled.assembly
     assert "mul.rn.f32" in compiled.assembly

@@ -198,9 +198,9 @@ def test_elements_beyond_two_to_the_31_in_one_sample(n: int) -> None:
     """The first and the last program, those on both sides of element 2**31, and the last of the grid."""
     counter = make_counter(1, True, torch.Generator().manual_seed(1))
     rows, row = make_rows(1, True, torch.Generator().manual_seed(2))
-    geometry = p_sample_kernel.geometry(1, n, 1, p_sample_kernel.PSampleFlags(clip=True), n % 4 == 0)
-    size = 4 * tiles.TILE * geometry.repeat
-    middle, last, end = 2**31 // size, (n - 1) // size, geometry.grid[1] * geometry.grid[2] - 1
+    shape = p_sample_kernel.geometry(1, n, 1, False, n % 4 == 0)
+    size = 4 * tiles.TILE * shape.repeat
+    middle, last, end = 2**31 // size, (n - 1) // size, shape.grid[1] * shape.grid[2] - 1
     programs = sorted({0, middle - 1, middle, last, end})
     windows = [slice(p * size, min((p + 1) * size, n)) for p in programs if p <= last]
     x, m, out = filled(n, windows, seed=3), filled(n, windows, seed=4), filled(n, [])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastddpm.diagnostics import compile_offline as offline
-from fastddpm.diagnostics import variants as kernel_variants
+from fastddpm.diagnostics.variants import noise_variant
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import caches
 from fastddpm.sampling.options import decide_compile
@@ -69,16 +69,10 @@ def test_compiling_does_not_need_home(tmp_path: Path) -> None:
 def test_damaged_code_of_triton_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    variant = kernel_variants.noise_case("float32", n=64)
-
-    def compile_it() -> offline.Compiled:
-        return offline.compile_kernel(
-            variant.function, variant.signature, variant.constants, "sm_90", options=variant.options
-        )
-
-    first = compile_it()
+    launch = noise_variant("float32", (2, 64)).launch
+    first = offline.compile_launch(launch, "sm_90")
     damage(tmp_path)
-    assert compile_it() == first
+    assert offline.compile_launch(launch, "sm_90") == first
 
 
 def test_compile_refuses_a_cache_that_cannot_be_made(
