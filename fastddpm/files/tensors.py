@@ -21,9 +21,10 @@ from fastddpm.files.outside import regular_size
 from fastddpm.files.pickles import Storage, StoredTensor
 from fastddpm.files.safejson import parse_object
 
-# The largest networks of this family have some 1,500 tensors and headers of 200 kB.
-MAX_HEADER_BYTES = 1 << 20
-MAX_TENSORS = 5_000
+# The largest networks of this family have some 1,500 tensors and headers of 200 kB, a training checkpoint five times
+# as many.
+MAX_HEADER_BYTES = 2 << 20
+MAX_TENSORS = 10_000
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -62,7 +63,7 @@ class SafetensorsFile:
     def __init__(self, path: Path, digest: str | None = None) -> None:
         self.path = path
         self._digest = digest
-        self.tensors = _read_header(path)
+        self.tensors, self.metadata = _read_header(path)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors as float32 copies on the CPU.
@@ -174,7 +175,7 @@ def refuse_escape(path: Path, folder: Path) -> None:
         raise ValueError(f"{path}: links to {target}, outside {home}; copy the file into the folder")
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     size = regular_size(path)
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -185,10 +186,13 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
         header = parse_object(stream.read(length), source=f"{path}: header")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path}: its metadata are no strings")
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{path}: {len(header)} tensors; at most {MAX_TENSORS} are read")
-    return {name: _checked_entry(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    tensors = {name: _checked_entry(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    return tensors, metadata
 
 
 def _checked_entry(path: Path, name: str, entry: Any, data_bytes: int) -> StoredTensor:

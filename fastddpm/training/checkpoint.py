@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastddpm.checks import integer, number
 from fastddpm.files.atomic import write_files
 from fastddpm.files.safejson import parse_object
+from fastddpm.files.tensors import SafetensorsFile, read_tensors
 from fastddpm.training.ema import EMA
 
 FORMAT = "fastddpm-training-1"
 CHECKPOINT = "checkpoint.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(
@@ -44,22 +46,20 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.o
     Raises:
         ValueError: the file is damaged or belongs to another model.
     """
-    path = folder / CHECKPOINT
-    state = read_state(folder)
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        for name, p in model.named_parameters():
-            if f"model.{name}" not in names or list(p.shape) != file.get_slice(f"model.{name}").get_shape():
-                raise ValueError(f"{path}: no weights of shape {list(p.shape)} for {name}; it is of another model")
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(file.get_tensor(f"model.{name}"))
-        ema.load({name: file.get_tensor(f"ema.{name}") for name in ema.weights})
-        for name, p in model.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = file.get_tensor(f"optimizer.{key}.{name}")
+    path, state = folder / CHECKPOINT, read_state(folder)
+    parameters = dict(model.named_parameters())
+    kinds = ("model", "ema", *(f"optimizer.{key}" for key in _MOMENTS))
+    expected = {f"{kind}.{name}": p.shape for kind in kinds for name, p in parameters.items()}
+    expected |= {f"optimizer.step.{name}": torch.Size() for name in parameters}
+    tensors = read_tensors(SafetensorsFile(path), expected)
+    ema.load({name: tensors[f"ema.{name}"] for name in parameters})
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"model.{name}"])
+            optimizer.state[p]["step"] = tensors[f"optimizer.step.{name}"].to(p.device)
+            for key in _MOMENTS:
                 # like p: the optimiser's fused loops need its moments in the parameter's memory format.
-                optimizer.state[p][key] = value if key == "step" else torch.empty_like(p).copy_(value)
+                optimizer.state[p][key] = torch.empty_like(p).copy_(tensors[f"optimizer.{key}.{name}"])
     return state
 
 
@@ -71,10 +71,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / CHECKPOINT
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        metadata = SafetensorsFile(path).metadata
         if metadata.get("format") != FORMAT:
             raise ValueError(f"it is not a {FORMAT} file")
-        return parse_object(metadata["state"].encode(), source="its state")
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        state = parse_object(metadata.get("state", "").encode(), source="its state")
+        integer("step", state.get("step"), 0)
+        log = state.get("log")
+        if not isinstance(log, dict):
+            raise ValueError("its state has no log")
+        integer("count", log.get("count", 0), 0)
+        number("sum", log.get("sum", 0.0))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a usable checkpoint: {error}") from error
+    return state

@@ -13,9 +13,12 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
+from fastddpm.checks import integer, number
 from fastddpm.files.atomic import write_files
 from fastddpm.files.figures import new_figure, to_png
 from fastddpm.files.images import save_grid
+from fastddpm.files.outside import regular_size
+from fastddpm.files.safejson import parse_object
 from fastddpm.sampling.model import num_classes_of
 from fastddpm.sampling.sample import sample
 from fastddpm.training.config import TrainConfig
@@ -99,13 +102,22 @@ def _tensorboard_writer(out: Path, start: int) -> Any:
 
 
 def read_log(out: Path) -> Iterator[dict[str, float]]:
-    """Yield the lines of a run's log, {"step", "loss", "lr"}; a line that a crash cut off is left out."""
-    if not (out / LOG).exists():
+    """Yield the lines of a run's log, {"step", "loss", "lr"}; a line that a crash cut off is left out.
+
+    Raises:
+        ValueError: it is no regular file, or a line is damaged.
+    """
+    path = out / LOG
+    if not path.exists():
         return
-    with (out / LOG).open() as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    regular_size(path)
+    with path.open("rb") as lines:
+        for n, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):
+                where = f"{path}: line {n}"
+                values = parse_object(line, source=where)
+                step = integer(f"{where}: step", values.get("step"), 0)
+                yield {"step": step, **{key: number(f"{where}: {key}", values.get(key)) for key in ("loss", "lr")}}
 
 
 def loss_plot(lines: list[dict[str, float]], bins: int = 400) -> bytes | None:

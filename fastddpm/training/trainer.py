@@ -170,7 +170,7 @@ def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
     state: dict[str, Any] = {"step": 0, "log": {}}
     if run.has_checkpoint:
         state = load_checkpoint(run.out, model, ema, trainer.optimizer)
-    n, loss = int(state["step"]), math.nan
+    n, loss = state["step"], math.nan
     with _interruptible() as interrupt, TrainLog(config, run.out, n, state["log"], quiet=quiet) as log:
         saved = n
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastddpm.data.datasets import load_data
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.config import TrainConfig
-from fastddpm.training.folder import SETTINGS, default_unet
+from fastddpm.training.folder import LOG, SETTINGS, default_unet, read_settings
 from fastddpm.training.trainer import build_trainer, train
 from fastddpm.unet.save import save_pretrained
 from fastddpm.unet.unet import UNet, UNetConfig
@@ -204,6 +206,54 @@ def test_train_names_a_damaged_checkpoint(config: TrainConfig, damage: str) -> N
         path.write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match="not a usable checkpoint"):
         train(dataclasses.replace(config, resume=True, steps=20), quiet=True)
+
+
+def _checkpoint(path: Path, change: str) -> None:
+    """Write a checkpoint again, with one thing wrong in it."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    name = "optimizer.exp_avg_sq.conv_in.bias"
+    if change == "infinite moments":
+        tensors[name] = tensors[name] * float("inf")
+    elif change == "integer weights":
+        tensors["model.conv_in.bias"] = tensors["model.conv_in.bias"].long()
+    elif change == "no moments":
+        del tensors[name]
+    else:
+        metadata["state"] = change
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("infinite moments", "NaN or infinity"),
+        ("integer weights", "is torch.int64, not floating point"),
+        ("no moments", "missing: 'optimizer.exp_avg_sq.conv_in.bias'"),
+        ('{"step": 2.5, "log": {}}', "step must be an integer >= 0, got 2.5"),
+        ('{"step": 2, "log": {"sum": 1e999}}', "too large"),
+        ('{"step": 2}', "its state has no log"),
+        ("pipe", "not a regular file"),
+        ("log", "not a regular file"),
+        ("settings", "steps must be an integer >= 1, got 1e\\+308"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_train_reads_its_own_files_with_care(config: TrainConfig, change: str, message: str) -> None:
+    train(dataclasses.replace(config, steps=2), quiet=True)
+    out = Path(config.out)
+    if change in ("pipe", "log"):
+        path = out / (CHECKPOINT if change == "pipe" else LOG)
+        path.unlink()
+        os.mkfifo(path)
+    elif change == "settings":
+        path = out / SETTINGS
+        path.write_text(path.read_text().replace('"steps": 2', '"steps": 1e308'))
+    else:
+        _checkpoint(out / CHECKPOINT, change)
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig.from_dict({**read_settings(out), "resume": True}), quiet=True)
 
 
 @pytest.mark.parametrize(
