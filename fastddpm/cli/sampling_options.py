@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastddpm.cli.parser import COMPILE, add_machine, add_outdir, add_output, positive
+from fastddpm.tables.names import listing
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 # Arguments of the samplers' tables.
 TABLE_OPTIONS = (
     ("eta", float, "noise of ddim: 0 none, 1 as much as ddpm's (default: 0)"),
-    ("spacing", str, "which timesteps are visited: linspace (default), leading, trailing"),
+    (
+        "spacing",
+        str,
+        "which timesteps are visited: linspace, leading, trailing, quadratic; and but for ddpm and ddim "
+        "logsnr, karras, ays-sd15, ays-sdxl (default: linspace for ddpm and ddim, else trailing)",
+    ),
+    ("tau", float, "noise of sa_solver and dpm++: 0 none, 1 the reverse SDE (default: by sampler)"),
 )
 
 
@@ -27,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     parser.add_argument("--model", default="digits", help="name of a shipped model, or a directory (default: digits)")
     parser.add_argument("--steps", type=positive, help="network calls per sample (default: all the model's timesteps)")
     parser.add_argument("--batch", type=positive, help="the most samples per batch (default: by size and device)")
-    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, ... (default: ddpm)")
+    parser.add_argument("--sampler", default="ddpm", help="one of those below, or another of its names (default: ddpm)")
     for name, kind, text in TABLE_OPTIONS:
         parser.add_argument(f"--{name}", type=kind, help=text)
     add_outdir(parser, outdir)
@@ -36,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     existing.add_argument("--resume", action="store_true", help="complete an interrupted run of the same arguments")
     existing.add_argument("--overwrite", action="store_true", help="replace what is in the directory")
     add_output(parser, "summary")
+    parser.add_argument_group("samplers (network calls a step, what for; = other names)", listing())
 
 
 def plan(

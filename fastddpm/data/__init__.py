@@ -1,6 +1,5 @@
 """Data sets: images and arrays in memory, and points in the plane."""
 
-from fastddpm.data.datasets import Dataset, mnist
-from fastddpm.data.load import load_data
+from fastddpm.data.datasets import Dataset, load_data, mnist
 
 __all__ = ["Dataset", "load_data", "mnist"]

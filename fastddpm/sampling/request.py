@@ -136,6 +136,11 @@ def resolve_request(
     """
     batch_size = None if batch_size is None else integer("batch_size", batch_size, 0)
     shape = options.shape
+    if x0_out and table.estimate != "x_0":
+        raise ValueError(
+            f"sampler {table.name!r} keeps {table.estimate} and has no estimate of x_0 to give; sample without "
+            "return_x0 and steps(), or choose a sampler that keeps x_0, such as unipc"
+        )
     stochastic = bool((table.rows[:, COLUMN["sigma"]] != 0).any())
     source = _only_source(seeds, seed, generator, noise)
     if x_T is not None and tuple(x_T.shape[1:]) != shape:

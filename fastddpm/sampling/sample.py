@@ -62,7 +62,7 @@ def sample(
         shape: one sample's shape, (C, H, W) or (D,); default from the model's config.
         seeds: one seed per sample; an int is one sample. Default 0, or 0, 1, ... for the rows of `x_T`.
         steps: network calls per sample; default all timesteps of the model's diffusion.
-        sampler: the name of a sampler, see `fastddpm.tables.by_name`.
+        sampler: the name of a sampler, see `fastddpm.tables.names`; "fast" brings its own number of steps.
         class_labels: one label per sample or one for all. By default a class-conditional model draws class
             seed % number of classes; pass its null class for samples of no class.
         guidance: weight of classifier-free guidance; 1.0 means none.
@@ -212,7 +212,10 @@ def plan_run(
         raise ValueError(f"x_T holds {len(x_T)} samples for {len(seeds)} seeds")
     shape = shape_of(model) if shape is None else check_shape(shape)
     steps = None if steps is None else integer("steps", steps, 1)
-    table = make_table(sampler, diffusion or diffusion_of(model), steps=steps, **(sampler_options or {}))
+    guidance = number("guidance", guidance)
+    table = make_table(
+        sampler, diffusion or diffusion_of(model), steps=steps, guided=guidance != 1.0, **(sampler_options or {})
+    )
     device = options.get("device")
     options["device"] = device = net.device_of(model) if device is None else resolve_device(device)
     if batch_size is None:
@@ -222,7 +225,7 @@ def plan_run(
         Sampler(model, table, shape, **options),
         seeds,
         labels_for(model, seeds, class_labels),
-        number("guidance", guidance),
+        guidance,
         split_evenly(len(seeds), integer("batch_size", batch_size, 1)),
         x_T,
         model_kwargs or {},

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.checks import one_of
 from fastddpm.schedules.betas import check_num_timesteps
 
-SPACINGS = ("linspace", "leading", "trailing")
+# Rules that need nothing but T; `fastddpm.schedules.levels` has those that look at the noise.
+INTEGER_SPACINGS = ("linspace", "leading", "trailing", "quadratic")
 
 
 def spaced_timesteps(T: int, steps: int, spacing: str = "linspace", steps_offset: int = 0) -> Tensor:
@@ -20,7 +22,8 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "linspace", steps_offset
     Args:
         T: number of training timesteps.
         steps: number of timesteps to keep, 1..T.
-        spacing: "linspace" (both ends), "leading" (multiples of T // steps from 0), "trailing" (T - 1 downwards).
+        spacing: "linspace" (both ends), "leading" (multiples of T // steps from 0), "trailing" (T - 1 downwards),
+            or "quadratic" (evenly in sqrt(t) up to 0.8 T: Song et al. 2021, appendix D.2).
         steps_offset: added to "leading" timesteps, as in diffusers.
 
     Returns:
@@ -31,6 +34,7 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "linspace", steps_offset
     """
     check_num_timesteps(T)
     check_steps(steps, T)
+    one_of("spacing", spacing, INTEGER_SPACINGS)
     timesteps: np.ndarray
     if spacing == "linspace":
         timesteps = np.linspace(0, T - 1, steps).round()[::-1]
@@ -39,7 +43,8 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "linspace", steps_offset
     elif spacing == "trailing":
         timesteps = np.round(np.arange(T, 0, -T / steps))[:steps] - 1
     else:
-        raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
+        # Where the squares are closer than the timesteps, every timestep is taken.
+        timesteps = np.maximum((np.linspace(0, np.sqrt(0.8 * (T - 1)), steps) ** 2).round(), np.arange(steps))[::-1]
     if steps == 1 and T > 1 and spacing != "trailing":
         warnings.warn(
             f"one step with {spacing} spacing visits only t = {int(timesteps[0])}, which expects almost clean data; "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastddpm.checks import one_of
 from fastddpm.schedules.diffusion import LEARNED, PREDICTION_TYPES, VARIANCE_TYPES
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.schedules.spacing import resolve_timesteps
@@ -92,6 +93,21 @@ def x0_coefficients(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Te
     if prediction_type == "x_0":
         return torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
     raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
+
+
+def eps_coefficients(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """Return a and b of eps = a x_t + b m, float64 and shaped like alpha_bar.
+
+    v: eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v      (Salimans & Ho 2022, appendix D)
+
+    Raises:
+        ValueError: the type is unknown.
+    """
+    one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    signal, noise = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return torch.zeros_like(signal), torch.ones_like(signal)
+    return (noise, signal) if prediction_type == "v" else (1.0 / noise, -signal / noise)
 
 
 def log_variance_coefficients(schedule: Schedule, variance_type: str) -> tuple[Tensor, Tensor]:

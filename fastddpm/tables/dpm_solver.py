@@ -1,130 +1,66 @@
-"""DPM-Solver++(2M) as a table (Lu et al. 2022, arXiv:2211.01095, Algorithm 2)."""
+"""DPM-Solver++ of orders 1 to 3 and its SDE form as tables (Lu et al. 2022, arXiv:2211.01095)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
-import torch
-from torch import Tensor
-
+from fastddpm.checks import integer, number, one_of
 from fastddpm.schedules.schedule import Schedule
-from fastddpm.schedules.spacing import check_steps, spaced_timesteps, validate_timesteps
-from fastddpm.tables.ddpm import x0_coefficients
-from fastddpm.tables.table import Table, make_rows
+from fastddpm.tables.multistep import RULES, multistep_columns
+from fastddpm.tables.solver import SolverOptions, solver_table
+from fastddpm.tables.table import Table
 
-# Below this many steps the last one is of first order (diffusers' lower_order_final).
+# Below this many steps the last ones are of lower order (diffusers' lower_order_final).
 FEW_STEPS = 15
 
 
 def dpm_solver_table(
     schedule: Schedule,
     *,
-    steps: int | None = None,
-    timesteps: Sequence[int] | Tensor | None = None,
-    spacing: str = "linspace",
-    steps_offset: int = 0,
-    prediction_type: str = "epsilon",
-    clip_range: float | None = 1.0,
     order: int = 2,
+    tau: float = 0.0,
+    solver_type: str = "midpoint",
     lower_order_final: bool = True,
-    euler_at_final: bool = False,
-    final_alpha_cumprod: float = 1.0,
-    learned: bool = False,
+    **options: Unpack[SolverOptions],
 ) -> Table:
     """Tabulate x_i = sigma_i / sigma_{i-1} x_{i-1} - alpha_i (exp(-h_i) - 1) D_i, for the diffusion ODE in lambda.
 
-    D_i = (1 + 1 / (2 r_i)) x_0(x_{i-1}) - 1 / (2 r_i) x_0(x_{i-2}), r_i = h_{i-1} / h_i, h_i = lambda_i - lambda_{i-1},
-    with alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma). The first row has no
-    predecessor and is of first order, which is DDIM; so is a last row that ends without noise.
+    Order 2 (Algorithm 2): D_i = x_0(x_{i-1}) + (x_0(x_{i-1}) - x_0(x_{i-2})) / (2 r_i), r_i = h_{i-1} / h_i. Order 1 is
+    DDIM, and so is the first row. Order 3 is that of the authors' code, k-diffusion and diffusers, which count the
+    second difference by half; with order 1 at tau = 1 it is DDPM with the small variance.
 
     Args:
         schedule: the schedule the network was trained with.
-        steps: how many timesteps to visit, chosen by `dpm_solver_timesteps`; all T by default.
-        timesteps: the timesteps themselves, strictly descending, instead of `steps`.
-        spacing: "linspace", "leading" or "trailing".
-        steps_offset: added to "leading" timesteps, as in diffusers.
-        prediction_type: what the network returns: "epsilon", "x_0" or "v".
-        clip_range: x_0 is clipped to [-clip_range, clip_range]; None switches clipping off.
-        order: 2, or 1 for the first-order solver throughout.
-        lower_order_final: with fewer than 15 steps, take the last one at first order.
-        euler_at_final: take the last step at first order whatever the number of steps.
-        final_alpha_cumprod: alpha_bar after the last step; alpha_bar_0 for diffusers' final_sigmas_type="sigma_min".
-        learned: the network was trained with a learned variance: the second half of its output is ignored.
+        order: 1, 2 or 3.
+        tau: 0 for the ODE, 1 for the SDE form (diffusers' "sde-dpmsolver++"), or between.
+        solver_type: "midpoint" (Algorithm 2) or "heun", which integrates the first difference exactly.
+        lower_order_final: with fewer than 15 steps, lower the order towards the last one. A last step that ends
+            without noise is of first order in any case.
+        options: see `SolverOptions`.
 
     Returns:
-        A deterministic table of one row per timestep.
+        A table of one row per step.
 
     Raises:
         ValueError: an argument is unknown or out of range, or epsilon is predicted where alpha_bar = 0.
+        TypeError: there is no such option.
     """
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order}")
-    visited = _visited(schedule.num_timesteps, steps, timesteps, spacing, steps_offset)
-    alpha_bar = schedule.alphas_cumprod[visited]
-    if not float(alpha_bar[-1]) < final_alpha_cumprod <= 1.0:
-        raise ValueError(
-            f"final_alpha_cumprod must lie above alpha_bar = {float(alpha_bar[-1]):.6g} of the last timestep and not "
-            f"above 1, got {final_alpha_cumprod}"
-        )
-    levels = torch.cat([alpha_bar, alpha_bar.new_tensor([final_alpha_cumprod])])
-    n = len(visited)
-    first_order_final = euler_at_final or final_alpha_cumprod == 1.0 or (lower_order_final and n < FEW_STEPS)
-    a, b = x0_coefficients(alpha_bar, prediction_type)
-    c_xt, gain, extrapolation = _step_coefficients(levels)
-    if order == 1:
-        extrapolation = torch.zeros_like(extrapolation)
-    elif first_order_final:
-        extrapolation[-1] = 0.0
-    rows64 = make_rows(
-        n,
-        clip_range,
-        a=a,
-        b=b,
-        c_x0=gain * (1 + extrapolation),
-        c_xt=c_xt,
-        c_1=0.0 - gain * extrapolation,
+    integer("order", order, 1, 3)
+    number("tau", tau, ge=0.0)
+    second = RULES["bh2" if one_of("solver_type", solver_type, ("midpoint", "heun")) == "midpoint" else "exact"]
+
+    def published(w: list[float], H: float) -> list[float]:
+        return [*w[:2], 0.5 * w[2]] if len(w) == 3 else second(w, H)
+
+    return solver_table(
+        f"dpm++{order}m{'_sde' if tau else ''}",
+        schedule,
+        options,
+        lambda levels: multistep_columns(
+            levels,
+            order,
+            tau=tau,
+            rule=published,
+            falling=lower_order_final and len(levels.timesteps) < FEW_STEPS,
+        ),
     )
-    return Table(
-        rows64, visited, name="dpm++2m", clip=clip_range is not None, learned=learned, history=int(order == 2 and n > 1)
-    )
-
-
-def dpm_solver_timesteps(T: int, steps: int, spacing: str = "linspace", steps_offset: int = 0) -> Tensor:
-    """Choose the solver's timesteps as diffusers does: "linspace" and "leading" drop the last of steps + 1.
-
-    The noise level after the last row is the data's, which stands for the timestep dropped. With steps = T nothing is
-    left to drop, and every timestep is visited.
-
-    Returns:
-        int64 [steps], strictly descending.
-
-    Raises:
-        ValueError: as `spaced_timesteps`.
-    """
-    check_steps(steps, T)
-    if spacing == "trailing" or steps == T:
-        return spaced_timesteps(T, steps, spacing, steps_offset)
-    return spaced_timesteps(T, steps + 1, spacing, steps_offset)[:-1]
-
-
-def _visited(T: int, steps: int | None, timesteps: Sequence[int] | Tensor | None, spacing: str, offset: int) -> Tensor:
-    if timesteps is None:
-        return dpm_solver_timesteps(T, T if steps is None else steps, spacing, offset)
-    if steps is not None:
-        raise ValueError(f"give steps or timesteps, not both; got steps = {steps} and a list of timesteps")
-    return validate_timesteps(timesteps, T)
-
-
-def _step_coefficients(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sigma_i / sigma_{i-1}, -alpha_i (exp(-h_i) - 1) and 1 / (2 r_i), float64 [n], from alpha_bar [n + 1].
-
-    Where alpha_bar is 0 (zero terminal SNR) lambda is -inf: the row after it has r = inf and is of first order.
-    """
-    alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
-    lambda_ = alpha.log() - sigma.log()
-    h = lambda_.diff()
-    gain = -alpha[1:] * torch.expm1(-h)
-    extrapolation = torch.zeros_like(gain)
-    # A last level without noise has h = inf, and its row is of first order.
-    extrapolation[1:] = torch.where(h[1:].isinf(), 0.0, 0.5 * h[1:] / h[:-1])
-    return sigma[1:] / sigma[:-1], gain, extrapolation

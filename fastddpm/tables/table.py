@@ -42,6 +42,7 @@ class Table:
         learned: the network returns 2C channels, and its second half sets the standard deviation.
         use_m: the term c_m * m is present.
         history: how many older x0 enter, 0..3: the terms c_1 * x0_1 to c_history * x0_history are present.
+        estimate: what a * x_t + b * m is: "x_0", or "eps" for the solvers that interpolate eps. The rows keep it.
 
     Raises:
         ValueError: a shape, dtype or value does not fit the above.
@@ -54,6 +55,7 @@ class Table:
     learned: bool = False
     use_m: bool = False
     history: int = 0
+    estimate: str = "x_0"
 
     def __post_init__(self) -> None:
         if self.rows64.dim() != 2 or self.rows64.shape[1] != K or self.rows64.shape[0] == 0:

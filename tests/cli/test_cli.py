@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from fastddpm.cli import COMMANDS, env, main
+from fastddpm.tables.names import listing
 
 
 @pytest.fixture
@@ -130,3 +131,11 @@ def test_help_shows_examples_at_80_columns(
     text = capsys.readouterr().out
     assert f"examples:\n  fastddpm {name}" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ["sample", "eval"])
+def test_help_lists_the_samplers(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main([name, "--help"])
+    assert exit_status.value.code == 0
+    assert listing() in capsys.readouterr().out

@@ -653,6 +653,13 @@ def test_no_seeds_give_no_samples() -> None:
     assert sampler().sample(seeds=[]).shape == (0, *SHAPE)
 
 
+def test_estimates_of_x_0_are_refused_where_a_table_keeps_eps() -> None:
+    eps = Sampler(Pointwise(), make_table("deis", DiffusionConfig(), steps=3, order=2), SHAPE, compile=False)
+    assert eps.sample(seeds=[1]).isfinite().all()
+    with pytest.raises(ValueError, match="'deis' keeps eps and has no estimate of x_0 to give"):
+        eps.sample(seeds=[1], return_x0=True)
+
+
 def test_a_table_of_a_longer_history_is_refused() -> None:
     longer = replace(table(), history=2)
     with pytest.raises(ValueError, match="'ddpm' needs 2 older x0 and the fused step holds one"):

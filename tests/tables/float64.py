@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,14 +43,22 @@ def execute_row64(
     return x_prev, x0
 
 
-def execute_table64(
-    table: Table, model: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, z: list[Tensor] | None = None
-) -> Tensor:
-    """Execute every row of a table in float64 around model(x, t); z: one noise tensor per row."""
-    x: Tensor = x_T
+def states64(
+    table: Table, model: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, z: Sequence[Tensor] | None = None
+) -> Iterator[Tensor]:
+    """Execute the rows of a table in float64 around model(x, t), and yield each state; z: one noise tensor per row."""
+    x = x_T
     history: list[Tensor] = []
     for r, t in enumerate(table.timesteps):
         output = model(x, t.expand(len(x)))
         x, x0 = execute_row64(table, r, x, output, None if z is None else z[r], history)
         history = [x0, *history][: table.history]
+        yield x
+
+
+def execute_table64(
+    table: Table, model: Callable[[Tensor, Tensor], Tensor], x_T: Tensor, z: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Return the last of `states64`."""
+    *_, x = states64(table, model, x_T, z)
     return x

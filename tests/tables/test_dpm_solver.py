@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastddpm.schedules.diffusion import PREDICTION_TYPES
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddim import ddim_table
-from fastddpm.tables.dpm_solver import dpm_solver_table, dpm_solver_timesteps
-from fastddpm.tables.table import Table
+from fastddpm.tables.dpm_solver import dpm_solver_table
 from tests.tables.float64 import execute_table64
 
 SCHEDULE = Schedule.linear()
@@ -56,21 +52,19 @@ def algorithm_2(
 @pytest.mark.parametrize(
     ("steps", "final", "options", "last_is_second_order"),
     [
-        (8, 1.0, {}, False),
-        (20, 1.0, {}, False),
-        (8, float(SCHEDULE.alphas_cumprod[0]), {}, False),
-        (8, float(SCHEDULE.alphas_cumprod[0]), {"lower_order_final": False}, True),
-        (20, float(SCHEDULE.alphas_cumprod[0]), {}, True),
-        (20, float(SCHEDULE.alphas_cumprod[0]), {"euler_at_final": True}, False),
+        (8, "zero", {}, False),
+        (20, "zero", {}, False),
+        (8, "sigma_min", {}, False),
+        (8, "sigma_min", {"lower_order_final": False}, True),
+        (20, "sigma_min", {}, True),
     ],
 )
 def test_dpm_solver_table_runs_algorithm_2(steps, final, options, last_is_second_order):
-    table = dpm_solver_table(
-        SCHEDULE, steps=steps, prediction_type="x_0", clip_range=None, final_alpha_cumprod=final, **options
-    )
+    table = dpm_solver_table(SCHEDULE, steps=steps, prediction_type="x_0", clip_range=None, final=final, **options)
     assert (table.history, table.use_m) == (1, False)
     ts = table.timesteps.tolist()
-    alpha_bars = [*SCHEDULE.alphas_cumprod[table.timesteps].tolist(), final]
+    end = 1.0 if final == "zero" else float(SCHEDULE.alphas_cumprod[0])
+    alpha_bars = [*SCHEDULE.alphas_cumprod[table.timesteps].tolist(), end]
     second_order = [False, *[True] * (steps - 2), last_is_second_order]
     x_T = randn(2, 3)
     expected = algorithm_2(linear_model, x_T, alpha_bars, ts, second_order)
@@ -81,48 +75,11 @@ def test_dpm_solver_table_runs_algorithm_2(steps, final, options, last_is_second
 @pytest.mark.parametrize("clip_range", [0.7, None])
 def test_dpm_solver_of_first_order_is_ddim(prediction_type, clip_range):
     # Lu et al. 2022, section 4.1: DPM-Solver++ of order 1 is DDIM with eta = 0, eps from the x_0 in use.
-    timesteps = dpm_solver_timesteps(1000, 12)
+    timesteps = torch.arange(960, 0, -80)
     options = {"timesteps": timesteps, "prediction_type": prediction_type, "clip_range": clip_range}
     first, ddim = dpm_solver_table(SCHEDULE, order=1, **options), ddim_table(SCHEDULE, **options)
     assert first.history == 0
     torch.testing.assert_close(first.rows64, ddim.rows64, rtol=1e-11, atol=1e-13)
-
-
-def gaussian_error(table: Table, schedule: Schedule, final_alpha_cumprod: float) -> float:
-    """Compare a run with the exact flow of the diffusion ODE for data N(0, s^2), where x scales with its std."""
-    s2 = 0.25
-
-    def x_0_theta(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        alpha_bar = schedule.alphas_cumprod[t].unsqueeze(1)
-        return s2 * alpha_bar.sqrt() / (s2 * alpha_bar + 1 - alpha_bar) * x
-
-    def variance(alpha_bar: float) -> float:
-        return s2 * alpha_bar + 1 - alpha_bar
-
-    first = float(schedule.alphas_cumprod[table.timesteps[0]])
-    exact = math.sqrt(variance(final_alpha_cumprod) / variance(first))
-    return abs(float(execute_table64(table, x_0_theta, torch.ones(1, 1, dtype=torch.float64))) - exact)
-
-
-@pytest.mark.parametrize(("order", "low", "high"), [(1, 1.8, 2.2), (2, 3.5, 5.0)])
-def test_dpm_solver_converges_at_its_order(order, low, high):
-    # Halving the step divides the error by 2 ** order on a smooth part of a fine schedule.
-    schedule = Schedule.linear_rescaled(64_000)
-    errors = []
-    for stride in (1000, 500, 250):
-        timesteps = torch.arange(48_000, 8_000, -stride)
-        final = float(schedule.alphas_cumprod[8_000])
-        table = dpm_solver_table(
-            schedule,
-            timesteps=timesteps,
-            prediction_type="x_0",
-            clip_range=None,
-            order=order,
-            final_alpha_cumprod=final,
-        )
-        errors.append(gaussian_error(table, schedule, final))
-    for coarse, fine in itertools.pairwise(errors):
-        assert low < coarse / fine < high
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -140,50 +97,24 @@ def test_dpm_solver_table_samples_as_diffusers(prediction_type, spacing, steps, 
         final_sigmas_type=final_sigmas_type,
     )
     scheduler.set_timesteps(steps)
-    final = 1.0 if final_sigmas_type == "zero" else float(SCHEDULE.alphas_cumprod[0])
     table = dpm_solver_table(
         SCHEDULE,
         steps=steps,
         spacing=spacing,
         prediction_type=prediction_type,
         clip_range=None,
-        final_alpha_cumprod=final,
+        final=final_sigmas_type,
     )
     assert torch.equal(table.timesteps, scheduler.timesteps)
+    end = 1.0 if final_sigmas_type == "zero" else float(SCHEDULE.alphas_cumprod[0])
     # Their float32 noise levels are replaced by ours; their step still rounds its state to float32.
-    levels = torch.cat([SCHEDULE.alphas_cumprod[table.timesteps], torch.tensor([final], dtype=torch.float64)])
+    levels = torch.cat([SCHEDULE.alphas_cumprod[table.timesteps], torch.tensor([end], dtype=torch.float64)])
     scheduler.sigmas = ((1 - levels) / levels).sqrt()
     x_T = randn(2, 3, 4)
     x = x_T
     for t in scheduler.timesteps:
         x = scheduler.step(linear_model(x, t), t, x).prev_sample
     assert relative_error(execute_table64(table, linear_model, x_T), x) <= 2e-6
-
-
-@st.composite
-def lengths(draw):
-    T = draw(st.integers(2, 2000))
-    return T, draw(st.integers(1, T - 1))
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
-@settings(deadline=None, max_examples=60)
-@given(lengths())
-def test_dpm_solver_timesteps_matches_diffusers(spacing, pair):
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
-    T, steps = pair
-    scheduler = diffusers.DPMSolverMultistepScheduler(num_train_timesteps=T, timestep_spacing=spacing)
-    scheduler.set_timesteps(steps)
-    theirs = scheduler.timesteps.tolist()
-    # With trailing spacing np.arange overshoots for some pairs, and diffusers then visits a timestep -1 as well.
-    assert theirs[steps:] in ([], [-1])
-    assert dpm_solver_timesteps(T, steps, spacing).tolist() == theirs[:steps]
-
-
-def test_dpm_solver_timesteps_at_full_length_visits_everything():
-    assert dpm_solver_timesteps(5, 5).tolist() == [4, 3, 2, 1, 0]
-    assert len(dpm_solver_table(Schedule.cosine(5))) == 5
 
 
 def test_dpm_solver_first_row_has_no_predecessor():
@@ -211,14 +142,9 @@ def test_dpm_solver_starts_from_zero_terminal_snr(prediction_type):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": 3}, "order must be 1 or 2, got 3"),
-        ({"final_alpha_cumprod": 1.5}, "final_alpha_cumprod must lie above .* got 1.5"),
-        ({"final_alpha_cumprod": 0.1}, "final_alpha_cumprod must lie above .* got 0.1"),
-        ({"steps": 0}, "steps must lie in 1..1000"),
-        ({"steps": 5, "timesteps": [5, 4]}, "give steps or timesteps, not both"),
-        ({"timesteps": [4, 5]}, "must descend strictly"),
-        ({"spacing": "karras"}, "unknown spacing 'karras'"),
-        ({"prediction_type": "noise"}, "unknown prediction_type 'noise'"),
+        ({"order": 4}, "order must be an integer >= 1 and <= 3, got 4"),
+        ({"tau": -1.0}, "tau must be a finite number >= 0.0, got -1.0"),
+        ({"solver_type": "heum"}, r"unknown solver_type 'heum' \(did you mean 'heun'\?\)"),
     ],
 )
 def test_dpm_solver_table_refuses_bad_options(options, message):

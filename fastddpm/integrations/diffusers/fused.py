@@ -202,7 +202,7 @@ class FusedScheduler(NamedAsOriginal, ABC):
             return self.table("index", device).narrow(0, known, 1)
         return at.safe_index(timestep.reshape(1), len(self.alphas_cumprod), device)
 
-    def tabulate(self, options: dict[str, Any], *, quiet_end: bool, **flags: bool) -> Table:
+    def tabulate(self, options: dict[str, Any], *, quiet_end: bool, **flags: Any) -> Table:
         """Write the run that set_timesteps chose as a `Table`; quiet_end leaves out the last step's noise.
 
         Raises:

@@ -1,0 +1,82 @@
+"""What all solvers have in common: their options, and the columns that read x_0 or eps off the network's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor
+
+from fastddpm.checks import nearest
+from fastddpm.schedules.levels import Levels, noise_levels
+from fastddpm.schedules.schedule import Schedule
+from fastddpm.tables.ddpm import eps_coefficients, x0_coefficients
+from fastddpm.tables.table import HISTORY, Table, make_rows
+
+
+class SolverOptions(TypedDict, total=False):
+    """The options of every solver: those of `fastddpm.schedules.levels.noise_levels`, and the three at the end.
+
+    prediction_type: what the network returns: "epsilon" (default), "x_0" or "v".
+    clip_range: x_0 is clipped to [-clip_range, clip_range] (default 1); None switches clipping off.
+    learned: the network was trained with a learned variance: the second half of its output is ignored.
+    """
+
+    steps: int | None
+    timesteps: Sequence[float] | Tensor | None
+    sigmas: Sequence[float] | Tensor | None
+    spacing: str
+    steps_offset: int
+    final: Literal["zero", "sigma_min"]
+    prediction_type: str
+    clip_range: float | None
+    learned: bool
+
+
+def solver_table(
+    name: str,
+    schedule: Schedule,
+    options: Mapping[str, Any],
+    columns: Callable[[Levels], dict[str, Tensor]],
+    estimate: Literal["x_0", "eps"] = "x_0",
+    rows: Callable[[Levels], Levels] = lambda levels: levels,
+) -> Table:
+    """Build a solver's table: the levels that the options ask for, and the solver's columns for them.
+
+    Args:
+        name: of the table.
+        schedule: the schedule the network was trained with.
+        options: those of `SolverOptions`.
+        columns: from the levels to c_xt, c_x0, c_1 ... and sigma.
+        estimate: what the solver interpolates, and what the rows keep. eps is not clipped.
+        rows: from the levels of the steps to those of the rows, where a step is more than one row.
+
+    Raises:
+        ValueError: an option is out of range.
+        TypeError: there is no such option.
+    """
+    for option in options:
+        if option not in SolverOptions.__annotations__:
+            near = nearest(option, SolverOptions.__annotations__)
+            raise TypeError(f"{name} has no option {option!r}" + (f"; did you mean {near!r}?" if near else ""))
+    chosen = dict(options)
+    prediction_type = chosen.pop("prediction_type", "epsilon")
+    learned = chosen.pop("learned", False)
+    clip_range = chosen.pop("clip_range", 1.0 if estimate == "x_0" else None)
+    if estimate == "eps" and clip_range is not None:
+        raise ValueError(f"{name} keeps eps, and x_0 cannot be clipped; got clip_range = {clip_range!r}, use None")
+    levels = noise_levels(schedule, **chosen)
+    coefficients = x0_coefficients if estimate == "x_0" else eps_coefficients
+    visited = rows(levels)
+    a, b = coefficients(visited.alphas_cumprod[:-1], prediction_type)
+    values = columns(levels)
+    used = [k + 1 for k, column in enumerate(HISTORY) if (values.get(column, a.new_zeros(1)) != 0).any()]
+    return Table(
+        make_rows(len(a), clip_range, a=a, b=b, **values),
+        visited.timesteps,
+        name=name,
+        clip=clip_range is not None,
+        learned=learned,
+        history=max(used, default=0),
+        estimate=estimate,
+    )
