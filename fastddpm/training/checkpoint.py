@@ -36,7 +36,8 @@ def save_checkpoint(
             tensors[f"optimizer.{key}.{name}"] = value
     # clone(): no two entries may share storage; contiguous: the file format knows no channels_last.
     on_disk = {name: v.cpu().clone(memory_format=torch.contiguous_format) for name, v in tensors.items()}
-    metadata = {"format": FORMAT, "state": json.dumps(state, allow_nan=False)}
+    # One entry: safetensors writes several in an order that differs from call to call.
+    metadata = {"state": json.dumps({"format": FORMAT, **state}, allow_nan=False)}
     write_files({folder / CHECKPOINT: save(on_disk, metadata)})
 
 
@@ -72,9 +73,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / CHECKPOINT
     try:
         metadata = SafetensorsFile(path).metadata
-        if metadata.get("format") != FORMAT:
+        state = parse_object(metadata.get("state", "{}").encode(), source="its state")
+        if state.pop("format", metadata.get("format")) != FORMAT:
             raise ValueError(f"it is not a {FORMAT} file")
-        state = parse_object(metadata.get("state", "").encode(), source="its state")
         integer("step", state.get("step"), 0)
         log = state.get("log")
         if not isinstance(log, dict):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,9 @@ from fastddpm.unet.unet import UNet
 # A training-time grid: DDPM steps enough to judge by, and pixels enough to look at.
 GRID_STEPS, GRID_SIDE = 100, 64
 
+# Where there is no terminal for a bar, as in a batch system's log: seconds from line to line.
+LINE_EVERY = 60.0
+
 
 class TrainLog:
     """Progress bar and log file of one run; a context manager.
@@ -38,21 +42,23 @@ class TrainLog:
         out: its folder; lines of its log that lie beyond ``start`` are dropped.
         start: gradient steps taken before.
         state: what `state()` returned at ``start``; empty at the beginning.
-        quiet: no progress bar. Without a terminal on stderr there is none either.
+        quiet: no progress bar. Without a terminal on stderr there is a line now and then instead.
     """
 
     def __init__(self, config: TrainConfig, out: Path, start: int, state: dict[str, Any], *, quiet: bool) -> None:
         self._config, self._out = config, out
         self._tensorboard = _tensorboard_writer(out, start) if config.tensorboard else None
         self._sum, self._count = float(state.get("sum", 0.0)), int(state.get("count", 0))
+        terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.steps,
             initial=start,
             unit="step",
             desc="training",
             dynamic_ncols=True,
-            disable=True if quiet or not sys.stderr.isatty() else None,
+            disable=quiet or not terminal,
         )
+        self._line_due = math.inf if quiet or terminal else time.monotonic() + LINE_EVERY
         kept = "".join(f"{json.dumps(line)}\n" for line in read_log(out) if line["step"] <= start)
         write_files({out / LOG: kept.encode()})
         self._file: IO[str] = (out / LOG).open("a")
@@ -82,6 +88,9 @@ class TrainLog:
                 self._tensorboard.add_scalar("loss", mean, n + 1)
                 self._tensorboard.add_scalar("learning rate", lr, n + 1)
             self._bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+            if time.monotonic() >= self._line_due:
+                print(f"step {n + 1} of {self._config.steps}, loss {mean:.4f}", file=sys.stderr, flush=True)
+                self._line_due = time.monotonic() + LINE_EVERY
             self._sum, self._count = 0.0, 0
         self._bar.update()
 

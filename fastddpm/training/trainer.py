@@ -187,10 +187,11 @@ def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
                 raise DivergenceError(f"{error}; {run.last_checkpoint()}; try a lower --lr") from None
             log.add(n, loss, learning_rate(config, n))
             n += 1
-            if config.save_every and n % config.save_every == 0:
-                save()
+            # The picture first: a run that is killed while drawing it draws it again.
             if config.sample_every and n % config.sample_every == 0:
                 log.picture(n, model, ema)
+            if config.save_every and n % config.save_every == 0:
+                save()
         save()
         export(run.out, model, ema)
     return TrainResult(n, loss, interrupt.signal)

@@ -220,8 +220,10 @@ def _checkpoint(path: Path, change: str) -> None:
         tensors["model.conv_in.bias"] = tensors["model.conv_in.bias"].long()
     elif change == "no moments":
         del tensors[name]
+    elif change == "no format":
+        metadata = {}
     else:
-        metadata["state"] = change
+        metadata["state"] = change.replace("{", '{"format": "fastddpm-training-1", ', 1)
     save_file(tensors, path, metadata)
 
 
@@ -231,6 +233,7 @@ def _checkpoint(path: Path, change: str) -> None:
         ("infinite moments", "NaN or infinity"),
         ("integer weights", "is torch.int64, not floating point"),
         ("no moments", "missing: 'optimizer.exp_avg_sq.conv_in.bias'"),
+        ("no format", "is not a fastddpm-training-1 file"),
         ('{"step": 2.5, "log": {}}', "step must be an integer >= 0, got 2.5"),
         ('{"step": 2, "log": {"sum": 1e999}}', "too large"),
         ('{"step": 2}', "its state has no log"),

@@ -120,12 +120,12 @@ from fastddpm.files import atomic
 from fastddpm.training.config import TrainConfig
 from fastddpm.training.trainer import train
 
-write, checkpoints = atomic._write_synced, []
+write, written = atomic._write_synced, []
 
 def write_or_die(path, content):
-    if "checkpoint" in path.name:
-        checkpoints.append(path)
-        if len(checkpoints) == 2:
+    if sys.argv[2] in path.name:
+        written.append(path)
+        if len(written) == 2:
             path.write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
@@ -135,14 +135,16 @@ train(TrainConfig(**eval(sys.argv[1])), quiet=True)
 """
 
 
-def test_train_survives_a_kill_in_the_middle_of_a_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [CHECKPOINT, "samples-"])
+def test_train_survives_a_kill_in_the_middle_of_a_file(config: TrainConfig, tmp_path: Path, name: str) -> None:
+    config = dataclasses.replace(config, sample_every=4, timesteps=10, schedule="cosine")
     broken = dataclasses.replace(config, out=str(tmp_path / "broken"))
     train(config, quiet=True)
-    command = [sys.executable, "-c", KILLED_IN_A_WRITE, repr(dataclasses.asdict(broken))]
+    command = [sys.executable, "-c", KILLED_IN_A_WRITE, repr(dataclasses.asdict(broken)), name]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number rounds differently
     assert subprocess.run(command, env=os.environ | threads, check=False).returncode == -signal.SIGKILL
     (leftover,) = (tmp_path / "broken").glob(".*.tmp")
-    assert leftover.name.startswith(f".{CHECKPOINT}.")
+    assert leftover.name.startswith(f".{name}")
     assert read_state(tmp_path / "broken")["step"] == 4
     # What a kill in the middle of a line of the log leaves, and a file of somebody else's.
     with (tmp_path / "broken" / LOG).open("a") as log:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from fastddpm.training.checkpoint import CHECKPOINT
 from fastddpm.training.config import TrainConfig
@@ -62,8 +60,10 @@ def at_step(n: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) 
 
 
 def same_run(one: Path, two: Path) -> bool:
-    """Whether two folders hold the same checkpoint, log and models, to the bit."""
-    a, b = load_file(one / CHECKPOINT), load_file(two / CHECKPOINT)
-    same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    models = ("diffusion_pytorch_model.safetensors", "raw/diffusion_pytorch_model.safetensors", LOG)
-    return same and all((one / name).read_bytes() == (two / name).read_bytes() for name in models)
+    """Whether two folders hold the same checkpoint, log, pictures and models, byte for byte."""
+    files = ("*.safetensors", "raw/*.safetensors", "*.png", LOG)
+    a, b = (
+        {path.relative_to(run): path.read_bytes() for name in files for path in run.glob(name)} for run in (one, two)
+    )
+    assert Path(CHECKPOINT) in a
+    return a == b
