@@ -43,21 +43,6 @@ def device_of(model: Model) -> torch.device:
     return torch.device("cpu")
 
 
-def fingerprint(model: Model) -> tuple[Any, ...]:
-    """Return what changes when weights are loaded, replaced, moved or converted, or the mode is switched.
-
-    In-place writes through `.data` or under another view leave no trace in it.
-    """
-    if not isinstance(model, nn.Module):
-        return ()
-    tensors = [*model.parameters(), *model.buffers()]
-    # Tensors made under inference_mode count no versions.
-    return (
-        *(module.training for module in model.modules()),
-        *((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape) for t in tensors),
-    )
-
-
 def null_class_of(model: Model) -> int | None:
     """Return the label that means "no class", from `model.null_class` or `model.config.null_class`."""
     value = getattr(model, "null_class", None)

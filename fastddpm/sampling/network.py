@@ -20,7 +20,8 @@ class Network(Protocol):
     A model may bring its own, made for sampling: it then has a method `sampling_networks(timesteps, *, compile_model,
     strict)`, with timesteps [R] on the model's device, which returns a function: rows of x -> Network. Every step has
     its own network, because it holds the labels of a run. One that knows its timesteps by row may set `reads_t` to
-    False: t is then not looked up for it, and holds nothing.
+    False: t is then not looked up for it, and holds nothing. One that keeps nothing made from weights may set
+    `shares_weights` to True: their bytes are then not compared before each run.
     """
 
     memory_format: torch.memory_format
@@ -37,6 +38,7 @@ class ModelNetwork:
     """Any model that keeps the contract model(x, t, **kwargs) -> tensor, or an object with `.sample`."""
 
     memory_format = torch.contiguous_format
+    shares_weights = True
 
     def __init__(self, model: Model, *, compile_model: bool, strict: bool) -> None:
         self._call = Compiled(model, strict=strict) if compile_model else model

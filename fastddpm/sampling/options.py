@@ -40,6 +40,7 @@ class SamplerArguments(TypedDict, total=False):
     backend: str
     null_class: int | None
     check_finite: bool
+    frozen: bool
     samples_ahead: int
 
 
@@ -58,6 +59,7 @@ class Options:
         uses_graph: steps are replayed as CUDA graphs.
         strict_graph: raise where a step cannot be captured, instead of running it in the loop.
         check_finite: record each sample's first step with a NaN or Inf.
+        frozen: the weights never change in place.
         null_class: the label that means "no class", None where there is none.
         num_labels: how many labels the model knows, None where it does not say.
     """
@@ -72,6 +74,7 @@ class Options:
     uses_graph: bool
     strict_graph: bool
     check_finite: bool
+    frozen: bool
     null_class: int | None
     num_labels: int | None
 
@@ -88,6 +91,7 @@ def resolve_options(
     backend: str,
     null_class: int | None,
     check_finite: bool,
+    frozen: bool,
     samples_ahead: int,
 ) -> Options:
     """Check the arguments of `Sampler` and decide what they leave open.
@@ -96,7 +100,7 @@ def resolve_options(
         model: the network.
         shape: one sample's shape.
         steps: rows of the table.
-        device, dtype, compile, cuda_graph, backend, null_class, check_finite, samples_ahead: see `Sampler`.
+        device, dtype, compile, cuda_graph, backend, null_class, check_finite, frozen, samples_ahead: see `Sampler`.
 
     Raises:
         ValueError: an option is unknown, or does not fit the device.
@@ -119,6 +123,7 @@ def resolve_options(
         uses_graph=decide_graph(cuda_graph, device),
         strict_graph=cuda_graph is True,
         check_finite=check_finite,
+        frozen=frozen,
         null_class=null_class_of(model) if null_class is None else null_class,
         num_labels=num_labels_of(model),
     )

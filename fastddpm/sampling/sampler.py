@@ -48,8 +48,8 @@ class Sampler:
     the sample id, the step and the element alone, never on the batch around a sample (a network's own rounding may).
 
     One sampler may be shared by threads: calls take turns, and an open `steps()` generator has buffers of its own.
-    After weights were changed in a way that leaves no trace (through ``.data``, or by another process), call
-    `refresh()`; `load_state_dict`, optimizer steps, ``.to()`` and ``.train()`` are noticed.
+    Each call samples from the model as it is then: replaced layers, hooks and methods are noticed, and weights, which
+    the fast forms of a network copy, are compared with a checksum, however they were changed (``.data`` too).
 
     Args:
         model: the network; a module elsewhere, or in another dtype, is copied and converted, never changed.
@@ -63,6 +63,7 @@ class Sampler:
         backend: "auto", "triton" or "torch", for the fused step.
         null_class: the label that means "no class", for guidance; default the model's.
         check_finite: raise SamplingError when a sample has a NaN or Inf, naming step and sample.
+        frozen: promise that weights are not changed in place, which saves reading them at the start of each call.
         samples_ahead: how many samples the caller means to draw; only compile="auto" asks.
 
     Raises:
@@ -83,6 +84,7 @@ class Sampler:
         backend: str = "auto",
         null_class: int | None = None,
         check_finite: bool = False,
+        frozen: bool = False,
         samples_ahead: int = 1,
     ) -> None:
         if table.history > 1:
@@ -101,6 +103,7 @@ class Sampler:
             backend=backend,
             null_class=null_class,
             check_finite=check_finite,
+            frozen=frozen,
             samples_ahead=samples_ahead,
         )
         self.shape, self.device = self.options.shape, self.options.device
@@ -218,7 +221,7 @@ class Sampler:
             next(self._loop(step, engine, request), None)
 
     def refresh(self) -> None:
-        """Take the model's weights again: needed after changes in place that leave no trace."""
+        """Take the model anew at the next call: with ``frozen``, needed after weights were changed in place."""
         self._steps.refresh()
 
     def clear(self) -> None:

@@ -6,15 +6,15 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
 from fastddpm.errors import ModelOutputError
 from fastddpm.machine.devices import device_guard
+from fastddpm.sampling.changes import Watch
 from fastddpm.sampling.engine import CudaGraphEngine, Engine, GraphPool, LoopEngine
 from fastddpm.sampling.errors import explain, explain_cuda, is_oom
-from fastddpm.sampling.model import Model, fingerprint, place
+from fastddpm.sampling.model import Model, place
 from fastddpm.sampling.network import Network, sampling_networks
 from fastddpm.sampling.options import Options
 from fastddpm.sampling.request import StepKey
@@ -44,7 +44,7 @@ class StepPool:
         self._graphs = GraphPool(options.device)
         self._networks: Callable[[int], Network] | None = None
         self._generation = 0
-        self._fingerprint: tuple[Any, ...] = ()
+        self._watch = Watch(model, frozen=options.frozen)
         self._last_use: torch.cuda.Event | None = None
 
     @contextlib.contextmanager
@@ -69,7 +69,8 @@ class StepPool:
     def lend(self, key: StepKey) -> Iterator[Prepared]:
         """Lend a step that nobody else uses; one whose run failed is not used again."""
         with self.turn():
-            self._notice_changes()
+            if self._networks is not None and self._watch.changed():
+                self.refresh()
             idle = self._idle.setdefault(key, [])
             with explain("preparation", key, self._options):
                 step, engine = idle.pop() if idle else self._build(key)
@@ -110,22 +111,21 @@ class StepPool:
             else:
                 engine.reset()
 
-    def _notice_changes(self) -> None:
-        found = fingerprint(self._model)
-        if found != self._fingerprint:
-            self.refresh()
-            self._fingerprint = found
-
     def _build(self, key: StepKey) -> Prepared:
         options = self._options
         if self._networks is None:
+            self._watch.remember()
+            placed = place(self._model, options.device, options.dtype)
+            self._watch.copies = placed is not self._model
             self._networks = sampling_networks(
-                place(self._model, options.device, options.dtype),
+                placed,
                 self._table.timesteps.to(options.device),
                 compile_model=options.compiles,
                 strict=options.strict_compile,
             )
-        step = StaticStep(key, self._networks(key.network_batch), self._table, options)
+        network = self._networks(key.network_batch)
+        self._watch.copies |= not getattr(network, "shares_weights", False)
+        step = StaticStep(key, network, self._table, options)
         engine = self._new_engine()
         try:
             engine.capture(lambda: self._run(step), step.rewind)

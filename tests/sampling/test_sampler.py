@@ -525,17 +525,6 @@ def test_changed_weights_are_noticed(dtype: torch.dtype, captured: bool) -> None
     assert torch.equal(s.sample(seeds=[1]), expected)
 
 
-def test_refresh_takes_weights_that_were_changed_without_a_trace() -> None:
-    model = Pointwise().eval()
-    s = sampler(model, dtype=torch.bfloat16)
-    before = s.sample(seeds=[1])
-    model.weight.data.fill_(-0.5)
-    assert torch.equal(s.sample(seeds=[1]), before)
-    s.refresh()
-    assert torch.equal(s.sample(seeds=[1]), sampler(model, dtype=torch.bfloat16).sample(seeds=[1]))
-    assert not torch.equal(s.sample(seeds=[1]), before)
-
-
 def test_clear_frees_the_steps_and_calls_build_new_ones() -> None:
     s = sampler()
     expected = s.sample(seeds=[1, 2])
