@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 
 import fastddpm
-from fastddpm import DiffusionConfig, UNet, UNetConfig
+from fastddpm import DiffusionConfig
 from fastddpm.cli import main
 from fastddpm.cli.sample import rank_and_world
 from fastddpm.files import images
 from fastddpm.files.run_folder import RunFolder
 from fastddpm.sampling import outputs
+from tests.tiny import tiny_unet
 
 STEPS = 3
 
@@ -39,21 +40,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = UNetConfig(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        num_class_embeds=4,
-        null_class=3,
-    )
-    network = UNet(config, zero_init=False).eval()
+    network = tiny_unet(num_class_embeds=4, null_class=3)
     network.diffusion = DiffusionConfig(num_timesteps=200, beta_end=0.1)
     directory = tmp_path_factory.mktemp("model")
     fastddpm.save_pretrained(network, directory)

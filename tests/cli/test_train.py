@@ -20,20 +20,7 @@ from fastddpm.training import log as train_log
 from fastddpm.training import trainer as training
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.folder import LOG, SETTINGS
-from tests.training.train_cases import at_step
-
-TINY = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [8],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"],
-    "norm_num_groups": 4,
-    "num_class_embeds": 11,
-    "null_class": 10,
-}
+from tests.training.train_cases import TINY, at_step
 
 NAMES = (("loss", "loss"), ("learning rate", "lr"))
 

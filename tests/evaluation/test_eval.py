@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import fastddpm
-from fastddpm import DiffusionConfig, UNet, UNetConfig
+from fastddpm import DiffusionConfig
 from fastddpm.cli import main
 from fastddpm.data.datasets import digits8x8
 from fastddpm.evaluation import classifier_training, fid, report
@@ -29,6 +29,7 @@ from fastddpm.files import images
 from fastddpm.sampling.to_files import model_digest
 from fastddpm.training.folder import LOG
 from fastddpm.training.likelihood import bits_per_dim
+from tests.tiny import tiny_unet
 
 SAMPLES = 20
 ROWS = ("accuracy", "frechet", "nearest", "diversity")
@@ -47,20 +48,7 @@ def one_thread() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of ten classes of 8x8 images, and a classifier for them; neither has learned anything."""
     torch.manual_seed(0)
-    config = UNetConfig(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        num_class_embeds=11,
-        null_class=10,
-    )
-    network = UNet(config, zero_init=False).eval()
+    network = tiny_unet(num_class_embeds=11, null_class=10)
     network.diffusion = DiffusionConfig(num_timesteps=200, beta_end=0.1)
     path = tmp_path_factory.mktemp("eval")
     fastddpm.save_pretrained(network, path / "model")

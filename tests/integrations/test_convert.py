@@ -18,8 +18,9 @@ from fastddpm.integrations.convert import convert, read
 from fastddpm.integrations.lucidrains.diffusion import GaussianDiffusion
 from fastddpm.integrations.lucidrains.tables import OBJECTIVES, SCHEDULES, make_buffers
 from fastddpm.integrations.openai.unet_weights import OpenAIFlags
-from fastddpm.unet.unet import UNet, UNetConfig
+from fastddpm.unet.unet import UNet
 from tests.integrations.openai_unet import UNetModel
+from tests.tiny import RGB, tiny_unet
 
 PREDICTION = {"pred_noise": "epsilon", "pred_x0": "x_0", "pred_v": "v"}
 FLAGS = OpenAIFlags(num_heads=2)
@@ -106,19 +107,6 @@ def test_lucidrains_network_is_refused_with_the_way_out(tmp_path: Path, capsys: 
     assert "predicts v" in capsys.readouterr().out
 
 
-def small_unet() -> UNet:
-    torch.manual_seed(0)
-    config = UNetConfig(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
-    return UNet(config, zero_init=False).eval()
-
-
 class Adapter(nn.Module):
     """A UNet2DModel as denoising-diffusion-pytorch calls it."""
 
@@ -131,7 +119,7 @@ class Adapter(nn.Module):
 
 
 def test_lucidrains_checkpoint_around_a_unet2dmodel_converts_and_samples(tmp_path: Path) -> None:
-    unet = small_unet()
+    unet = tiny_unet(RGB)
     diffusion = GaussianDiffusion(Adapter(unet), image_size=8, timesteps=20, objective="pred_v", beta_schedule="cosine")
     last = {
         name: tensor + 1.0 if name.startswith("model") else tensor for name, tensor in diffusion.state_dict().items()
@@ -163,14 +151,7 @@ def test_lucidrains_checkpoint_around_a_unet2dmodel_converts_and_samples(tmp_pat
 )
 def test_diffusers_folder_converts_to_the_same_network(tmp_path: Path, safe: bool, pipeline: bool) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    theirs = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        layers_per_block=1,
-    ).eval()
+    theirs = diffusers.UNet2DModel(**RGB).eval()
     scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     if pipeline:
         diffusers.DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path / "source", safe_serialization=safe)
@@ -191,7 +172,7 @@ def test_diffusers_folder_converts_to_the_same_network(tmp_path: Path, safe: boo
 
 
 def test_bin_of_another_architecture_is_refused_by_file_and_key(tmp_path: Path) -> None:
-    unet = small_unet()
+    unet = tiny_unet(RGB)
     unet.save_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     weights = unet.state_dict()
@@ -208,7 +189,7 @@ def test_bin_of_another_architecture_is_refused_by_file_and_key(tmp_path: Path) 
 @pytest.fixture
 def bin_folder(tmp_path: Path) -> Path:
     """A diffusers folder whose weights are in a .bin, which load refuses and convert reads."""
-    unet = small_unet()
+    unet = tiny_unet(RGB)
     unet.save_pretrained(tmp_path / "bin")
     (tmp_path / "bin" / "diffusion_pytorch_model.safetensors").unlink()
     config = tmp_path / "bin" / "config.json"

@@ -16,29 +16,16 @@ from fastddpm.cli import main
 from fastddpm.integrations.convert import convert, read
 from fastddpm.integrations.lucidrains.tables import SCHEDULES, make_buffers
 from fastddpm.integrations.openai.unet_weights import OpenAIFlags
-from fastddpm.unet.unet import UNet, UNetConfig
 from tests.integrations.ho_unet import HoUNet
 from tests.integrations.openai_unet import UNetModel
+from tests.tiny import RGB, tiny_unet
 
 State = dict[str, Tensor]
 
 
-def small_unet() -> UNet:
-    torch.manual_seed(0)
-    config = UNetConfig(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
-    return UNet(config, zero_init=False).eval()
-
-
 @pytest.fixture
 def last() -> State:
-    return dict(small_unet().state_dict())
+    return dict(tiny_unet(RGB).state_dict())
 
 
 @pytest.fixture
@@ -48,7 +35,7 @@ def average(last: State) -> State:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    small_unet().save_pretrained(tmp_path / "architecture")
+    tiny_unet(RGB).save_pretrained(tmp_path / "architecture")
     return tmp_path / "architecture" / "config.json"
 
 

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 import fastddpm
-from fastddpm import DiffusionConfig, Sampler, UNet, UNetConfig, ddpm_table
+from fastddpm import DiffusionConfig, Sampler, ddpm_table
 from fastddpm.data import points
 from fastddpm.pictures import strip as drawing
 from fastddpm.pictures.recording import RecordingSettings, point_diffusion, record, spread
+from tests.tiny import tiny_unet
 
 T = 8
 
@@ -67,20 +68,7 @@ def test_record_returns_to_the_only_image_there_is(workdir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = UNetConfig(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=4,
-        null_class=3,
-    )
-    network = UNet(config, zero_init=False).eval()
+    network = tiny_unet(num_class_embeds=4, null_class=3)
     network.diffusion = DiffusionConfig(num_timesteps=200, beta_end=0.1)
     directory = tmp_path_factory.mktemp("model")
     fastddpm.save_pretrained(network, directory)

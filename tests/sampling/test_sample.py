@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import fastddpm
-from fastddpm import DiffusionConfig, Sampler, UNet, UNetConfig
+from fastddpm import DiffusionConfig, Sampler, UNet
 from fastddpm.sampling import sample as sampling
 from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.request import RequestArguments, resolve_request
 from fastddpm.tables import by_name as samplers
+from tests import tiny
 
 CONFIG = DiffusionConfig(num_timesteps=20, beta_start=1e-3, beta_end=0.4)
 
@@ -39,20 +40,7 @@ class Toy(nn.Module):
 
 
 def tiny_unet(**config: Any) -> UNet:
-    torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (8, 8),
-        "down_block_types": ("DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
-        **config,
-    }
-    model = UNet(UNetConfig(**options), zero_init=False).eval()
+    model = tiny.tiny_unet(**config)
     model.diffusion = CONFIG
     return model
 

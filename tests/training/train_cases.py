@@ -13,20 +13,9 @@ from fastddpm.training.checkpoint import CHECKPOINT
 from fastddpm.training.config import TrainConfig
 from fastddpm.training.folder import LOG
 from fastddpm.training.trainer import Trainer
+from tests import tiny
 
-TINY = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "attention_head_dim": 8,
-    "norm_num_groups": 4,
-    "num_class_embeds": 11,
-    "null_class": 10,
-}
+TINY: dict[str, Any] = {**tiny.PLAIN, "num_class_embeds": 11, "null_class": 10}
 
 
 def tiny_run(folder: Path) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastddpm.unet.blocks import timestep_embedding
 from fastddpm.unet.unet import UNet, UNetConfig
+from tests import tiny
 
-SMALL = {
-    "sample_size": 16,
-    "in_channels": 2,
-    "out_channels": 3,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 4,
-}
+SMALL: dict[str, Any] = {**tiny.ATTENTION, "sample_size": 16, "in_channels": 2, "out_channels": 3}
 
 # Each variant turns one feature of UNet2DModel away from SMALL.
 VARIANTS = {

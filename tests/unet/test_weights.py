@@ -23,20 +23,9 @@ from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.unet.load import load
 from fastddpm.unet.save import save_pretrained
 from fastddpm.unet.unet import UNet, UNetConfig
+from tests import tiny
 
-CONFIG = UNetConfig(
-    sample_size=8,
-    in_channels=1,
-    out_channels=1,
-    block_out_channels=(8, 16),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    layers_per_block=1,
-    norm_num_groups=4,
-    attention_head_dim=8,
-    num_class_embeds=3,
-    null_class=2,
-)
+CONFIG = UNetConfig(**{**tiny.ATTENTION, "attention_head_dim": 8, "num_class_embeds": 3, "null_class": 2})
 DIFFUSION = DiffusionConfig(beta_schedule="cosine", num_timesteps=500, prediction_type="v", clip_range=None)
 ATTENTION = "mid_block.attentions.0.to_q.weight"
 T_AND_LABELS = (torch.tensor([3, 400]), torch.tensor([0, 1]))

@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
+from tests import tiny
+
 # Of the largest value: one float32 step through the rows of a table, against diffusers' operations one by one.
 STEP_RTOL = 1e-6
 SHAPE = (2, 3, 4, 4)
@@ -30,17 +32,7 @@ def assert_step_matches(ours: Any, theirs: Any, *, a: float, scale: float) -> No
 
 def tiny_unet(**options: Any) -> UNet2DModel:
     """Build a UNet2DModel of 8x8 images, about 20,000 parameters, the same each time."""
-    config: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    }
+    config = {**tiny.ATTENTION, "attention_head_dim": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return UNet2DModel(**{**config, **options}).eval()
