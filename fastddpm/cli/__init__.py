@@ -18,7 +18,7 @@ from typing import Any
 
 from fastddpm import __version__
 
-COMMANDS = ("sample", "train", "eval", "diffuse", "convert", "inspect", "verify", "bench", "profile", "env")
+COMMANDS = ("sample", "train", "eval", "steps", "diffuse", "convert", "inspect", "verify", "bench", "profile", "env")
 
 # How the library's messages name what is an option of the command line.
 _KEYWORD = re.compile(r"\b(device|dtype|backend|compile|spacing|sampler|steps)=['\"]?(?:torch\.)?([\w:+.-]+\w)['\"]?")
