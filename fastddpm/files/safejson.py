@@ -6,10 +6,11 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+
+from fastddpm.files.outside import regular_size
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -19,7 +20,7 @@ _STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
 
 
 def read_object(
-    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH, infinities: bool = False
 ) -> dict[str, Any]:
     """Read a JSON object from a file.
 
@@ -27,31 +28,34 @@ def read_object(
         path: a regular file, UTF-8.
         max_bytes: larger files are refused unread.
         max_depth: deeper nesting is refused unparsed.
+        infinities: allow Infinity and -Infinity, which are Python's and not JSON's; the caller refuses them where they
+            mean nothing.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: everything else that is wrong with it; the message begins with the path.
     """
     path = Path(path)
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path}: not a regular file")
-    if status.st_size > max_bytes:
-        raise ValueError(f"{path}: {status.st_size} bytes; a file of this kind has at most {max_bytes}")
+    size = regular_size(path)
+    if size > max_bytes:
+        raise ValueError(f"{path}: {size} bytes; a file of this kind has at most {max_bytes}")
     with path.open("rb") as stream:
         content = stream.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(f"{path}: more than {max_bytes} bytes, the most a file of this kind has")
-    return parse_object(content, source=str(path), max_depth=max_depth)
+    return parse_object(content, source=str(path), max_depth=max_depth, infinities=infinities)
 
 
-def parse_object(content: bytes, *, source: str, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+def parse_object(
+    content: bytes, *, source: str, max_depth: int = MAX_DEPTH, infinities: bool = False
+) -> dict[str, Any]:
     """Parse UTF-8 JSON whose top level is an object; the caller has bounded its length.
 
     Args:
         content: the text.
         source: what it is, for messages.
         max_depth: deeper nesting is refused unparsed (the parser recurses, and the stack is not ours).
+        infinities: allow Infinity and -Infinity.
 
     Raises:
         ValueError: not UTF-8, not JSON, nested too deep, a key given twice, NaN, an infinity or a number that overflows
@@ -61,7 +65,10 @@ def parse_object(content: bytes, *, source: str, max_depth: int = MAX_DEPTH) -> 
         text = content.decode("utf-8")
         _check_depth(text, max_depth)
         value = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_infinity if infinities else _refuse_constant,
+            parse_float=_finite_float,
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not usable as JSON: {error}") from None
@@ -106,6 +113,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _infinity(name: str) -> float:
+    return _refuse_constant(name) if name == "NaN" else float(name)
 
 
 def _finite_float(digits: str) -> float:

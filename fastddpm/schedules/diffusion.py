@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
+from fastddpm.checks import shown
 from fastddpm.schedules.betas import SCHEDULES, check_ends, check_num_timesteps, named_betas
 from fastddpm.schedules.schedule import Schedule, warn_unless_gaussian_end
 
@@ -35,6 +37,16 @@ _VARIANCE_TYPES = {
     "fixed_large_log": "fixed_large",
     "learned_range": "learned_range",
 }
+# Solvers for networks trained by the same processes, which only choose how to sample: all their other keys are skipped.
+_SOLVERS = (
+    *("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler"),
+    *("DPMSolverSDEScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "SASolverScheduler"),
+    *("LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "RePaintScheduler"),
+)
+# Keys of theirs that ask for another process, with the only value that does not.
+_SAME_PROCESS = {"use_flow_sigmas": False, "timestep_type": "discrete"}
+_BOOLEANS = ("clip_sample", "thresholding", "rescale_betas_zero_snr")
 # Marks a "learned" variance as OpenAI's log-variance; diffusers skips keys that begin with an underscore.
 _LOG_VARIANCE_KEY = "_fastddpm_learned_is_log_variance"
 # How a run visits the timesteps is the sampler's choice, not a property of the network.
@@ -175,7 +187,7 @@ class DiffusionConfig:
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> DiffusionConfig:
-        """Read diffusers' scheduler_config.json (DDPMScheduler, DDIMScheduler and their kin).
+        """Read diffusers' scheduler_config.json: of DDPMScheduler, DDIMScheduler and their kin, or of a solver.
 
         Keys that begin with an underscore and those that only choose the timesteps visited are ignored.
 
@@ -184,11 +196,23 @@ class DiffusionConfig:
         """
         public = {key: value for key, value in config.items() if not key.startswith("_")}
         unknown = sorted(set(public) - set(_READ_KEYS) - set(_SAMPLING_KEYS))
-        if unknown:
-            raise ValueError(f"unknown keys in the scheduler config: {', '.join(unknown)}")
+        if unknown and config.get("_class_name") not in _SOLVERS:
+            raise ValueError(f"unknown keys in the scheduler config: {', '.join(map(shown, unknown))}")
+        for key, same in _SAME_PROCESS.items():
+            if public.get(key, same) != same:
+                raise ValueError(
+                    f"{key} is {shown(public[key])} in the scheduler config: another process than a DDPM's"
+                )
+        for key in set(_READ_KEYS) & set(public):
+            if public[key] in (math.inf, -math.inf) or (key in _BOOLEANS and not isinstance(public[key], bool)):
+                raise ValueError(
+                    f"{key} must be {'true or false' if key in _BOOLEANS else 'finite'} in the scheduler config, got "
+                    f"{shown(public[key])}"
+                )
         if public.get("thresholding"):
             raise ValueError("thresholding is true in the scheduler config, and dynamic thresholding is not supported")
-        variance_type = public.get("variance_type", "fixed_small")
+        # Some solvers write null, where the network has no variance for them.
+        variance_type = public.get("variance_type") or "fixed_small"
         if variance_type == "learned" and not config.get(_LOG_VARIANCE_KEY):
             raise ValueError(
                 "variance_type 'learned' of diffusers takes the output as the variance itself, which has no equivalent "

@@ -208,7 +208,8 @@ def _read_diffusion(folder: Path) -> DiffusionConfig | None:
     for path in (folder / SCHEDULER, folder / "scheduler" / SCHEDULER):
         if path.exists():
             refuse_escape(path, folder)
-            raw = read_object(path)
+            # diffusers' solvers write -Infinity.
+            raw = read_object(path, infinities=True)
             with _naming(path):
                 return DiffusionConfig.from_scheduler_config(raw)
     warnings.warn(

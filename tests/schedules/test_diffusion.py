@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 
 import pytest
@@ -140,7 +141,7 @@ def test_from_scheduler_config_maps_log_variances_to_the_same_std(theirs, ours):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"beta_scheduel": "linear"}, "unknown keys in the scheduler config: beta_scheduel"),
+        ({"beta_scheduel": "linear"}, "unknown keys in the scheduler config: 'beta_scheduel'"),
         ({"beta_schedule": "karras"}, "unknown beta_schedule 'karras' in the scheduler config; known: linear"),
         ({"beta_schedule": ["linear"]}, r"unknown beta_schedule \['linear'\]"),
         ({"prediction_type": "flow_prediction"}, "unknown prediction_type 'flow_prediction'"),
@@ -148,7 +149,12 @@ def test_from_scheduler_config_maps_log_variances_to_the_same_std(theirs, ours):
         ({"variance_type": "other"}, "unknown variance_type 'other'"),
         ({"thresholding": True}, "dynamic thresholding is not supported"),
         ({"clip_sample": True, "clip_sample_range": -1.0}, "clip_range must be positive"),
-        ({"rescale_betas_zero_snr": "no"}, "unknown rescale_betas_zero_snr 'no'"),
+        ({"rescale_betas_zero_snr": "no"}, "rescale_betas_zero_snr must be true or false .*, got 'no'"),
+        ({"clip_sample": "false"}, "clip_sample must be true or false .*, got 'false'"),
+        ({"thresholding": 0}, "thresholding must be true or false .*, got 0"),
+        ({"clip_sample_range": math.inf}, "clip_sample_range must be finite .*, got inf"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "another process"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "another process"),
         ({"num_train_timesteps": "1000"}, "num_timesteps must be an int, got '1000'"),
         ({"num_train_timesteps": 10**9}, "num_timesteps must lie in 1..1000000, got 1000000000"),
         ({"beta_start": None}, "beta_start must be a number in .0, 1., got None"),

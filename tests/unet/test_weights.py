@@ -508,6 +508,28 @@ def test_load_refuses_hostile_scheduler_configurations(folder: Path, text: str, 
         load(folder)
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize(
+    "solver",
+    [
+        *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+        *("LMSDiscreteScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler", "SASolverScheduler"),
+        *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    ],
+)
+def test_a_folder_of_another_solver_gives_its_training_process(folder: Path, solver: str) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
+    process = {"beta_start": 0.002, "beta_end": 0.03, "num_train_timesteps": 300, "prediction_type": "v_prediction"}
+    theirs = getattr(diffusers, solver)(**process)
+    theirs.save_pretrained(folder)
+    ours = load(folder).diffusion
+    assert ours is not None
+    torch.testing.assert_close(ours.schedule().alphas_cumprod, theirs.alphas_cumprod.double(), rtol=1e-4, atol=0)
+    assert ours.prediction_type == "v"
+    ddpm = diffusers.DDPMScheduler.from_config(theirs.config)
+    assert ours.variance_type == ddpm.config.variance_type
+
+
 @pytest.mark.parametrize("name", ["config.json", "scheduler_config.json"])
 def test_load_refuses_oversized_json_unread(folder: Path, name: str) -> None:
     with (folder / name).open("wb") as stream:
