@@ -45,7 +45,7 @@ NOISE_COUNTER = tl.constexpr(launch.NOISE_COUNTER)
 NOISE_GIVEN = tl.constexpr(launch.NOISE_GIVEN)
 
 RUNTIME = (
-    "x_ptr", "m_ptr", "z_ptr", "x0_prev_ptr", "out_ptr", "x0_out_ptr", "low_ptr",
+    "x_ptr", "m_ptr", "z_ptr", "ring_ptr", "out_ptr", "x0_out_ptr", "low_ptr",
     "rows_ptr", "row_ptr", "seed_ptr", "id_ptr", "step_ptr",
     "batch", "count", "repeat", "row_stride", "seed_stride", "id_stride", "step_stride", "stream",
 )  # fmt: skip
@@ -102,7 +102,7 @@ def _row(ptr, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _update(x, m, v, z, x0_prev, row, CLIP: tl.constexpr, USE_M: tl.constexpr):
+def _update(x, m, v, z, x0_1, x0_2, x0_3, row, CLIP: tl.constexpr, USE_M: tl.constexpr):
     """The arithmetic of a row, every operation rounded on its own: (x_prev, x0). A term whose tensor is None is off."""
     x0 = row.a * x + row.b * m
     if CLIP:
@@ -111,8 +111,12 @@ def _update(x, m, v, z, x0_prev, row, CLIP: tl.constexpr, USE_M: tl.constexpr):
     x_prev = row.c_x0 * x0 + row.c_xt * x
     if USE_M:
         x_prev = x_prev + row.c_m * m
-    if x0_prev is not None:
-        x_prev = x_prev + row.c_1 * x0_prev
+    if x0_1 is not None:
+        x_prev = x_prev + row.c_1 * x0_1
+    if x0_2 is not None:
+        x_prev = x_prev + row.c_2 * x0_2
+    if x0_3 is not None:
+        x_prev = x_prev + row.c_3 * x0_3
     if z is not None:
         std = row.sigma
         if v is not None:
@@ -121,25 +125,34 @@ def _update(x, m, v, z, x0_prev, row, CLIP: tl.constexpr, USE_M: tl.constexpr):
     return x_prev, x0
 
 
+@triton.jit
+def _slot(row, AGE: tl.constexpr, HISTORY: tl.constexpr):
+    """Where the ring holds the x0 of AGE rows before ``row``."""
+    return ((row + (HISTORY - AGE)).to(tl.uint32) % HISTORY).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def _p_sample_kernel(
-    x_ptr, m_ptr, z_ptr, x0_prev_ptr, out_ptr, x0_out_ptr, low_ptr, rows_ptr, row_ptr, seed_ptr, id_ptr, step_ptr,
+    x_ptr, m_ptr, z_ptr, ring_ptr, out_ptr, x0_out_ptr, low_ptr, rows_ptr, row_ptr, seed_ptr, id_ptr, step_ptr,
     batch, count, repeat, row_stride, seed_stride, id_stride, step_stride, stream,
-    CLIP: tl.constexpr, LEARNED: tl.constexpr, GUIDED: tl.constexpr, USE_M: tl.constexpr, USE_PREV: tl.constexpr,
+    CLIP: tl.constexpr, LEARNED: tl.constexpr, GUIDED: tl.constexpr, USE_M: tl.constexpr, HISTORY: tl.constexpr,
     X0_OUT: tl.constexpr, LOW_OUT: tl.constexpr, M_NHWC: tl.constexpr, LOW_NHWC: tl.constexpr, NOISE: tl.constexpr,
     CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """x_prev = mean(x_t, x0) + std * z, x0 = clip(a * x_t + b * m): one table row   (Ho et al. 2020, eqs. 7, 11, 15).
 
-    Inputs    x_t, z, x0_prev: [batch, n] contiguous; m: the network's output, n or (LEARNED) 2 n elements a sample,
+    Inputs    x_t, z: [batch, n] contiguous; m: the network's output, n or (LEARNED) 2 n elements a sample,
               2 batch samples if GUIDED, contiguous or (M_NHWC) channels-last; fp32/fp16/bf16 each.
               rows: [R, 14] fp32; row, seed, sample_id, step: int64, stride 1 per sample or 0 for all
     Output    x_prev: [batch, n], may alias x_t; x0 if X0_OUT; a copy if LOW_OUT, contiguous or (LOW_NHWC)
               channels-last
+    Ring      [HISTORY, batch, n]: the x0 of k rows before lies in slot (row - k) mod HISTORY; x0 takes the
+              place of the oldest, by the thread that read it
     Grid      ``tiles.launch_grid``; if a tensor is channels-last, a tile is a block of pixels and loops over channels
     Counts    n = CHANNELS * plane, CHANNELS = 1 if nothing is channels-last; count: the plane in groups of four (in
               elements if not ALIGNED); repeat: tiles that a program walks
-    Traffic   2 reads + 1 write = 12 B/element at fp32; coefficients from L1; memory bound
+    Traffic   2 reads + 1 write = 12 B/element at fp32, 16 + 4 HISTORY with a history; coefficients from L1; memory
+              bound
     Numerics  fp32 inside, no contraction, one rounding at each store; bit-equal to ``twins.p_sample``
     Noise     noise-v1, or z, or none; not added where sigma is 0
     """
@@ -158,14 +171,20 @@ def _p_sample_kernel(
     if not ALIGNED:
         groups = (n + 3) // 4
     s, exists = tile_samples(batch, BLOCK_G, TILE)
-    row = _row(rows_ptr + tl.load(row_ptr + s * row_stride) * COLUMNS, BLOCK_G, TILE)
+    row_index = tl.load(row_ptr + s * row_stride)
+    row = _row(rows_ptr + row_index * COLUMNS, BLOCK_G, TILE)
     if NOISE == NOISE_COUNTER:
         seed = tl.load(seed_ptr + s * seed_stride)
         sample_id = tl.load(id_ptr + s * id_stride)
         step = tl.load(step_ptr + s * step_stride)
     base = s.to(tl.int64) * n
     m_base = base * HALVES
-    half = batch.to(tl.int64) * (n * HALVES)
+    size = batch.to(tl.int64) * n
+    if HISTORY >= 1:
+        newest = base + _slot(row_index, 1, HISTORY) * size
+        oldest = base + _slot(row_index, HISTORY, HISTORY) * size
+    if HISTORY == 3:
+        second = base + _slot(row_index, 2, HISTORY) * size
 
     rounds = CHANNELS if LOOP else (repeat if BLOCK_G == TILE else 1)
     for k in range(rounds):
@@ -179,23 +198,32 @@ def _p_sample_kernel(
         x = load(x_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
         m = load(m_ptr, m_base, m_index, live, n, plane, M_CHANNELS, channel, M_ACCESS)
         if GUIDED:
-            m_u = load(m_ptr, m_base + half, m_index, live, n, plane, M_CHANNELS, channel, M_ACCESS)
+            m_u = load(m_ptr, m_base + size * HALVES, m_index, live, n, plane, M_CHANNELS, channel, M_ACCESS)
             m = m_u + row.w * (m - m_u)
         v = None
         if LEARNED:
             v_base = m_base + (CHANNELS if M_NHWC else n)
             v = load(m_ptr, v_base, m_index, live, n, plane, M_CHANNELS, channel, M_ACCESS)
-        x0_prev = None
-        if USE_PREV:
-            x0_prev = load(x0_prev_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
+        x0_1 = None
+        x0_2 = None
+        x0_3 = None
+        if HISTORY >= 1:
+            x0_1 = load(ring_ptr, newest, e, live, n, plane, CHANNELS, channel, FLAT)
+        if HISTORY == 2:
+            x0_2 = load(ring_ptr, oldest, e, live, n, plane, CHANNELS, channel, FLAT)
+        if HISTORY == 3:
+            x0_2 = load(ring_ptr, second, e, live, n, plane, CHANNELS, channel, FLAT)
+            x0_3 = load(ring_ptr, oldest, e, live, n, plane, CHANNELS, channel, FLAT)
         z = None
         if NOISE == NOISE_COUNTER:
             z = normals4(seed, sample_id, step, stream, g + (channel * groups).to(tl.uint32))
         if NOISE == NOISE_GIVEN:
             z = load(z_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
 
-        x_prev, x0 = _update(x, m, v, z, x0_prev, row, CLIP, USE_M)
+        x_prev, x0 = _update(x, m, v, z, x0_1, x0_2, x0_3, row, CLIP, USE_M)
         store(out_ptr, base, e, x_prev, live, n, plane, CHANNELS, channel, FLAT)
+        if HISTORY >= 1:
+            store(ring_ptr, oldest, e, x0, live, n, plane, CHANNELS, channel, FLAT)
         if X0_OUT:
             store(x0_out_ptr, base, e, x0, live, n, plane, CHANNELS, channel, FLAT)
         if LOW_OUT:
@@ -234,18 +262,19 @@ def p_sample_launch(
     learned: bool = False,
     guided: bool = False,
     use_m: bool = False,
-    use_prev: bool = False,
-    x0_prev: Tensor | None = None,
+    history: int = 0,
+    ring: Tensor | None = None,
     x0_out: Tensor | None = None,
     low_out: Tensor | None = None,
 ) -> Launch:
     """Execute one row of a table for each sample.
 
     Args:
-        x_t, out, x0_prev, x0_out: contiguous [B, ...], at least one element; z likewise, if given.
+        x_t, out, x0_out: contiguous [B, ...], at least one element; z likewise, if given.
+        ring: contiguous [history, B, ...], if there is a history; its oldest slot is overwritten.
         m, low_out: contiguous or channels-last.
         rows: float32 [R, 14] contiguous; row: int64 [B] or [1].
-        clip, learned, guided, use_m, use_prev: what is computed, see ``twins.p_sample``.
+        clip, learned, guided, use_m, history: what is computed, see ``twins.p_sample``.
     """
     batch, n = len(x_t), x_t.shape[1:].numel()
     given = noise if isinstance(noise, Tensor) else None
@@ -253,15 +282,16 @@ def p_sample_launch(
     m_nhwc, low_nhwc = not m.is_contiguous(), low_out is not None and not low_out.is_contiguous()
     nhwc = m_nhwc or low_nhwc
     channels = x_t.shape[1] if nhwc else 1
-    aligned = is_aligned(n // channels, x_t, m, given, x0_prev, out, x0_out, low_out)
+    aligned = is_aligned(n // channels, x_t, m, given, ring, out, x0_out, low_out)
     geom = geometry(batch, n, channels, nhwc, aligned)
     words, strides, stream = split_words(noise, batch)
     values = (
-        x_t, m, given, x0_prev, out, x0_out, low_out, rows, row, *words,
+        x_t, m, given, ring, out, x0_out, low_out, rows, row, *words,
         batch, geom.plane, geom.repeat, sample_stride(row, batch), *strides, stream,
     )  # fmt: skip
     flags = {
-        "CLIP": clip, "LEARNED": learned, "GUIDED": guided, "USE_M": use_m, "USE_PREV": use_prev,
+        "CLIP": clip, "LEARNED": learned, "GUIDED": guided, "USE_M": use_m,
+        "HISTORY": history,
         "X0_OUT": x0_out is not None, "LOW_OUT": low_out is not None, "M_NHWC": m_nhwc, "LOW_NHWC": low_nhwc,
         "NOISE": kind, "CHANNELS": geom.channels,
     }  # fmt: skip

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fastddpm.diagnostics import compile_offline as offline
+from fastddpm.diagnostics.step_cases import StepCase
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops.twins import Flags
+from fastddpm.tables.table import K
 
 if TYPE_CHECKING:
     from fastddpm.kernels.launch import Launch
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 # that a program walks several.
 _IMAGES, _MANY_IMAGES = (64, 3, 32, 32), (16384, 3, 32, 32)
 _POINTS = (100_000, 2)
-_CLIP = Flags(clip=True)
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -68,11 +69,12 @@ class Variant:
         return sum(t.element_size() * self.accesses.get(name, 1) for name, t in passed if isinstance(t, Tensor))
 
 
-def tensor(shape: tuple[int, ...], dtype: torch.dtype = FP32, nhwc: bool = False, offset: int = 0) -> Tensor:
-    """A tensor without data, channels-last or ``offset`` elements off its alignment if asked for."""
-    if nhwc:
+def tensor(shape: tuple[int, ...], dtype: torch.dtype = FP32, layout: str = "contiguous") -> Tensor:
+    """A tensor without data; ``layout`` as in `StepCase`."""
+    if layout == "channels_last":
         return tensor((shape[0], *shape[2:], shape[1]), dtype).movedim(-1, 1)
-    return torch.empty(math.prod(shape) + offset, dtype=dtype, device="meta")[offset:].view(shape)
+    shift = int(layout == "shifted")
+    return torch.empty(math.prod(shape) + shift, dtype=dtype, device="meta")[shift:].view(shape)
 
 
 def counter(batch: int) -> Counter:
@@ -81,41 +83,29 @@ def counter(batch: int) -> Counter:
     return Counter(word, word, word, 1)
 
 
-def p_sample_variant(
-    name: str,
-    shape: tuple[int, ...] = _IMAGES,
-    flags: Flags = _CLIP,
-    noise: str = "counter",
-    *,
-    x: torch.dtype = FP32,
-    m: torch.dtype | None = None,
-    x0_out: torch.dtype | None = None,
-    low_out: torch.dtype | None = None,
-    m_nhwc: bool = False,
-    low_nhwc: bool = False,
-    offset: int = 0,
-) -> Variant:
-    """The reverse step; m has x's dtype unless another is given, and noise is "counter", "given" or "none"."""
+def p_sample_variant(name: str, case: StepCase) -> Variant:
+    """The reverse step."""
     offline.load_triton()
     from fastddpm.kernels.p_sample import p_sample_launch
 
+    flags, shape = case.flags, case.shape
     batch, channels, *plane = shape
     m_shape = (batch * (1 + flags.guided), channels * (1 + flags.learned), *plane)
     launch = p_sample_launch(
-        tensor(shape, x, offset=offset),
-        tensor(m_shape, m or x, m_nhwc),
-        tensor((1000, 14)),
+        tensor(shape, case.x, case.layout),
+        tensor(m_shape, case.m, case.m_layout),
+        tensor((1000, K)),
         tensor((batch,), torch.int64),
-        {"counter": counter(batch), "given": tensor(shape), "none": None}[noise],
-        tensor(shape, x),
-        x0_prev=tensor(shape, x) if flags.use_prev else None,
-        x0_out=None if x0_out is None else tensor(shape, x0_out),
-        low_out=None if low_out is None else tensor(shape, low_out, low_nhwc),
+        {"counter": counter(batch), "given": tensor(shape, case.z), "none": None}[case.noise],
+        tensor(shape, case.x),
+        ring=tensor((flags.history, *shape), case.x) if flags.history else None,
+        x0_out=None if case.x0_out is None else tensor(shape, case.x0_out),
+        low_out=None if case.low_out is None else tensor(shape, case.low_out, case.low_layout),
         **flags._asdict(),
     )
-    names = {"x_ptr": "x_t", "m_ptr": "m", "z_ptr": "z", "x0_prev_ptr": "x0_prev", "out_ptr": "x_prev"}
+    names = {"x_ptr": "x_t", "m_ptr": "m", "z_ptr": "z", "ring_ptr": "history", "out_ptr": "x_prev"}
     names |= {"x0_out_ptr": "x0", "low_ptr": "low"}
-    accesses = {"m_ptr": 1 + flags.learned + flags.guided}
+    accesses = {"m_ptr": 1 + flags.learned + flags.guided, "ring_ptr": flags.history + 1}
     return Variant("p_sample", name, launch, math.prod(shape), names, accesses)
 
 
@@ -126,14 +116,14 @@ def q_sample_variant(
     x: torch.dtype = FP32,
     given: bool = False,
     eps_out: torch.dtype | None = None,
-    offset: int = 0,
+    layout: str = "contiguous",
 ) -> Variant:
     """The forward process; the noise is drawn in the kernel unless it is given."""
     offline.load_triton()
     from fastddpm.kernels.q_sample import q_sample_launch
 
     launch = q_sample_launch(
-        tensor(shape, x, offset=offset),
+        tensor(shape, x, layout),
         tensor((1000, 2)),
         tensor(shape[:1], torch.int64),
         tensor(shape, x) if given else counter(shape[0]),
@@ -153,8 +143,7 @@ def ddpm_loss_variant(
     draws: bool = True,
     gradient: bool = False,
     learned: bool = False,
-    m_nhwc: bool = False,
-    offset: int = 0,
+    layout: str = "contiguous",
 ) -> Variant:
     """The training loss, or its gradient; ``x`` None: the target has no term in x_0.
 
@@ -164,7 +153,7 @@ def ddpm_loss_variant(
     from fastddpm.kernels.ddpm_loss import ddpm_loss_launch
 
     batch, channels, *plane = shape
-    output = tensor((batch, channels * (1 + learned), *plane), m, m_nhwc, offset)
+    output = tensor((batch, channels * (1 + learned), *plane), m, layout)
     launch, _ = ddpm_loss_launch(
         output,
         None if x is None else tensor(shape, x),
@@ -180,13 +169,13 @@ def ddpm_loss_variant(
 
 
 def noise_variant(
-    name: str, shape: tuple[int, ...] = _IMAGES, dtype: torch.dtype = FP32, *, offset: int = 0
+    name: str, shape: tuple[int, ...] = _IMAGES, dtype: torch.dtype = FP32, layout: str = "contiguous"
 ) -> Variant:
     """The noise alone."""
     offline.load_triton()
     from fastddpm.kernels.noise import randn_launch
 
-    out = tensor((shape[0], math.prod(shape[1:])), dtype, offset=offset)
+    out = tensor((shape[0], math.prod(shape[1:])), dtype, layout)
     return Variant("noise", name, randn_launch(out, counter(len(out))), out.numel(), {"out_ptr": "z"}, {})
 
 
@@ -196,36 +185,41 @@ def variants() -> list[Variant]:
     Raises:
         BackendUnavailable: if Triton is missing or set to interpret.
     """
-    step, clip, odd = p_sample_variant, _CLIP, (64, 3, 31, 33)
-    low: dict[str, Any] = {"m": BF16, "low_out": BF16}
+    odd, nhwc, shifted = (64, 3, 31, 33), "channels_last", "shifted"
+
+    def step(name: str, shape: tuple[int, ...] = _IMAGES, **changes: Any) -> Variant:
+        return p_sample_variant(name, StepCase(shape, flags=Flags(clip=True)).but(**changes))
+
     return [
         step("float32"),
-        step("float32, full row (c_m)", flags=clip._replace(use_m=True)),
+        step("float32, full row (c_m)", use_m=True),
         step("float32, large batch", _MANY_IMAGES),
-        step("no clip", flags=Flags()),
-        step("learned variance", flags=clip._replace(learned=True)),
-        step("guided", flags=clip._replace(guided=True)),
-        step("x0_prev (2M)", flags=clip._replace(use_prev=True)),
+        step("no clip", clip=False),
+        step("learned variance", learned=True),
+        step("guided", guided=True),
+        step("one older x0 (2M)", history=1),
+        step("two older x0 (3M, UniPC-2)", history=2),
+        step("three older x0 (UniPC-3)", history=3),
         step("x0 stored", x0_out=FP32),
         step("bfloat16 copy out", low_out=BF16),
         step("bfloat16 m", m=BF16),
-        step("bfloat16 m, bfloat16 copy out", **low),
-        step("bfloat16 throughout", x=BF16),
-        step("float16 throughout", x=FP16),
+        step("bfloat16 m, bfloat16 copy out", m=BF16, low_out=BF16),
+        step("bfloat16 throughout", x=BF16, m=BF16),
+        step("float16 throughout", x=FP16, m=FP16),
         step("noise given", noise="given"),
         step("no noise (DDIM)", noise="none"),
-        step("channels-last m", m_nhwc=True),
-        step("channels-last bfloat16 m and copy", **low, m_nhwc=True, low_nhwc=True),
+        step("channels-last m", m_layout=nhwc),
+        step("channels-last bfloat16 m and copy", m=BF16, m_layout=nhwc, low_out=BF16, low_layout=nhwc),
         step("3x8x8", (64, 3, 8, 8)),
         step("2-D points", _POINTS),
         step("n not a multiple of 4", odd),
-        step("unaligned storage", offset=1),
+        step("unaligned storage", layout=shifted),
         q_sample_variant("float32"),
         q_sample_variant("float32, eps returned", eps_out=FP32),
         q_sample_variant("bfloat16, eps returned", x=BF16, eps_out=BF16),
         q_sample_variant("noise given", given=True),
         q_sample_variant("2-D points", _POINTS),
-        q_sample_variant("unaligned storage", offset=1),
+        q_sample_variant("unaligned storage", layout=shifted),
         ddpm_loss_variant("epsilon"),
         ddpm_loss_variant("epsilon, gradient", gradient=True),
         ddpm_loss_variant("v", x=FP32),
@@ -233,13 +227,13 @@ def variants() -> list[Variant]:
         ddpm_loss_variant("x_0", x=FP32, draws=False),
         ddpm_loss_variant("epsilon, bfloat16 m", m=BF16),
         ddpm_loss_variant("epsilon, learned variance", learned=True),
-        ddpm_loss_variant("epsilon, channels-last m", m_nhwc=True),
-        ddpm_loss_variant("epsilon, channels-last m, gradient", m_nhwc=True, gradient=True),
+        ddpm_loss_variant("epsilon, channels-last m", layout=nhwc),
+        ddpm_loss_variant("epsilon, channels-last m, gradient", layout=nhwc, gradient=True),
         ddpm_loss_variant("2-D points", _POINTS),
         ddpm_loss_variant("n not a multiple of 4", odd),
-        ddpm_loss_variant("unaligned storage", offset=1),
+        ddpm_loss_variant("unaligned storage", layout=shifted),
         noise_variant("float32"),
         noise_variant("bfloat16", dtype=BF16),
         noise_variant("2-D points", _POINTS),
-        noise_variant("unaligned storage", offset=1),
+        noise_variant("unaligned storage", layout=shifted),
     ]

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from fastddpm import ops, reference
+from fastddpm.diagnostics.step_cases import StepCase, inputs, setting_cases, step_case
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.known_answers import NOISE_V1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.ops.backend import why_not_triton
+from fastddpm.ops.checks import DTYPES
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddpm import ddpm_table
-from fastddpm.tables.table import K, loss_rows, q_rows
+from fastddpm.tables.table import loss_rows, q_rows
 
-FLAGS = ("clip", "learned", "guided", "use_m", "use_prev", "x0_out", "low_out", "channels_last")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1,), (3,), (2, 5, 5), (3, 32, 32))
 STEPS = 20
 
@@ -72,15 +72,18 @@ def check_step(device: torch.device) -> str:
 
 
 def check_kernels(device: torch.device) -> str:
-    """Each kernel gives its twin's bits: every flag alone and in pairs, every dtype and noise source."""
+    """Each kernel gives its twin's bits: every setting alone and in pairs, every dtype and noise source."""
     _require_triton(device)
     count = 0
     # Triton's interpreter, the only way to run the kernels on a CPU, truncates to bfloat16 instead of rounding.
     dtypes = [d for d in DTYPES if d != torch.bfloat16 or device.type != "cpu"]
     for case in _step_cases(dtypes):
-        twin, kernel = (_run_step(case, device, backend) for backend in ("torch", "triton"))
-        for name, expected in twin.items():
-            assert same_bits(expected, kernel[name]), f"p_sample {case}: {name} differs"
+        twin, kernel = (inputs(case, device=device) for _ in range(2))
+        for backend, arguments in (("torch", twin), ("triton", kernel)):
+            ops.p_sample(**arguments, backend=backend)
+        for name in ("out", "x0_out", "low_out", "history"):
+            expected = twin[name]
+            assert expected is None or same_bits(expected, kernel[name]), f"p_sample {case}: {name} differs"
         count += 1
     for shape, dtype in itertools.product(SHAPES, dtypes):
         x_0, rows = _normal(5, (3, *shape), device).to(dtype), q_rows(Schedule.linear()).to(device)
@@ -190,42 +193,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(bits_a, bits_b)
 
 
-def _step_cases(dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:
-    for flags in itertools.chain([()], itertools.combinations(FLAGS, 1), itertools.combinations(FLAGS, 2)):
-        for dtype in dtypes if len(flags) < 2 else dtypes[:1]:
-            for source in ("counter", "given", "none") if not flags else ("counter",):
-                shapes = SHAPES if len(flags) < 2 else SHAPES[-2:]
-                for shape in shapes:
-                    if len(shape) == 3 or not {"learned", "channels_last"} & set(flags):
-                        yield {"flags": flags, "dtype": dtype, "low": dtypes[1], "noise": source, "shape": shape}
-
-
-def _run_step(case: dict[str, Any], device: torch.device, backend: str) -> dict[str, Tensor]:
-    flags, dtype, shape, batch = set(case["flags"]), case["dtype"], case["shape"], 3
-    x_t = _normal(0, (batch, *shape), device).to(dtype)
-    channels = 2 * shape[0] if "learned" in flags else shape[0]
-    m = _normal(1, (2 * batch if "guided" in flags else batch, channels, *shape[1:]), device).to(dtype)
-    layout = torch.contiguous_format
-    if "channels_last" in flags:
-        layout = torch.channels_last
-        m = m.to(memory_format=layout)
-    outputs: dict[str, Any] = {"out": torch.full_like(x_t, torch.nan)}
-    if "x0_out" in flags:
-        outputs["x0_out"] = torch.full_like(x_t, torch.nan)
-    if "low_out" in flags:
-        outputs["low_out"] = torch.full_like(x_t, torch.nan, dtype=case["low"], memory_format=layout)
-    noises: dict[str, Any] = {
-        "counter": _counter(batch, device),
-        "given": _normal(2, x_t.shape, device).to(dtype),
-        "none": None,
-    }
-    rows = _normal(3, (4, K), device)
-    rows[:, 2], rows[:, 3] = -0.5, 0.75
-    switches: dict[str, Any] = {name: name in flags for name in ("clip", "learned", "guided", "use_m", "use_prev")}
-    x0_prev = _normal(4, x_t.shape, device).to(dtype)
-    row = torch.tensor([2, 0, 3], device=device)
-    ops.p_sample(x_t, m, rows, row, noises[case["noise"]], **switches, x0_prev=x0_prev, backend=backend, **outputs)
-    return outputs
+def _step_cases(dtypes: Sequence[torch.dtype]) -> Iterator[StepCase]:
+    for images in ((2, 3, 4, 4), (3, 2, 5, 5)):
+        yield from setting_cases(shape=images)
+    for shape, dtype in itertools.product(SHAPES, dtypes):
+        yield step_case("clip", "x0_out", "history_2", shape=(3, *shape), x=dtype, m=dtype, low_out=dtypes[1])
 
 
 def _sampler(device: torch.device, cuda_graph: bool = False) -> Sampler:

@@ -14,7 +14,7 @@ from fastddpm.ops.checks import check_counter, check_dtype, check_like, check_ou
 from fastddpm.ops.memory import check_overlap
 from fastddpm.ops.operators import HOW, NOISE, define, execute, pack, unpack
 from fastddpm.ops.randn import randn
-from fastddpm.ops.twins import Flags, columns, network_output
+from fastddpm.ops.twins import Flags, columns, network_output, slot
 
 
 def p_sample(
@@ -28,8 +28,7 @@ def p_sample(
     learned: bool = False,
     guided: bool = False,
     use_m: bool = False,
-    use_prev: bool = False,
-    x0_prev: Tensor | None = None,
+    history: Tensor | None = None,
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
     low_out: Tensor | None = None,
@@ -45,14 +44,16 @@ def p_sample(
         rows: float32 [R, 14], see ``table.COLUMNS``.
         row: int64 [B] or [1].
         noise: a Counter; or z of x_t's shape; or None for no noise term.
-        clip, learned, guided, use_m, use_prev: what the rows need, see ``twins.p_sample``.
-        x0_prev: the previous x0, x_t's shape; needed if ``use_prev``.
+        clip, learned, guided, use_m: what the rows need, see ``twins.p_sample``.
+        history: the older x0 that the rows need, [H, B, C, ...] with H = 1, 2 or 3, zeros before the first row. A
+            ring: the x0 of k rows before lies in slot (row - k) mod H. If an output is given, this step's x0 takes the
+            place of the oldest; else the history stays as it is.
         out: where x_prev goes, x_t's shape and dtype; may be x_t itself.
-        x0_out: filled with the estimate of x_0, of x_t's shape; may be x0_prev itself.
+        x0_out: filled with the estimate of x_0, of x_t's shape.
         low_out: filled with x_prev in its own dtype and layout, of x_t's shape.
 
     Returns:
-        x_prev: ``out``, or a new contiguous tensor, which is differentiable in x_t, m, z and x0_prev.
+        x_prev: ``out``, or a new contiguous tensor, which is differentiable in x_t, m, z and history.
 
     Raises:
         ValueError: for shapes or devices that do not fit together, or memory that overlaps.
@@ -64,10 +65,10 @@ def p_sample(
     check_dtype("x_t", x_t.dtype)
     check_rows(rows, row, x_t, 14)
     check_output(m, x_t, learned, guided)
-    if use_prev:
-        if x0_prev is None:
-            raise ValueError("use_prev needs x0_prev, the x0 of the step before")
-        check_like("x0_prev", x0_prev, x_t)
+    if history is not None:
+        if history.dim() == 0 or len(history) not in (1, 2, 3):
+            raise ValueError(f"history must be [H, *x_t.shape] with H = 1, 2 or 3, got {tuple(history.shape)}")
+        check_like("history, without its first dimension,", history[0], x_t)
     if isinstance(noise, Tensor):
         check_like("noise", noise, x_t)
     elif noise is not None:
@@ -78,11 +79,11 @@ def p_sample(
             check_like(name, tensor, x_t)
     if out is not None and out.dtype != x_t.dtype:
         raise ValueError(f"out is {out.dtype}, but x_t is {x_t.dtype}; use low_out for a copy in another dtype")
-    flags = Flags(clip, learned, guided, use_m, use_prev)
-    arguments = (x_t, m, rows, row, *pack(noise), x0_prev if use_prev else None, flags.to_int())
+    flags = Flags(clip, learned, guided, use_m, 0 if history is None else len(history))
+    arguments = (x_t, m, rows, row, *pack(noise), history, flags.to_int())
     if all(tensor is None for tensor in outputs.values()):
         return _p_sample(*arguments, backend, compiled)
-    refuse_gradients({"x_t": x_t, "m": m, "noise": noise, "x0_prev": x0_prev, **outputs})
+    refuse_gradients({"x_t": x_t, "m": m, "noise": noise, "history": history, **outputs})
     out = torch.empty_like(x_t, memory_format=torch.contiguous_format) if out is None else out
     _p_sample_out(*arguments, out, x0_out, low_out, backend, compiled)
     return out
@@ -95,7 +96,7 @@ def _step_into(
     row: Tensor,
     noise: Sequence[Tensor],
     stream: int,
-    x0_prev: Tensor | None,
+    history: Tensor | None,
     flags: int,
     out: Tensor,
     x0_out: Tensor | None,
@@ -105,17 +106,18 @@ def _step_into(
 ) -> None:
     source = unpack(noise, stream)
     z = source if isinstance(source, Tensor) else None
-    check_overlap(
-        {"x_t": x_t, "m": m, "noise": z, "x0_prev": x0_prev}, {"out": out, "x0_out": x0_out, "low_out": low_out}
-    )
-    arguments = (x_t, m, rows, row, source, Flags.from_int(flags), () if x0_prev is None else (x0_prev,))
+    outputs = {"out": out, "x0_out": x0_out, "low_out": low_out, "history": history}
+    check_overlap({"x_t": x_t, "m": m, "noise": z}, outputs)
+    arguments = (x_t, m, rows, row, source, Flags.from_int(flags), history)
     execute("p_sample", (out, x0_out, low_out), arguments, backend, compiled)
+    if history is not None:
+        torch.autograd.graph.increment_version(history)
 
 
 def _step(x_t: Tensor, *rest: Any) -> Tensor:
-    *arguments, backend, compiled = rest
-    out = _empty(x_t)
-    _step_into(*(x_t, *arguments, out, None, None, backend, compiled))
+    *arguments, history, flags, backend, compiled = rest
+    out, ring = _empty(x_t), None if history is None else history.clone()
+    _step_into(*(x_t, *arguments, ring, flags, out, None, None, backend, compiled))
     return out
 
 
@@ -124,16 +126,16 @@ def _empty(x_t: Tensor, *_: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x_t, m, rows, row, noise, ctx.stream, x0_prev, flags, *ctx.how = inputs
-    ctx.save_for_backward(x_t, m, rows, row, x0_prev, *noise)
+    x_t, m, rows, row, noise, ctx.stream, history, flags, *ctx.how = inputs
+    ctx.save_for_backward(x_t, m, rows, row, history, *noise)
     ctx.flags = Flags.from_int(flags)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """In PyTorch operations that autograd can differentiate again."""
-    x_t, m, rows, row, x0_prev, *noise = ctx.saved_tensors
+    x_t, m, rows, row, history, *noise = ctx.saved_tensors
     flags, source = ctx.flags, unpack(noise, ctx.stream)
-    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w, _, _ = columns(rows, row, x_t)
+    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w, c_2, c_3 = columns(rows, row, x_t)
     prediction, v = network_output(m, w, flags)
     g = grad.float()
     grad_x0 = c_x0 * g
@@ -150,6 +152,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if v is not None:
             z = source if isinstance(source, Tensor) else randn(source, x_t.shape[1:], torch.float32, None, *ctx.how)
             grad_v = torch.where(sigma == 0, 0.0, std * g * z.float() * h1)
+    grad_history = None if history is None else torch.zeros_like(history)
+    if history is not None and grad_history is not None:
+        for age, c in enumerate((c_1, c_2, c_3)[: flags.history], start=1):
+            where = slot(row, age, flags.history, len(x_t))
+            grad_history = grad_history.index_put(where, (c * g).to(history.dtype))
     return (
         (a * grad_x0 + c_xt * g).to(x_t.dtype),
         _join(grad_m, grad_v, w, flags).to(m.dtype),
@@ -157,7 +164,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         None,
         [grad_z.to(source.dtype)] if isinstance(source, Tensor) else [None] * len(noise),
         None,
-        None if x0_prev is None else (c_1 * g).to(x0_prev.dtype),
+        grad_history,
         *(None,) * 3,
     )
 
@@ -173,10 +180,13 @@ def _join(grad_m: Tensor, grad_v: Tensor, w: Tensor, flags: Flags) -> Tensor:
     return torch.cat((conditional, unconditional))
 
 
-_ARGUMENTS = f"Tensor x_t, Tensor m, Tensor rows, Tensor row, {NOISE}, Tensor? x0_prev, int flags"
+_INPUTS = f"Tensor x_t, Tensor m, Tensor rows, Tensor row, {NOISE}"
 _p_sample_out = define(
-    f"p_sample_out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!)? x0_out, Tensor(c!)? low_out, {HOW}) -> ()",
+    f"p_sample_out({_INPUTS}, Tensor(a!)? history, int flags, Tensor(b!) out, Tensor(c!)? x0_out, Tensor(d!)? low_out, "
+    f"{HOW}) -> ()",
     _step_into,
     lambda *_: None,
 )
-_p_sample = define(f"p_sample({_ARGUMENTS}, {HOW}) -> Tensor", _step, _empty, _setup, _backward)
+_p_sample = define(
+    f"p_sample({_INPUTS}, Tensor? history, int flags, {HOW}) -> Tensor", _step, _empty, _setup, _backward
+)

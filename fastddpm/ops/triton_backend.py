@@ -62,23 +62,24 @@ def p_sample(
     row: Tensor,
     noise: Counter | Tensor | None,
     flags: Flags,
-    history: tuple[Tensor, ...],
+    history: Tensor | None,
 ) -> None:
-    """Fill (x_prev, x0, a copy of x_prev)."""
+    """Fill (x_prev, x0, a copy of x_prev), and the oldest slot of the history."""
     if x_t.numel() == 0:
         return
+    ring = _dense(history)
     x_prev, x0, low = _scratch(targets[0]), _scratch(targets[1]), _scratch(targets[2], nhwc=True)
     p_sample_launch(
         _dense(x_t),
         _dense_or_nhwc(m),
         *map(_dense, (rows, row, noise)),
         x_prev,
-        x0_prev=_dense(history[0]) if history else None,
+        ring=ring,
         x0_out=x0,
         low_out=low,
         **flags._asdict(),
     ).run()
-    for target, written in zip(targets, (x_prev, x0, low), strict=True):
+    for target, written in zip((*targets, history), (x_prev, x0, low, ring), strict=True):
         if target is not None and written is not None and written is not target:
             target.copy_(written)
 

@@ -16,7 +16,7 @@ Inductor with the same bits: about ten times faster on a CPU once the compilatio
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,22 +31,23 @@ ONE_BITS = 0x3F800000
 
 
 class Flags(NamedTuple):
-    """What a step computes; each is a compile-time constant of the kernel."""
+    """What a step computes; each is a compile-time constant of the kernel. ``history``: how many older x0 enter."""
 
     clip: bool = False
     learned: bool = False
     guided: bool = False
     use_m: bool = False
-    use_prev: bool = False
+    history: int = 0
 
     def to_int(self) -> int:
-        """One bit a flag, the first lowest: how an operator takes them."""
-        return sum(bool(flag) << k for k, flag in enumerate(self))
+        """One bit a flag, the first lowest, then the history: how an operator takes them."""
+        return sum(int(flag) << k for k, flag in enumerate(self))
 
     @classmethod
     def from_int(cls, bits: int) -> Flags:
         """Undo `to_int`."""
-        return cls(*(bool(bits >> k & 1) for k in range(len(cls._fields))))
+        clip, learned, guided, use_m = (bool(bits >> k & 1) for k in range(4))
+        return cls(clip, learned, guided, use_m, bits >> 4)
 
 
 def fill(
@@ -123,6 +124,11 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 def columns(rows: Tensor, row: Tensor, like: Tensor) -> list[Tensor]:
     """The columns of each sample's row, each [B, 1, ...] or [1, 1, ...] against ``like``."""
     return [_per_sample(column, like) for column in rows.index_select(0, row).unbind(1)]
+
+
+def slot(row: Tensor, age: int, history: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Where a ring [H, B, ...] holds the x0 of ``age`` rows before each sample's: in slot (row - age) mod H."""
+    return (row - age) % history, torch.arange(batch, device=row.device)
 
 
 def draw(noise: Counter | Tensor, shape: torch.Size) -> Tensor:
@@ -226,7 +232,7 @@ def p_sample(
     row: Tensor,
     noise: Counter | Tensor | None,
     flags: Flags,
-    history: Sequence[Tensor] = (),
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Execute one row of a table.
 
@@ -237,7 +243,7 @@ def p_sample(
         row: int64 [B] or [1].
         noise: Counter, z with x_t's shape, or None for no noise term.
         flags: what the step computes.
-        history: the older x0 that enter, the newest first, each of x_t's shape.
+        history: [H, B, ...], H = ``flags.history``: a ring of the older x0, see `slot`. x0 overwrites the oldest.
 
     Returns:
         (x_prev, x0, x_prev), float32: for a state, an estimate and a copy; `fill` rounds each once.
@@ -251,9 +257,12 @@ def p_sample(
     x_prev = c_x0 * x0 + c_xt * x
     if flags.use_m:
         x_prev = x_prev + c_m * m
-    for c, older in zip((c_1, c_2, c_3), history, strict=False):
-        x_prev = x_prev + c * older.to(torch.float32)
+    if history is not None:
+        for age, c in enumerate((c_1, c_2, c_3)[: flags.history], start=1):
+            x_prev = x_prev + c * history[slot(row, age, flags.history, len(x))].to(torch.float32)
     if noise is not None:
         std = sigma if v is None else sigma * exp(h0 + h1 * v)
         x_prev = torch.where(sigma == 0, x_prev, x_prev + std * draw(noise, x_t.shape))
+    if history is not None:
+        history[slot(row, flags.history, flags.history, len(x))] = x0.to(history.dtype)
     return x_prev, x0, x_prev

@@ -87,10 +87,6 @@ class Sampler:
         frozen: bool = False,
         samples_ahead: int = 1,
     ) -> None:
-        if table.history > 1:
-            raise ValueError(
-                f"table {table.name!r} needs {table.history} older x0 and the fused step holds one; use one of order 2"
-            )
         self.model, self.table = model, table
         self.options = resolve_options(
             model,

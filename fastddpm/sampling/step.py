@@ -32,7 +32,8 @@ class StaticStep:
 
     Attributes:
         x_t: the state, float32 [B, ...]; each step replaces it by x_{t-1}.
-        x0: the last estimate of x_0, float32 [B, ...], where the key or the table keeps it.
+        x0: the last estimate of x_0, float32 [B, ...], where the key keeps it.
+        history: the older x0 that the table's rows need, float32 [H, B, ...], a ring: see `ops.p_sample`.
         z: the noise of the next step, float32 [B, ...]: the caller's where the key says "given", or drawn ahead.
         row: the next row of the table, int64 [1].
     """
@@ -57,7 +58,8 @@ class StaticStep:
         self.x_in = buffer(n, *shape, dtype=dtype).to(memory_format=network.memory_format)
         self._own_input = dtype != torch.float32 or not self.x_in.is_contiguous()
         self.x_t = buffer(B, *shape) if self._own_input else self.x_in[:B]
-        self.x0 = buffer(B, *shape) if key.x0_out or table.history else None
+        self.x0 = buffer(B, *shape) if key.x0_out else None
+        self.history = buffer(table.history, B, *shape) if table.history else None
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
         # compiled twin of the draw needs none.
         twin = options.device.type == "cpu" and not options.uses_triton
@@ -95,8 +97,7 @@ class StaticStep:
             learned=table.learned,
             guided=self.key.guided,
             use_m=table.use_m,
-            use_prev=table.history > 0,
-            x0_prev=self.x0 if table.history else None,
+            history=self.history,
             out=self.x_t,
             x0_out=self.x0,
             low_out=self.x_in[: self.key.batch] if self._own_input else None,
@@ -137,7 +138,7 @@ class StaticStep:
         for name, value in request.kwargs.items():
             if isinstance(value, Tensor):
                 self.kwargs[name].copy_(value)
-        for scratch in (self.x0, self.z):
+        for scratch in (self.x0, self.history, self.z):
             if scratch is not None:
                 scratch.zero_()
         if self.first_bad is not None:

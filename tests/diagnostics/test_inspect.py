@@ -17,6 +17,7 @@ from fastddpm.diagnostics import inspect, sass
 from fastddpm.diagnostics import variants as kernel_variants
 from fastddpm.diagnostics.gpus import find_gpu, roofline
 from fastddpm.diagnostics.inspect import Report
+from fastddpm.diagnostics.step_cases import step_case
 
 
 @lru_cache(maxsize=1)
@@ -66,7 +67,8 @@ def test_ptxas_keeps_the_widths_of_the_ptx() -> None:
 
 
 def test_p_sample_keeps_its_widths_where_n_is_a_multiple_of_4_but_not_of_16() -> None:
-    cost = inspect.inspect_variant(kernel_variants.p_sample_variant("n = 4 (mod 16)", (64, 3 * 32 * 34 + 4)), "sm_90")
+    variant = kernel_variants.p_sample_variant("n = 4 (mod 16)", step_case("clip", shape=(64, 3 * 32 * 34 + 4)))
+    cost = inspect.inspect_variant(variant, "sm_90")
     assert inspect.summarise_widths(cost.widths) == "x_t 128, m 128, x_prev 128"
 
 
@@ -99,6 +101,9 @@ def test_noise_executes_at_most_58_instructions_per_normal() -> None:
         ("p_sample", "bfloat16 m", 10),
         ("p_sample", "bfloat16 copy out", 14),
         ("p_sample", "guided", 16),
+        ("p_sample", "one older x0 (2M)", 20),
+        ("p_sample", "two older x0 (3M, UniPC-2)", 24),
+        ("p_sample", "three older x0 (UniPC-3)", 28),
         ("p_sample", "noise given", 16),
         ("p_sample", "bfloat16 throughout", 6),
         ("q_sample", "float32", 8),

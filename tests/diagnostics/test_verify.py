@@ -11,6 +11,7 @@ from fastddpm.cli import main
 from fastddpm.diagnostics import verify
 from fastddpm.noise import known_answers
 from fastddpm.noise import v1 as noise
+from fastddpm.ops.checks import DTYPES
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def test_known_answers_tell_the_counter_words_apart() -> None:
     assert len(set(known_answers.NOISE_V1.values())) == len(known_answers.NOISE_V1)
 
 
-@pytest.mark.parametrize("dtype", verify.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_tells_an_ulp_and_equates_nans(dtype: torch.dtype) -> None:
     a = torch.tensor([1.0, torch.nan, 0.0], dtype=dtype)
     assert verify.same_bits(a, a.clone())

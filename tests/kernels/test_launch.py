@@ -14,11 +14,11 @@ pytest.importorskip("triton")
 
 from fastddpm.kernels import tiles
 
+from fastddpm.diagnostics.step_cases import make_counter, make_rows
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import triton_backend
 from fastddpm.ops.twins import Flags
 from tests.ptx.device import PtxDevice
-from tests.ptx.steps import make_counter, make_rows
 
 CLIP = Flags(clip=True)
 
@@ -31,7 +31,7 @@ def p_sample(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0
     x_t, m, out = (torch.zeros(count + offset)[offset:].view(size) for _ in range(3))
     rows, row = make_rows(batch, bool(seed % 2), generator)
     counter = make_counter(batch, bool(seed % 3), generator)
-    triton_backend.p_sample((out, None, None), x_t, m, rows, row, counter, CLIP, ())
+    triton_backend.p_sample((out, None, None), x_t, m, rows, row, counter, CLIP, None)
 
 
 def q_sample(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0, offset: int = 0) -> None:
@@ -122,7 +122,7 @@ def test_a_replay_with_new_contents_has_the_same_arguments(device: PtxDevice) ->
     counter = make_counter(2, False, torch.Generator().manual_seed(0))
     with device.active():
         for _ in range(3):
-            triton_backend.p_sample((x, None, None), x, m, rows, row, counter, CLIP, ())
+            triton_backend.p_sample((x, None, None), x, m, rows, row, counter, CLIP, None)
             rows.mul_(2)
             for static in (row, *counter[:3]):
                 static.add_(1)
@@ -150,7 +150,7 @@ def one_step(channels_last: bool) -> Callable[[], None]:
         m, low = (t.contiguous(memory_format=torch.channels_last) for t in (m, low))
     rows, row = make_rows(2, False, torch.Generator().manual_seed(0))
     counter = make_counter(2, False, torch.Generator().manual_seed(0))
-    return lambda: triton_backend.p_sample((x, None, low), x, m, rows, row, counter, CLIP, ())
+    return lambda: triton_backend.p_sample((x, None, low), x, m, rows, row, counter, CLIP, None)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -12,12 +12,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fastddpm import Schedule
+from fastddpm.diagnostics.step_cases import arrange, make_counter
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import triton_backend
 from fastddpm.ops import twins as step
 from fastddpm.tables.table import loss_rows
 from tests.ptx.device import PtxDevice
-from tests.ptx.steps import OUTPUTS, arrange, assert_same_bits, make_counter, spiced
+from tests.ptx.steps import OUTPUTS, assert_same_bits, spiced
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

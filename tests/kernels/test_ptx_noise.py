@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastddpm.diagnostics.step_cases import arrange, make_counter
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.known_answers import NOISE_V1
 from fastddpm.noise.seeds import resolve_seeds
@@ -16,7 +17,7 @@ from fastddpm.noise.v1 import Counter
 from fastddpm.ops import triton_backend, twins
 from fastddpm.ops.twins import fill
 from tests.ptx.device import PtxDevice
-from tests.ptx.steps import OUTPUTS, arrange, assert_same_bits, make_counter, spiced
+from tests.ptx.steps import OUTPUTS, assert_same_bits, spiced
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # (B, n): one to five elements, one more and one less than a tile, an image, and 2-D points in a tile of many samples.

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from fastddpm.kernels import p_sample as p_sample_kernel
 from fastddpm.kernels import tiles
 
+from fastddpm.diagnostics.step_cases import StepCase, make_counter, make_rows, step_case
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import triton_backend
@@ -17,11 +18,11 @@ from fastddpm.ops import twins as step
 from fastddpm.ops.twins import Flags
 from tests.ptx.device import PtxDevice
 from tests.ptx.memory import sparse_zeros
-from tests.ptx.steps import OUTPUTS, StepCase, assert_same_bits, assert_twins_bits, make_counter, make_rows, run_step
+from tests.ptx.steps import OUTPUTS, assert_same_bits, assert_twins_bits, run_step
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CLIP = Flags(clip=True)
-IMAGE = StepCase(flags=CLIP)
+IMAGE = step_case("clip", shape=(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -35,11 +36,14 @@ IMAGE = StepCase(flags=CLIP)
         (IMAGE.but(m=BF16, m_layout="channels_last", low_out=BF16, low_layout="channels_last"), 12),
         (IMAGE.but(x=BF16, m=BF16), 6),
         (IMAGE.but(noise="given"), 16),
-        (IMAGE.but(flags=Flags(guided=True)), 16),
-        (IMAGE.but(flags=Flags(learned=True)), 16),
-        (IMAGE.but(flags=Flags(learned=True, guided=True)), 20),
+        (IMAGE.but(clip=False, guided=True), 16),
+        (IMAGE.but(clip=False, learned=True), 16),
+        (IMAGE.but(clip=False, learned=True, guided=True), 20),
         (IMAGE.but(x0_out=FP32), 16),
         (IMAGE.but(in_place=True), 12),
+        (IMAGE.but(history=1), 20),
+        (IMAGE.but(history=2), 24),
+        (IMAGE.but(history=3), 28),
     ],
     ids=str,
 )
@@ -101,27 +105,11 @@ def test_p_sample_in_place_is_free_of_races(case: StepCase) -> None:
     assert_twins_bits(run_step(case))
 
 
-def test_x0_out_may_replace_x0_prev() -> None:
-    generator = torch.Generator().manual_seed(5)
-    x_t, m, x0 = (torch.randn(2, 3, 8, 8, generator=generator) for _ in range(3))
-    rows, row = make_rows(2, False, generator)
-    flags = Flags(clip=True, use_prev=True)
-    expected = step.p_sample(x_t, m, rows, row, None, flags, [x0.clone()])
-    device = PtxDevice(output_arguments=OUTPUTS)
-    device.in_place(x0)
-    out = torch.empty_like(x_t)
-    with device.active():
-        triton_backend.p_sample((out, x0, None), x_t, m, rows, row, None, flags, (x0,))
-    device.check_written_once()
-    assert_same_bits(out, expected[0])
-    assert_same_bits(x0, expected[1])
-
-
 def test_an_empty_batch_launches_nothing() -> None:
     device = PtxDevice()
     x, none = torch.empty(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64)
     with device.active():
-        triton_backend.p_sample((x.clone(), None, None), x, x, torch.ones(1, 14), none, None, Flags(), ())
+        triton_backend.p_sample((x.clone(), None, None), x, x, torch.ones(1, 14), none, None, Flags(), None)
     assert device.launches == []
 
 
@@ -206,7 +194,7 @@ def test_elements_beyond_two_to_the_31_in_one_sample(n: int) -> None:
     x, m, out = filled(n, windows, seed=3), filled(n, windows, seed=4), filled(n, [])
     device = PtxDevice(select_blocks=lambda grid: programs, output_arguments=OUTPUTS)
     with device.active():
-        triton_backend.p_sample((out[None], None, None), x[None], m[None], rows, row, counter, CLIP, ())
+        triton_backend.p_sample((out[None], None, None), x[None], m[None], rows, row, counter, CLIP, None)
     for window in windows:
         z = noise_window(counter, window)
         expected, *_ = step.p_sample(x[None, window], m[None, window], rows, row, z, CLIP)

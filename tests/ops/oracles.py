@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -46,23 +47,23 @@ def row_step(
     m: npt.NDArray[np.floating],
     row: npt.NDArray[np.floating],
     z: npt.NDArray[np.floating] | None,
-    x0_prev: npt.NDArray[np.floating] | None,
+    older: Sequence[npt.NDArray[np.floating]],
     *,
     clip: bool,
     learned: bool,
     guided: bool,
     use_m: bool,
-    use_prev: bool,
 ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
     """One row of a table in the arrays' own precision, each operation rounded: (x_prev, x0).
 
     Args:
-        x, z, x0_prev: [B, C, ...].
+        x, z: [B, C, ...].
+        older: the x0 of one, two, ... steps before, likewise.
         m: [B, C, ...], channels doubled if learned, batch doubled if guided.
         row: [B, 14], a row per sample.
     """
     columns = row.reshape(len(row), 14, *(1,) * (x.ndim - 1)).swapaxes(0, 1)
-    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w, _, _ = columns
+    a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w, c_2, c_3 = columns
     conditional, unconditional = (m[: len(x)], m[len(x) :]) if guided else (m, m)
     C = x.shape[1]
     v = conditional[:, C:]
@@ -75,9 +76,8 @@ def row_step(
     mean = c_x0 * x0 + c_xt * x
     if use_m:
         mean = mean + c_m * m
-    if use_prev:
-        assert x0_prev is not None
-        mean = mean + c_1 * x0_prev
+    for c, x0_k in zip((c_1, c_2, c_3), older, strict=False):
+        mean = mean + c * x0_k
     if z is None:
         return mean, x0
     std = sigma * np.exp(h0 + h1 * v) if learned else sigma

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fastddpm import ops
+from fastddpm.diagnostics.step_cases import inputs, step_case
 from fastddpm.errors import BackendUnavailable
 from fastddpm.ops import backend
-from tests.ops.step_cases import Case, inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -57,7 +57,7 @@ def test_backend_auto_is_the_twin_on_the_cpu_and_says_so_once(caplog: pytest.Log
 @pytest.mark.usefixtures("_without_triton")
 def test_backend_auto_without_triton_runs_the_twin_and_gives_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fastddpm"):
-        ops.p_sample(**inputs(Case()))
+        ops.p_sample(**inputs(step_case("clip")))
         assert not backend.use_triton("auto", CUDA)
     first, second = (r.getMessage() for r in caplog.records)
     assert "Triton is not installed" in first
@@ -74,7 +74,7 @@ def test_backend_triton_without_triton_names_the_install(device: torch.device) -
 def test_backend_triton_on_cpu_tensors_names_the_interpreter() -> None:
     pytest.importorskip("triton")
     with pytest.raises(BackendUnavailable, match=r"no CPU backend.*TRITON_INTERPRET=1"):
-        ops.p_sample(**inputs(Case()), backend="triton")
+        ops.p_sample(**inputs(step_case("clip")), backend="triton")
 
 
 def test_backend_triton_on_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

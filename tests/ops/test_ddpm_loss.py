@@ -12,13 +12,13 @@ from torch import Tensor
 
 import fastddpm
 from fastddpm import Schedule, ops, reference
+from fastddpm.diagnostics.step_cases import arrange
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import twins as step
 from fastddpm.ops.operators import pack
 from fastddpm.tables.table import check_weighting, loss_rows
-from tests.ops.step_cases import to_channels_last
 
 SCHEDULE = Schedule.linear()
 T = SCHEDULE.num_timesteps
@@ -81,7 +81,7 @@ def test_residual_matches_numpy(prediction: str) -> None:
 def test_gradient_is_the_scaled_residual_in_ms_dtype_and_layout() -> None:
     kw = operands((3, 3, 8, 8), "v", torch.bfloat16)
     kw["rows"][:, 2] = 3.0
-    m = to_channels_last(kw["m"]).requires_grad_()
+    m = arrange(kw["m"], "channels_last").requires_grad_()
     upstream = torch.tensor([1.0, -0.5, 0.0])
     (ops.ddpm_loss(**(kw | {"m": m})) * upstream).sum().backward()
     residual = step.residual(kw["m"], kw["x_0"], kw["rows"], kw["row"], kw["noise"])
@@ -126,7 +126,7 @@ OPCHECKS = [("epsilon", False, torch.float32), ("v", True, torch.bfloat16), ("x_
 @pytest.mark.parametrize(("prediction", "learned", "dtype"), OPCHECKS, ids=str)
 def test_operators_pass_opcheck(prediction: str, learned: bool, dtype: torch.dtype) -> None:
     kw = operands((2, 2, 3, 4), prediction, dtype)
-    m = to_channels_last(kw["m"].repeat(1, 1 + learned, 1, 1)).requires_grad_()
+    m = arrange(kw["m"].repeat(1, 1 + learned, 1, 1), "channels_last").requires_grad_()
     arguments = (m, kw["x_0"], kw["rows"], kw["row"], *pack(kw["noise"]), learned)
     gradient = (m.detach(), *arguments[1:], torch.ones(2), "auto", False)
     for name, args in (("ddpm_loss", (*arguments, "auto", False)), ("ddpm_loss_gradient", gradient)):

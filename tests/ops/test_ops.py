@@ -10,24 +10,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm import Schedule, ops
+from fastddpm.diagnostics.step_cases import StepCase, inputs, step_case
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops.operators import pack
-from fastddpm.ops.twins import Flags
 from fastddpm.tables.table import q_rows
-from tests.ops.step_cases import Case, inputs
 
-ALL = frozenset({"clip", "learned", "guided", "use_m", "use_prev", "x0_out", "low_out"})
+ALL = ("clip", "learned", "guided", "use_m", "history_3", "x0_out", "low_out")
 
 
-def arguments(case: Case, functional: bool = False, **change: Any) -> tuple[Any, ...]:
+def arguments(case: StepCase, functional: bool = False, **change: Any) -> tuple[Any, ...]:
     """The operator's own arguments for a case."""
     kw = inputs(case) | change
-    flags = Flags(*(kw[name] for name in Flags._fields)).to_int()
     outputs = () if functional else (kw["out"], kw["x0_out"], kw["low_out"])
     tensors = (kw["x_t"], kw["m"], kw["rows"], kw["row"])
-    return (*tensors, *pack(kw["noise"]), kw["x0_prev"], flags, *outputs, "auto", False)
+    return (*tensors, *pack(kw["noise"]), kw["history"], case.flags.to_int(), *outputs, "auto", False)
 
 
 def counter(batch: int) -> Counter:
@@ -61,12 +59,12 @@ OPCHECKS = {
             False,
         ),
     ),
-    "p_sample": lambda: ("p_sample", arguments(Case(noise="given", flags=ALL), True)),
+    "p_sample": lambda: ("p_sample", arguments(step_case(*ALL, noise="given"), True)),
     "p_sample grad": lambda: (
         "p_sample",
-        arguments(Case(), True, x_t=torch.randn(2, 3, 4, 4, requires_grad=True)),
+        arguments(step_case("clip"), True, x_t=torch.randn(2, 3, 4, 4, requires_grad=True)),
     ),
-    "p_sample_out": lambda: ("p_sample_out", arguments(Case(flags=ALL))),
+    "p_sample_out": lambda: ("p_sample_out", arguments(step_case(*ALL))),
 }
 
 
@@ -90,7 +88,7 @@ class Step(nn.Module):
 
 
 def step_arguments() -> tuple[Tensor, ...]:
-    kw = inputs(Case())
+    kw = inputs(step_case("clip"))
     return kw["x_t"], kw["m"], kw["rows"], q_rows(Schedule.linear()), torch.tensor([3, 4])
 
 
@@ -138,25 +136,26 @@ def test_operators_do_not_import_dynamo_for_plain_calls() -> None:
 
 
 GRADIENTS = {
-    "clip": frozenset({"clip"}),
-    "no-clip-use_m": frozenset({"use_m"}),
-    "learned": frozenset({"learned"}),
-    "guided": frozenset({"guided", "use_m"}),
-    "guided-learned-use_prev": frozenset({"guided", "learned", "use_prev", "clip"}),
+    "clip": ("clip",),
+    "no-clip-use_m": ("use_m",),
+    "learned": ("learned",),
+    "guided": ("guided", "use_m"),
+    "guided-learned-history_1": ("guided", "learned", "history_1", "clip"),
+    "history_3": ("history_3", "clip"),
 }
 
 
 @pytest.mark.parametrize("noise", ["given", "counter"])
 @pytest.mark.parametrize("flags", GRADIENTS.values(), ids=GRADIENTS)
-def test_p_sample_gradients_match_finite_differences(flags: frozenset[str], noise: str) -> None:
+def test_p_sample_gradients_match_finite_differences(flags: tuple[str, ...], noise: str) -> None:
     """Directional derivatives in float32: a central difference of a function that is linear but for exp and clip.
 
     x0 is kept away from the clip bounds, where there is no derivative.
     """
-    kw = inputs(Case(shape=(2, 2, 3), noise=noise, flags=flags)) | {"out": None}
+    kw = inputs(step_case(*flags, shape=(2, 2, 3), noise=noise)) | {"out": None}
     kw["rows"][:, 10] *= 0.1
     kw["rows"][:, 2], kw["rows"][:, 3] = -1000.0, 1000.0
-    names = [n for n in ("x_t", "m", "x0_prev", "noise") if isinstance(kw[n], Tensor)]
+    names = [n for n in ("x_t", "m", "history", "noise") if isinstance(kw[n], Tensor)]
     leaves = {n: kw[n].clone().requires_grad_() for n in names}
     g = torch.Generator().manual_seed(1)
     weights = torch.randn(2, 2, 3, generator=g)
@@ -169,7 +168,7 @@ def test_p_sample_gradients_match_finite_differences(flags: frozenset[str], nois
 
 
 def test_p_sample_has_no_gradient_through_a_clipped_x0() -> None:
-    kw = inputs(Case(shape=(1, 1, 3), noise="none")) | {"out": None, "row": torch.tensor([0])}
+    kw = inputs(step_case("clip", shape=(1, 1, 3), noise="none")) | {"out": None, "row": torch.tensor([0])}
     kw["rows"][0, :12] = torch.tensor([1.0, 1.0, -1.0, 1.0, 2.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
     x = torch.tensor([[[0.25, 3.0, -3.0]]], requires_grad=True)
     m = torch.zeros(1, 1, 3, requires_grad=True)
@@ -180,7 +179,7 @@ def test_p_sample_has_no_gradient_through_a_clipped_x0() -> None:
 
 def test_p_sample_gradients_reach_a_compiled_caller() -> None:
     torch._dynamo.reset()
-    kw = inputs(Case(flags=frozenset({"clip", "learned"}))) | {"out": None}
+    kw = inputs(step_case("clip", "learned")) | {"out": None}
 
     def loss(m: Tensor) -> Tensor:
         return ops.p_sample(**(kw | {"m": m})).square().sum()
@@ -192,19 +191,19 @@ def test_p_sample_gradients_reach_a_compiled_caller() -> None:
 
 
 COMPILED = {
-    "float32": Case(flags=frozenset({"clip", "x0_out"})),
-    "bfloat16 everything": Case(x=torch.bfloat16, m=torch.bfloat16, low=torch.bfloat16, flags=ALL),
+    "float32": step_case("clip", "x0_out"),
+    "bfloat16 everything": step_case(*ALL, x=torch.bfloat16, m=torch.bfloat16, low_out=torch.bfloat16),
 }
 
 
 @pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
-def test_p_sample_compiled_twin_has_the_same_bits(case: Case) -> None:
+def test_p_sample_compiled_twin_has_the_same_bits(case: StepCase) -> None:
     for shape in ((2, 3, 4, 4), (5, 2, 7, 3)):
         both = []
         for compiled in (False, True):
-            kw = inputs(Case(**{**vars(case), "shape": shape}))
+            kw = inputs(case.but(shape=shape))
             ops.p_sample(**kw, compiled=compiled)
-            both.append([kw[name] for name in ("out", "x0_out", "low_out")])
+            both.append([kw[name] for name in ("out", "x0_out", "low_out", "history")])
         for eager, fused in zip(*both, strict=True):
             assert (eager is None and fused is None) or torch.equal(eager, fused)
 
@@ -215,11 +214,11 @@ def test_p_sample_compiled_twin_compiles_once_per_flags_and_dtypes() -> None:
     def compilations() -> int:
         return counters["stats"]["unique_graphs"]
 
-    flags = COMPILED["float32"].flags
-    ops.p_sample(**inputs(Case(shape=(3, 2, 6, 6), flags=flags)), compiled=True)
+    case = COMPILED["float32"]
+    ops.p_sample(**inputs(case.but(shape=(3, 2, 6, 6))), compiled=True)
     before = compilations()
     for batch, step, seed in ((3, 1, 0), (4, 9, 2**63 - 1), (7, 999, 2**31)):
-        kw = inputs(Case(shape=(batch, 2, 6, 6), flags=flags))
+        kw = inputs(case.but(shape=(batch, 2, 6, 6)))
         key = torch.full((batch,), seed)
         ops.p_sample(**(kw | {"noise": Counter(key, key % 2**32, torch.tensor([step]), 1)}), compiled=True)
     assert compilations() - before <= 1

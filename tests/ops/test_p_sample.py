@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from fastddpm import ops
+from fastddpm.diagnostics.step_cases import SHAPES, StepCase, arrange, inputs, setting_cases, step_case
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import twins as step
 from tests.ops.oracles import row_step
-from tests.ops.step_cases import FLAGS, Case, flag_cases, inputs, shape_cases, to_channels_last
 
 INF, NAN = float("inf"), float("nan")
+
+
+def older_x0(kw: dict[str, Any]) -> list[Tensor]:
+    """The x0 of one, two, ... rows before each sample's, read from the ring sample by sample."""
+    ring, row = kw["history"], kw["row"].expand(len(kw["x_t"])).tolist()
+    H = 0 if ring is None else len(ring)
+    return [torch.stack([ring[(r - k) % H, b] for b, r in enumerate(row)]) for k in range(1, H + 1)]
 
 
 def oracle(kw: dict[str, Any], dtype: type = np.float32) -> tuple[Tensor, Tensor]:
@@ -26,17 +33,19 @@ def oracle(kw: dict[str, Any], dtype: type = np.float32) -> tuple[Tensor, Tensor
     if isinstance(noise, Counter):
         z = noise_v1.normals(*noise, x[0].numel()).expand(len(x), -1).reshape(x.shape)
     rows = kw["rows"][kw["row"].expand(len(x))]
-    arrays = [None if t is None else t.float().numpy().astype(dtype) for t in (x, kw["m"], rows, z, kw["x0_prev"])]
-    flags = {name: kw[name] for name in FLAGS[:5]}
+    arrays = [None if t is None else t.float().numpy().astype(dtype) for t in (x, kw["m"], rows, z)]
+    older = [t.float().numpy().astype(dtype) for t in older_x0(kw)]
+    flags = {name: kw[name] for name in ("clip", "learned", "guided", "use_m")}
     with np.errstate(all="ignore"):
-        return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in row_step(*arrays, **flags))  # type: ignore
+        return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in row_step(*arrays, older, **flags))  # type: ignore
 
 
 def check(kw: dict[str, Any]) -> None:
     """Run p_sample on ``kw`` and compare every output with NumPy: the same bits, but for a learned std (4e-7)."""
     expected, x0 = oracle(kw)
     exact = oracle(kw, np.float64)[0]
-    out, x0_out, low_out = kw["out"], kw["x0_out"], kw["low_out"]
+    out, x0_out, low_out, ring = kw["out"], kw["x0_out"], kw["low_out"], kw["history"]
+    before = None if ring is None else ring.clone()
     assert ops.p_sample(**kw) is out
     if kw["learned"] and kw["noise"] is not None:
         assert out.dtype == torch.float32
@@ -47,23 +56,30 @@ def check(kw: dict[str, Any]) -> None:
         assert torch.equal(x0_out, x0.to(x0_out.dtype))
     if low_out is not None:
         assert torch.equal(low_out, expected.to(low_out.dtype))
+    if ring is not None:
+        for b, r in enumerate(kw["row"].expand(len(out)).tolist()):
+            before[r % len(ring), b] = x0[b]
+        assert torch.equal(ring, before)
 
 
-@pytest.mark.parametrize("case", [*flag_cases(), *shape_cases()], ids=str)
-def test_p_sample_matches_numpy(case: Case) -> None:
+SHAPE_CASES = [step_case("clip", shape=s, shared=shared) for s in SHAPES.values() for shared in (False, True)]
+
+
+@pytest.mark.parametrize("case", [*setting_cases(), *SHAPE_CASES], ids=str)
+def test_p_sample_matches_numpy(case: StepCase) -> None:
     check(inputs(case))
 
 
 @pytest.mark.parametrize("m", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("x", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_p_sample_rounds_each_stored_value_once(x: torch.dtype, m: torch.dtype) -> None:
-    flags = frozenset({"clip", "use_m", "use_prev", "x0_out", "low_out"})
+    names = ("clip", "use_m", "history_2", "x0_out")
     for low in (torch.float32, torch.float16, torch.bfloat16):
-        check(inputs(Case(x=x, m=m, low=low, flags=flags)))
+        check(inputs(step_case(*names, x=x, m=m, low_out=low)))
 
 
 def test_p_sample_returns_a_new_tensor_without_out() -> None:
-    kw = inputs(Case())
+    kw = inputs(step_case("clip"))
     expected = ops.p_sample(**kw)
     x_t = kw["x_t"].clone()
     got = ops.p_sample(**(kw | {"out": None}))
@@ -72,11 +88,19 @@ def test_p_sample_returns_a_new_tensor_without_out() -> None:
 
 
 def test_p_sample_may_work_in_place() -> None:
-    kw = inputs(Case(flags=frozenset({"clip", "use_prev", "x0_out"})))
-    out, x0 = ops.p_sample(**kw).clone(), kw["x0_out"].clone()
-    ops.p_sample(**(kw | {"out": kw["x_t"], "x0_out": kw["x0_prev"]}))
+    kw = inputs(step_case("clip"))
+    out = ops.p_sample(**kw).clone()
+    ops.p_sample(**(kw | {"out": kw["x_t"]}))
     assert torch.equal(kw["x_t"], out)
-    assert torch.equal(kw["x0_prev"], x0)
+
+
+def test_p_sample_without_outputs_leaves_the_history_as_it_is() -> None:
+    kw = inputs(step_case("clip", "history_2"))
+    before = kw["history"].clone()
+    without = ops.p_sample(**(kw | {"out": None}))
+    assert torch.equal(kw["history"], before)
+    assert torch.equal(ops.p_sample(**kw), without)
+    assert not torch.equal(kw["history"], before)
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -84,36 +108,35 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
     strided = wide[..., ::2].copy_(x)
     offset = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
-    return {"channels-last": to_channels_last(x), "strided": strided, "offset": offset}
+    return {"channels-last": arrange(x, "channels_last"), "strided": strided, "offset": offset}
 
 
 @pytest.mark.parametrize("name", ["channels-last", "strided", "offset"])
-@pytest.mark.parametrize("argument", ["x_t", "m", "x0_prev", "noise", "out", "x0_out", "low_out"])
+@pytest.mark.parametrize("argument", ["x_t", "m", "history", "noise", "out", "x0_out", "low_out"])
 def test_p_sample_takes_any_layout(argument: str, name: str) -> None:
-    case = Case(noise="given", flags=frozenset({"clip", "use_m", "use_prev", "x0_out", "low_out"}))
-    kw = inputs(case)
+    kw = inputs(step_case("clip", "use_m", "history_2", "x0_out", "low_out", noise="given"))
     check(kw | {argument: layouts(kw[argument])[name]})
 
 
 @pytest.mark.parametrize("argument", ["x_t", "m", "noise"])
 def test_p_sample_takes_expanded_inputs(argument: str) -> None:
-    kw = inputs(Case(noise="given"))
+    kw = inputs(step_case("clip", noise="given"))
     check(kw | {argument: kw[argument][:, :1, :1].expand(2, 3, 4, 4)})
 
 
 def test_p_sample_of_an_empty_batch_is_empty() -> None:
     for shape in ((0, 3, 4, 4), (2, 3, 0, 4)):
-        kw = inputs(Case(shape=shape))
+        kw = inputs(step_case("clip", shape=shape))
         assert ops.p_sample(**kw).shape == shape
 
 
 def test_p_sample_of_many_points_matches_numpy() -> None:
-    check(inputs(Case(shape=(100_000, 2))))
+    check(inputs(step_case("clip", shape=(100_000, 2))))
 
 
 def test_p_sample_adds_no_noise_where_sigma_is_0() -> None:
     """The last row of every table: not even Inf or NaN in z or in a learned variance gets through."""
-    kw = inputs(Case(noise="given", flags=frozenset({"clip", "learned"}))) | {"row": torch.tensor([4])}
+    kw = inputs(step_case("clip", "learned", noise="given")) | {"row": torch.tensor([5])}
     expected, _ = oracle(kw | {"noise": None})
     kw["noise"].fill_(INF)
     kw["m"][:, 3:] = NAN
@@ -122,14 +145,14 @@ def test_p_sample_adds_no_noise_where_sigma_is_0() -> None:
 
 def test_p_sample_ignores_terms_that_are_switched_off() -> None:
     """0 * Inf is NaN: a coefficient that no flag asks for must not be read."""
-    kw = inputs(Case(noise="none"))
+    kw = inputs(step_case("clip", noise="none"))
     expected = ops.p_sample(**kw).clone()
     kw["rows"][:, 6:] = INF
     assert torch.equal(ops.p_sample(**kw), expected)
 
 
 def test_p_sample_propagates_nan_and_clips_inf() -> None:
-    kw = inputs(Case(shape=(1, 1, 4), noise="none")) | {"row": torch.tensor([0])}
+    kw = inputs(step_case("clip", shape=(1, 1, 4), noise="none")) | {"row": torch.tensor([0])}
     rows, x, m = kw["rows"], kw["x_t"], kw["m"]
     rows[0, :12] = torch.tensor([2.0, 1.0, -1.0, 1.0, 3.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
     x[0, 0] = torch.tensor([0.0, 0.0, 0.0, NAN])
@@ -140,7 +163,7 @@ def test_p_sample_propagates_nan_and_clips_inf() -> None:
 
 
 def test_p_sample_does_not_depend_on_the_batch() -> None:
-    kw = inputs(Case(shape=(4, 3, 5, 5)))
+    kw = inputs(step_case("clip", shape=(4, 3, 5, 5)))
     together = ops.p_sample(**kw)
     for b in (2, 0):
         part = {k: kw[k][b : b + 1] for k in ("x_t", "m", "row")}
@@ -150,7 +173,7 @@ def test_p_sample_does_not_depend_on_the_batch() -> None:
 
 def test_p_sample_guidance_of_weight_1_is_the_conditional_step() -> None:
     """m_u + 1 * (m_c - m_u) equals m_c exactly when m_u = 0."""
-    kw = inputs(Case(flags=frozenset({"clip", "guided", "learned"})))
+    kw = inputs(step_case("clip", "guided", "learned"))
     kw["rows"][:, 11] = 1.0
     kw["m"][2:, :3] = 0.0
     conditional = kw | {"m": kw["m"][:2], "guided": False, "out": None}
@@ -182,7 +205,8 @@ REFUSED = {
     "rows64": ({"rows": torch.zeros(5, 14, dtype=torch.float64)}, ValueError, "rows must be float32"),
     "row": ({"row": torch.tensor([0, 1, 2])}, ValueError, r"row must be int64 \[1\] or \[2\]"),
     "row dtype": ({"row": torch.tensor([0], dtype=torch.int32)}, ValueError, "row must be int64"),
-    "no x0_prev": ({"use_prev": True}, ValueError, "needs x0_prev"),
+    "history of four": ({"history": torch.zeros(4, 2, 3, 4, 4)}, ValueError, "H = 1, 2 or 3, got"),
+    "history shape": ({"history": torch.zeros(2, 3, 4, 4)}, ValueError, "history, without its first dimension, has"),
     "z": ({"noise": torch.zeros(2, 3, 4)}, ValueError, "noise has shape"),
     "seeds": (
         {"noise": Counter(torch.zeros(3, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]), 1)},
@@ -199,11 +223,11 @@ REFUSED = {
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED)
 def test_p_sample_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ops.p_sample(**(inputs(Case()) | change))
+        ops.p_sample(**(inputs(step_case("clip")) | change))
 
 
 def test_p_sample_refuses_overlapping_memory() -> None:
-    kw = inputs(Case(flags=frozenset({"clip", "x0_out"})))
+    kw = inputs(step_case("clip", "x0_out"))
     memory = torch.zeros(200)
     x, shifted = memory[:96].view(2, 3, 4, 4), memory[4:100].view(2, 3, 4, 4)
     with pytest.raises(ValueError, match="out partly overlaps x_t"):
@@ -213,7 +237,7 @@ def test_p_sample_refuses_overlapping_memory() -> None:
 
 
 def test_p_sample_into_given_tensors_refuses_gradients() -> None:
-    kw = inputs(Case())
+    kw = inputs(step_case("clip"))
     kw["x_t"].requires_grad_()
     with pytest.raises(RuntimeError, match=r"x_t requires a gradient.*no_grad"):
         ops.p_sample(**kw)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastddpm import Schedule, ops
+from fastddpm.diagnostics.step_cases import SHAPES, arrange
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
 from fastddpm.tables.table import q_rows, q_step_rows
-from tests.ops.step_cases import SHAPES, to_channels_last
 
 SCHEDULE = Schedule.linear()
 K = 5
@@ -61,7 +61,7 @@ def test_q_sample_takes_any_layout(layout: str) -> None:
     if layout == "expanded":
         x_0 = x_0[:, :1].expand(2, 3, 4, 4)
     rows, t, noise = q_rows(SCHEDULE), torch.tensor([5, 500]), counter(2)
-    same = to_channels_last(x_0) if layout == "channels-last" else x_0
+    same = arrange(x_0, "channels_last") if layout == "channels-last" else x_0
     if layout == "offset":
         same = torch.zeros(97)[1:].view(2, 3, 4, 4).copy_(x_0)
     got = ops.q_sample(same, rows, t, noise)

@@ -121,7 +121,7 @@ class PtxDevice:
     launches: list[Launch] = field(default_factory=list)
     compiled: list[str] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
-    _expected: list[tuple[torch.Tensor, Segment]] = field(default_factory=list)
+    _expected: list[tuple[Sequence[torch.Tensor], Segment]] = field(default_factory=list)
     _kept: list[torch.Tensor] = field(default_factory=list)
 
     @contextmanager
@@ -149,13 +149,13 @@ class PtxDevice:
         if tensor.numel() < _HUGE:
             _mark_elements(segment.unreadable, tensor, segment)
             _poison(tensor)
-        self._expected.append((tensor, segment))
+        self._expected.append(([tensor], segment))
         return tensor
 
-    def in_place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Declare a tensor that the kernel reads and writes, each thread its own elements."""
+    def in_place(self, tensor: torch.Tensor, written: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+        """Declare a tensor that the kernel reads and writes, each thread its own elements; or only parts of it."""
         segment = self._register(tensor, "in-place tensor", writable=True, in_place=True)
-        self._expected.append((tensor, segment))
+        self._expected.append(([tensor] if written is None else written, segment))
         return tensor
 
     def input(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -175,13 +175,14 @@ class PtxDevice:
 
     def check_written_once(self) -> None:
         """Every element of every output was written, and once; nothing else was."""
-        for tensor, segment in self._expected:
+        for parts, segment in self._expected:
             expected = np.zeros_like(segment.writes)
-            _mark_elements(expected, tensor, segment)
+            for tensor in parts:
+                _mark_elements(expected, tensor, segment)
             if not np.array_equal(segment.writes, expected):
                 missing = int(((segment.writes == 0) & (expected == 1)).sum())
                 extra = int(segment.writes.astype(np.int64).sum()) - int(expected.sum()) + missing
-                raise AccessError(f"output of shape {list(tensor.shape)}: {missing} units missing, {extra} extra")
+                raise AccessError(f"{segment.name}: {missing} units missing, {extra} extra")
 
     def launch(self, metadata: Any, grid: tuple[int, int, int], arguments: list[tuple[str, str, Any]]) -> None:
         """Take a launch from Triton; each argument has a name and a type."""
@@ -239,7 +240,8 @@ def _mark_elements(shadow: np.ndarray, tensor: torch.Tensor, segment: Segment, v
     units = tensor.element_size() // segment.unit
     view = torch.from_numpy(shadow.view(np.uint8))
     strides = [stride * units for stride in tensor.stride()]
-    view.as_strided([*tensor.shape, units], [*strides, 1]).fill_(int(value))
+    offset = (tensor.data_ptr() - segment.start) // segment.unit
+    view.as_strided([*tensor.shape, units], [*strides, 1], offset).fill_(int(value))
 
 
 def _poison(tensor: torch.Tensor) -> None:

@@ -140,6 +140,18 @@ def _fma(modifiers: tuple[str, ...]) -> Operation:
     return _explicitly_rounded(fused_multiply_add, 3)(modifiers)
 
 
+def _half_too(build: Callable[[tuple[str, ...]], Operation]) -> Callable[[tuple[str, ...]], Operation]:
+    """Add the form whose first operand is a float16, converted to float32 first, which is exact."""
+
+    def build_either(modifiers: tuple[str, ...]) -> Operation:
+        if modifiers[-2:] != ("f32", "f16"):
+            return build(modifiers)
+        single = build(modifiers[:-1])
+        return Operation("f32", ("f16", "f32"), lambda a, b: single.compute(a.astype(np.float32), b))
+
+    return build_either
+
+
 def _pairs_too(build: Callable[[tuple[str, ...]], Operation]) -> Callable[[tuple[str, ...]], Operation]:
     """Add the form for two float32 in one register, which compute capability 10.0 brought."""
 
@@ -158,8 +170,8 @@ def _pairs_too(build: Callable[[tuple[str, ...]], Operation]) -> Callable[[tuple
 
 
 BUILDERS: dict[str, Callable[[tuple[str, ...]], Operation]] = {
-    "add": _pairs_too(_arithmetic(operator.add, 2)),
-    "sub": _pairs_too(_arithmetic(operator.sub, 2)),
+    "add": _half_too(_pairs_too(_arithmetic(operator.add, 2))),
+    "sub": _half_too(_pairs_too(_arithmetic(operator.sub, 2))),
     "mul": _pairs_too(_arithmetic(operator.mul, 2)),
     "div": _explicitly_rounded(np.divide, 2),
     "sqrt": _explicitly_rounded(np.sqrt, 1),

@@ -80,3 +80,9 @@ def evaluate(instruction: str, inputs: list[np.ndarray], result: str) -> np.ndar
     count = len(output)
     run_kernel(body, [*inputs, output], writable=1, threads=1, blocks=count)
     return output
+
+
+def pairs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values against a shuffled copy, and against themselves."""
+    shuffled = np.random.default_rng(0).permutation(values)
+    return np.concatenate([values, values]), np.concatenate([shuffled, values])

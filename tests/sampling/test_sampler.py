@@ -7,7 +7,6 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +21,9 @@ from fastddpm.ops.draw import randn
 from fastddpm.sampling.engine import LoopEngine
 from fastddpm.sampling.sampler import StepResult
 from fastddpm.tables.by_name import make_table
-from fastddpm.tables.table import Table
+from fastddpm.tables.table import COLUMN, HISTORY, Table, make_rows
 from tests.sampling.tape import TapeEngine
+from tests.tables.float64 import execute_table64
 
 SCHEDULE = Schedule.linear(50, 1e-3, 0.2)
 SHAPE = (3, 5, 7)
@@ -649,10 +649,22 @@ def test_estimates_of_x_0_are_refused_where_a_table_keeps_eps() -> None:
         eps.sample(seeds=[1], return_x0=True)
 
 
-def test_a_table_of_a_longer_history_is_refused() -> None:
-    longer = replace(table(), history=2)
-    with pytest.raises(ValueError, match="'ddpm' needs 2 older x0 and the fused step holds one"):
-        Sampler(Pointwise(), longer, SHAPE)
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_a_history_enters_as_in_float64(history: int) -> None:
+    """Seven rows, so that the ring of older x0 turns more than twice; a second call starts without any."""
+    generator = torch.Generator().manual_seed(history)
+    columns = {name: torch.rand(7, dtype=torch.float64, generator=generator) / 4 for name in ("a", "b", *HISTORY)}
+    rows = make_rows(7, c_x0=0.5, c_xt=0.25, sigma=0.125, **columns)
+    # What comes before the first row is 0, which the executor in float64 asks to be left out.
+    for k, name in enumerate(HISTORY):
+        rows[: k + 1, COLUMN[name]] = 0.0
+    multistep = Table(rows, torch.arange(6, -1, -1), "multistep", clip=False, history=history)
+    fused = Sampler(Pointwise().eval(), multistep, SHAPE, compile=False)
+    x_T, z = drawn(2, 7, [3, 4])
+    exact = execute_table64(multistep, Pointwise().double(), x_T.double(), list(z.double()))
+    for _ in range(2):
+        torch.testing.assert_close(fused.sample(seeds=[3, 4]).double(), exact, rtol=0, atol=2e-6)
+    assert torch.equal(list(fused.steps(seeds=[3, 4]))[-1].x_t, fused.sample(seeds=[3, 4]))
 
 
 def test_triton_on_a_cpu_is_refused_at_once() -> None:

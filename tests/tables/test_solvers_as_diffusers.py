@@ -112,12 +112,11 @@ def their_loop(scheduler: Any, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor
 
 def our_loop(table: Table, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Run the rows in float32 by the twin of the kernel."""
-    flags = twins.Flags(clip=table.clip)
-    history: list[torch.Tensor] = []
+    flags = twins.Flags(clip=table.clip, history=table.history)
+    ring = torch.zeros(table.history, *x.shape) if table.history else None
     for r, t in enumerate(table.timesteps):
         m = model(x, t.expand(4))
-        x, x0 = twins.p_sample(x, m, table.rows, torch.tensor([r]), z[r % len(z)], flags, history)
-        history = [x0, *history][: table.history]
+        x, *_ = twins.p_sample(x, m, table.rows, torch.tensor([r]), z[r % len(z)], flags, ring)
     return x
 
 

@@ -234,9 +234,13 @@ def test_a_row_adds_the_older_x0_newest_first(history):
     expected, x0 = execute_row64(table, 0, x_t.double(), m.double(), history=[x.double() for x in older])
     by_hand = columns["c_x0"] * x0 + sum(float(columns[f"c_{k + 1}"]) * x.double() for k, x in enumerate(older))
     assert relative_error(expected, by_hand) <= 1e-15
-    flags = twins.Flags(clip=table.clip)
-    x_prev, _ = twins.p_sample(x_t, m, table.rows, torch.tensor([0]), None, flags, older)
+    # The ring holds x0_k in slot (row - k) mod H: at row 0, the oldest first.
+    ring = torch.stack(older[::-1]) if older else None
+    x_prev, stored, _ = twins.p_sample(
+        x_t, m, table.rows, torch.tensor([0]), None, twins.Flags(table.clip, history=history), ring
+    )
     assert relative_error(x_prev.double(), expected) <= 1e-6
+    assert ring is None or torch.equal(ring[0], stored)
 
 
 def test_table_is_immutable():

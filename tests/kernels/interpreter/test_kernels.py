@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from fastddpm import Schedule, ops
+from fastddpm.diagnostics.step_cases import SHAPES, StepCase, arrange, inputs, setting_cases, step_case
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops.operators import pack
 from fastddpm.ops.twins import Flags
 from fastddpm.tables.table import loss_rows
-from tests.ops.step_cases import SHAPES, Case, flag_cases, inputs, to_channels_last
 
-OUTPUTS = ("out", "x0_out", "low_out")
+OUTPUTS = ("out", "x0_out", "low_out", "history")
 
 
 def counter(batch: int, step: int = 2**31 + 5, stream: int = 1) -> Counter:
@@ -31,9 +31,9 @@ def counter(batch: int, step: int = 2**31 + 5, stream: int = 1) -> Counter:
 
 def both(kw: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """(twin, kernel) for every output."""
-    ops.p_sample(**kw, backend="torch")
     given = {name: kw[name] for name in OUTPUTS if kw[name] is not None}
-    fresh = {name: torch.empty_like(t).fill_(float("nan")) for name, t in given.items()}
+    fresh = {name: t.clone() if name == "history" else torch.full_like(t, torch.nan) for name, t in given.items()}
+    ops.p_sample(**kw, backend="torch")
     ops.p_sample(**(kw | fresh), backend="triton")
     return [(given[name], fresh[name]) for name in given]
 
@@ -51,49 +51,48 @@ def test_randn_kernel_equals_its_twin(n: int) -> None:
         assert torch.equal(*draws)
 
 
-@pytest.mark.parametrize("case", flag_cases(), ids=str)
-def test_p_sample_kernel_equals_its_twin_for_every_pair_of_flags(case: Case) -> None:
+@pytest.mark.parametrize("case", setting_cases(), ids=str)
+def test_p_sample_kernel_equals_its_twin_for_every_pair_of_settings(case: StepCase) -> None:
     check(inputs(case))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_p_sample_kernel_equals_its_twin_for_every_shape(shape: tuple[int, ...]) -> None:
-    check(inputs(Case(shape=shape, flags=frozenset({"clip", "use_m", "learned"}))))
+    check(inputs(step_case("clip", "use_m", "learned", shape=shape)))
 
 
-@pytest.mark.parametrize("flags", [{"m_nhwc"}, {"low_out", "low_nhwc"}, {"m_nhwc", "low_out", "low_nhwc", "learned"}])
+@pytest.mark.parametrize("flags", [{"m_nhwc"}, {"low_nhwc"}, {"m_nhwc", "low_nhwc", "learned", "history_3"}])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 5), (1, 3, 2, 6), (2, 2, 3, 4, 4)], ids=str)
 def test_p_sample_kernel_reads_and_writes_channels_last(shape: tuple[int, ...], flags: set[str]) -> None:
-    check(inputs(Case(shape=shape, flags=frozenset({"clip", *flags}))))
+    check(inputs(step_case("clip", *flags, shape=shape)))
 
 
 @pytest.mark.parametrize("m", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("x", [torch.float32, torch.float16], ids=str)
 def test_p_sample_kernel_equals_its_twin_for_every_dtype(x: torch.dtype, m: torch.dtype) -> None:
-    check(inputs(Case(x=x, m=m, flags=frozenset({"clip", "use_prev", "x0_out", "low_out"}))))
+    check(inputs(step_case("clip", "history_1", "x0_out", "low_out", x=x, m=m)))
 
 
 def test_p_sample_kernel_takes_unaligned_strided_and_expanded_tensors() -> None:
-    kw = inputs(Case(noise="given", flags=frozenset({"clip", "low_out", "x0_out"})))
+    kw = inputs(step_case("clip", "low_out", "x0_out", noise="given"))
     offset = torch.zeros(97)[1:].view(2, 3, 4, 4).copy_(kw["x_t"])
     check(kw | {"x_t": offset})
     check(kw | {"x_t": kw["x_t"][:, :1].expand(2, 3, 4, 4)})
     check(kw | {"m": torch.zeros(2, 3, 4, 8)[..., ::2].copy_(kw["m"])})
-    check(kw | {"out": to_channels_last(kw["out"]), "noise": to_channels_last(kw["noise"])})
+    check(kw | {"out": arrange(kw["out"], "channels_last"), "noise": arrange(kw["noise"], "channels_last")})
 
 
 def test_p_sample_kernel_works_in_place() -> None:
-    kw = inputs(Case(flags=frozenset({"clip", "use_prev", "x0_out"})))
+    kw = inputs(step_case("clip"))
     ops.p_sample(**kw, backend="torch")
-    ops.p_sample(**(kw | {"out": kw["x_t"], "x0_out": kw["x0_prev"]}), backend="triton")
+    ops.p_sample(**(kw | {"out": kw["x_t"]}), backend="triton")
     assert torch.equal(kw["x_t"], kw["out"])
-    assert torch.equal(kw["x0_prev"], kw["x0_out"])
 
 
 def test_p_sample_kernel_writes_within_its_output_only() -> None:
     """Canaries around an output of odd size stay what they were."""
     for shape in ((3, 5), (2, 3, 2, 6)):
-        kw = inputs(Case(shape=shape))
+        kw = inputs(step_case("clip", shape=shape))
         n = kw["x_t"].numel()
         memory = torch.full((n + 64,), 42.0)
         ops.p_sample(**(kw | {"out": memory[32 : 32 + n].view(shape)}), backend="triton")
@@ -107,16 +106,16 @@ def test_p_sample_kernel_treats_special_values_like_its_twin() -> None:
     special = torch.tensor([0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan")])
     grid = torch.cartesian_prod(special, special, special)
     for flags in ({"clip"}, set(), {"clip", "learned"}):
-        kw = inputs(Case(shape=(2, 1, len(grid)), noise="given", flags=frozenset(flags)))
+        kw = inputs(step_case(*flags, shape=(2, 1, len(grid)), noise="given"))
         kw["x_t"].copy_(grid[:, 0])
         kw["m"][:, :1].copy_(grid[:, 1].expand(2, 1, -1))
         kw["m"][:, -1:].copy_(grid[:, 1].expand(2, 1, -1))
         kw["noise"].copy_(grid[:, 2])
-        check(kw | {"row": torch.tensor([1, 4])})
+        check(kw | {"row": torch.tensor([1, 5])})
 
 
 def test_p_sample_kernel_does_not_launch_for_an_empty_batch() -> None:
-    kw = inputs(Case(shape=(0, 3, 4, 4)))
+    kw = inputs(step_case("clip", shape=(0, 3, 4, 4)))
     assert ops.p_sample(**kw, backend="triton").shape == (0, 3, 4, 4)
 
 
@@ -147,7 +146,7 @@ def test_q_sample_kernel_equals_its_twin(shape: tuple[int, ...], dtype: torch.dt
 def test_ddpm_loss_kernel_equals_its_twin(shape: tuple[int, ...], prediction: str, learned: bool, layout: str) -> None:
     g = torch.Generator().manual_seed(0)
     m = torch.randn(shape[0], shape[1] * (1 + learned), *shape[2:], generator=g)
-    m = to_channels_last(m) if layout == "channels_last" else m
+    m = arrange(m, "channels_last") if layout == "channels_last" else m
     x_0 = None if prediction == "epsilon" else torch.randn(shape, generator=g)
     noise = None if prediction == "x_0" else counter(shape[0], stream=noise_v1.STREAM_TRAIN)
     rows, row = loss_rows(Schedule.linear(), prediction), torch.arange(shape[0])
@@ -163,7 +162,7 @@ def test_ddpm_loss_kernel_equals_its_twin(shape: tuple[int, ...], prediction: st
 
 @pytest.mark.parametrize("op", ["p_sample", "p_sample_out", "q_sample", "randn"])
 def test_operators_pass_opcheck_with_the_kernels(op: str) -> None:
-    kw = inputs(Case(noise="given", flags=frozenset({"clip", "x0_out"})))
+    kw = inputs(step_case("clip", "x0_out", noise="given"))
     noise, flags, how = pack(kw["noise"]), Flags(clip=True).to_int(), ("triton", False)
     tensors = (kw["x_t"], kw["m"], kw["rows"], kw["row"], *noise)
     arguments: dict[str, tuple[Any, ...]] = {
