@@ -31,7 +31,9 @@ TABLE_OPTIONS = (
 
 def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     """Add them, ``outdir`` being the default of --outdir."""
-    parser.add_argument("--model", default="digits", help="name of a shipped model, or a directory (default: digits)")
+    parser.add_argument(
+        "--model", default="digits", help="shipped model, directory, or id on the Hugging Face Hub (default: digits)"
+    )
     parser.add_argument("--steps", type=positive, help="network calls per sample (default: all the model's timesteps)")
     parser.add_argument("--batch", type=positive, help="the most samples per batch (default: by size and device)")
     parser.add_argument("--sampler", default="ddpm", help="one of those below, or another of its names (default: ddpm)")

@@ -18,6 +18,7 @@ from fastddpm.files.safejson import read_object
 from fastddpm.files.tensors import SafetensorsFile, Shards, TensorFile, read_tensors, refuse_escape
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.unet.config import UNetConfig
+from fastddpm.unet.hub import is_hub_id, snapshot
 from fastddpm.unet.save import CONFIG, EXTRA_KEYS, MODEL_CLASS, SCHEDULER, WEIGHTS
 from fastddpm.unet.unet import UNet
 
@@ -36,13 +37,16 @@ _WEIGHTS_NAME = re.compile(
 _OLD_NAME = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(_OLD_ATTENTION)})(?=\.)")
 
 
-def load(name_or_dir: str | os.PathLike[str], *, weights: Weights = "average") -> UNet:
-    """Load a network from a folder, or one that ships with the package by its name.
+def load(name_or_dir: str | os.PathLike[str], *, weights: Weights = "average", revision: str | None = None) -> UNet:
+    """Load a network from a folder, one that ships with the package by its name, or one of the Hugging Face Hub.
 
     Args:
-        name_or_dir: name of a shipped model ("digits"), or a folder in either layout, its weights in one file or in
-            shards. Only files in the folder are read; nothing in it is executed.
+        name_or_dir: name of a shipped model ("digits"), a folder in either layout, its weights in one file or in
+            shards, or the id of a model of the Hub ("google/ddpm-cifar10-32", also with "@revision"), which
+            huggingface_hub downloads unless its cache has it. Only configurations and safetensors are read; nothing is
+            executed.
         weights: of a training folder with unet/ and unet_ema/, take the moving "average" or the "last" weights.
+        revision: branch, tag or commit of a model of the Hub.
 
     Returns:
         The network in eval mode, float32 on the CPU whatever the stored dtype, its `diffusion` set from
@@ -50,10 +54,11 @@ def load(name_or_dir: str | os.PathLike[str], *, weights: Weights = "average") -
 
     Raises:
         FileNotFoundError: no such model or file; the message lists the shipped models.
+        ImportError: a model of the Hub, and huggingface_hub is not installed.
         ValueError: a file is damaged, hostile, of another architecture or of a feature that is not supported; the
             message names file and key. A pickle (.pt, .ckpt, .bin, ...) is refused.
     """
-    folder = _find(name_or_dir)
+    folder = _find(name_or_dir, revision)
     unet_folder = network_folder(folder, weights)
     return load_folder(folder, unet_folder, weight_files(unet_folder, ".safetensors"))
 
@@ -157,9 +162,13 @@ def weight_files(folder: Path, suffix: str) -> list[Path]:
     return [found[key][i] for i in sorted(found[key])]
 
 
-def _find(name_or_dir: str | os.PathLike[str]) -> Path:
+def _find(name_or_dir: str | os.PathLike[str], revision: str | None) -> Path:
     name = os.fspath(name_or_dir)
     path = Path(name)
+    if not path.exists() and is_hub_id(name):
+        return snapshot(name, revision)
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is for models of the Hugging Face Hub, and {name!r} is none")
     if path.suffix.lower() in _PICKLES and not path.is_dir():
         raise ValueError(_no_pickle(path))
     shipped = sorted(entry.parent.name for entry in SHIPPED.glob(f"*/{CONFIG}"))
