@@ -46,6 +46,10 @@ class Launch(NamedTuple):
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
             self.kernel[self.grid](*self.values, **self.flags, **OPTIONS)
 
+    def compile(self) -> None:
+        """Compile for the current device what `run` would launch."""
+        self.kernel.warmup(*self.values, grid=self.grid, **self.flags, **OPTIONS)
+
     @property
     def arguments(self) -> dict[str, Tensor | int | None]:
         """The values by name."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from fastddpm.errors import BackendUnavailable
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 _ALIGNED: list[Any] = [["tt.divisibility", 16]]
 
 

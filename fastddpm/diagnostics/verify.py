@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from fastddpm import ops, reference
 from fastddpm.diagnostics.step_cases import StepCase, inputs, setting_cases, step_case
+from fastddpm.diagnostics.variants import p_sample_variant
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.known_answers import NOISE_V1
 from fastddpm.noise.seeds import resolve_seeds
@@ -77,7 +80,9 @@ def check_kernels(device: torch.device) -> str:
     count = 0
     # Triton's interpreter, the only way to run the kernels on a CPU, truncates to bfloat16 instead of rounding.
     dtypes = [d for d in DTYPES if d != torch.bfloat16 or device.type != "cpu"]
-    for case in _step_cases(dtypes):
+    cases = list(_step_cases(dtypes))
+    _compile_ahead(cases, device)
+    for case in cases:
         twin, kernel = (inputs(case, device=device) for _ in range(2))
         for backend, arguments in (("torch", twin), ("triton", kernel)):
             ops.p_sample(**arguments, backend=backend)
@@ -191,6 +196,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     nan = a.isnan() & b.isnan()
     bits_a, bits_b = (v.contiguous().view(as_int).masked_fill(nan, 0) for v in (a, b))
     return a.shape == b.shape and torch.equal(bits_a, bits_b)
+
+
+def _compile_ahead(cases: Sequence[StepCase], device: torch.device) -> None:
+    """Compile the kernels of all cases, as many at a time as there are cores."""
+    if device.type != "cuda":
+        return
+    import triton
+
+    with torch.cuda.device(device), ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        for case in cases:
+            p_sample_variant(str(case), case).launch.compile()
 
 
 def _step_cases(dtypes: Sequence[torch.dtype]) -> Iterator[StepCase]:

@@ -81,7 +81,19 @@ def why_not_triton(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST:
             return f"Triton needs compute capability 7.5, this GPU has {capability[0]}.{capability[1]}"
-    return triton().why_unusable()
+    return triton().why_unusable() or _why_no_driver()
+
+
+def _why_no_driver() -> str | None:
+    """Return why Triton cannot reach the GPU: it compiles a small C module for that, once for each cache."""
+    try:
+        importlib.import_module("triton.runtime.driver").driver.active.get_current_target()
+    except Exception as error:
+        return (
+            f"Triton cannot build its driver ({error}); install a C compiler (gcc or clang, or set CC) and Python's "
+            "headers"
+        )
+    return None
 
 
 @functools.cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ pytest.importorskip("triton")
 
 from fastddpm.kernels import tiles
 
-from fastddpm.diagnostics.step_cases import make_counter, make_rows
+from fastddpm.diagnostics.step_cases import make_counter, make_rows, step_case
+from fastddpm.diagnostics.variants import p_sample_variant
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import triton_backend
 from fastddpm.ops.twins import Flags
@@ -84,6 +87,16 @@ def test_the_seeds_that_specialise_integers_compile_nothing_new(seed: int, devic
             counter = Counter(word, torch.tensor([value & 0xFFFFFFFF]), word & 1, 1)
             triton_backend.randn((torch.zeros(2, 64),), counter, 64)
     assert len(device.compiled) == 1
+
+
+def test_what_was_compiled_ahead_from_tensors_without_data_is_what_is_launched(device: PtxDevice) -> None:
+    ahead = p_sample_variant("ahead", step_case("clip", shape=(2, 3, 32, 32))).launch
+    with device.active():
+        with ThreadPoolExecutor(2) as pool, importlib.import_module("triton").AsyncCompileMode(pool):
+            ahead.compile()
+        assert (len(device.compiled), device.launches) == (1, [])
+        p_sample()
+    assert len(device.compiled) == len(device.launches) == 1
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -7,6 +7,8 @@ import logging
 import runpy
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -39,7 +41,9 @@ def _without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
 
 
-def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], driver: object = mock.Mock()) -> None:
+    """A GPU of this capability; ``driver`` None: Triton has none yet."""
+    monkeypatch.setattr(importlib.import_module("triton.runtime.driver").driver, "_active", driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
@@ -92,6 +96,31 @@ def test_backend_takes_the_kernel_from_sm_75_on(monkeypatch: pytest.MonkeyPatch,
     assert backend.use_triton("auto", CUDA)
     assert backend.use_triton("triton", CUDA)
     assert not backend.use_triton("torch", CUDA)
+
+
+def test_backend_auto_without_a_c_compiler_is_the_twin_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """As in an image without gcc: Triton compiles its driver at the first launch."""
+    build = pytest.importorskip("triton.runtime.build")
+
+    def no_compiler(*_: object) -> str:
+        raise RuntimeError("Failed to find C compiler")
+
+    driver = importlib.import_module("triton.backends").backends["nvidia"].driver
+    monkeypatch.setattr(importlib.import_module("triton.runtime.driver").driver, "_default", None)
+    monkeypatch.setattr(driver, "is_active", staticmethod(lambda: True))
+    monkeypatch.setattr(build, "_find_compiler", no_compiler)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
+    fake_gpu(monkeypatch, (9, 0), driver=None)
+    with caplog.at_level(logging.INFO, "fastddpm"):
+        assert not backend.use_triton("auto", CUDA)
+    (record,) = caplog.records
+    assert "Failed to find C compiler" in record.getMessage()
+    assert "install a C compiler" in record.getMessage()
+    with pytest.raises(BackendUnavailable, match="C compiler"):
+        backend.use_triton("triton", CUDA)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
