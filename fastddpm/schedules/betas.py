@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddpm.checks import number, one_of
+
 MAX_TIMESTEPS = 1_000_000
 
 # Nichol & Dhariwal 2021, section 3.2: beta is clipped below 1 to prevent singularities near t = T.
@@ -25,8 +27,7 @@ def check_num_timesteps(num_timesteps: int) -> None:
 
 def named_betas(name: str, num_timesteps: int, **options: Any) -> Tensor:
     """Compute the float64 betas [T] of one of `SCHEDULES`."""
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown beta schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    one_of("beta schedule", name, SCHEDULES)
     check_num_timesteps(num_timesteps)
     return SCHEDULES[name](num_timesteps, **options)
 
@@ -63,6 +64,7 @@ def _cosine_betas(T: int) -> Tensor:
 
 
 def _sigmoid_jabri_betas(T: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Tensor:
+    start, end, tau = number("start", start), number("end", end), number("tau", tau)
     if not start < end or not tau > 0:
         raise ValueError(f"sigmoid_jabri needs start < end and tau > 0, got start={start}, end={end}, tau={tau}")
     # The paper's affine normalisation to alpha_bar(0) = 1 and alpha_bar(1) = 0.
@@ -97,5 +99,4 @@ def _betas_from_alpha_bar(T: int, alpha_bar: Callable[[Tensor], Tensor]) -> Tens
 
 def check_ends(beta_start: float, beta_end: float) -> None:
     for field, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
-            raise ValueError(f"{field} must be a number in (0, 1), got {value!r}")
+        number(field, value, gt=0.0, lt=1.0)

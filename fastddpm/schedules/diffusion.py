@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from fastddpm.checks import shown
+from fastddpm.checks import number, one_of, shown
 from fastddpm.schedules.betas import SCHEDULES, check_ends, check_num_timesteps, named_betas
 from fastddpm.schedules.schedule import Schedule, warn_unless_gaussian_end
 
+_FLOAT32 = torch.finfo(torch.float32)
 PREDICTION_TYPES = ("epsilon", "x_0", "v")
 LEARNED = ("learned", "learned_range")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", *LEARNED)
@@ -100,28 +101,21 @@ class DiffusionConfig:
         check_num_timesteps(self.num_timesteps)
         check_ends(self.beta_start, self.beta_end)
         check_clip_range(self.clip_range)
-        for field, value, known in (
-            ("beta_schedule", self.beta_schedule, tuple(SCHEDULES)),
-            ("prediction_type", self.prediction_type, PREDICTION_TYPES),
-            ("variance_type", self.variance_type, VARIANCE_TYPES),
-            ("rescale_betas_zero_snr", self.rescale_betas_zero_snr, (True, False)),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {field} {value!r}; choose one of {', '.join(map(str, known))}")
+        one_of("beta_schedule", self.beta_schedule, SCHEDULES)
+        one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        one_of("variance_type", self.variance_type, VARIANCE_TYPES)
+        one_of("rescale_betas_zero_snr", self.rescale_betas_zero_snr, (True, False))
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", self._checked_betas(self.trained_betas))
 
     def _checked_betas(self, trained_betas: Any) -> tuple[float, ...]:
-        numbers = isinstance(trained_betas, (list, tuple)) and all(
-            isinstance(beta, (int, float)) and not isinstance(beta, bool) for beta in trained_betas
-        )
-        if not numbers:
+        if not isinstance(trained_betas, (list, tuple)):
             raise ValueError(f"trained_betas must be a list of numbers, got {type(trained_betas).__name__}")
         if len(trained_betas) != self.num_timesteps:
             raise ValueError(
                 f"trained_betas has {len(trained_betas)} values, but num_timesteps is {self.num_timesteps}"
             )
-        return tuple(float(beta) for beta in trained_betas)
+        return tuple(number(f"trained_betas[{t}]", beta) for t, beta in enumerate(trained_betas))
 
     def schedule(self) -> Schedule:
         """Build the schedule; warn when it does not end near a Gaussian.
@@ -242,6 +236,10 @@ def check_clip_range(clip_range: float | None) -> None:
     """Raise unless clip_range is None (no clipping) or a positive finite number."""
     if clip_range is None:
         return
-    number = isinstance(clip_range, (int, float)) and not isinstance(clip_range, bool)
-    if not number or not 0.0 < clip_range < float("inf"):
-        raise ValueError(f"clip_range must be positive and finite, or None for no clipping; got {clip_range!r}")
+    try:
+        # A float32 of the rows holds it.
+        number("clip_range", clip_range, ge=_FLOAT32.tiny, le=_FLOAT32.max)
+    except ValueError:
+        raise ValueError(
+            f"clip_range must be positive and finite in float32, or None for no clipping; got {shown(clip_range)}"
+        ) from None

@@ -20,6 +20,8 @@ AYS = {
 }
 SPACINGS = (*INTEGER_SPACINGS, "logsnr", "karras", *AYS)
 FINALS = ("zero", "sigma_min")
+# A step in lambda that float64 still resolves to a few digits; those of a million steps are a thousand times longer.
+_LEAST_STEP = 1e-9
 # Karras et al. 2022, table 1.
 KARRAS_RHO = 7.0
 
@@ -35,6 +37,16 @@ class Levels:
 
     timesteps: Tensor
     alphas_cumprod: Tensor
+
+    def __post_init__(self) -> None:
+        close = ~(self.lambda_.diff() > _LEAST_STEP)
+        if close.any():
+            i = int(close.nonzero()[0])
+            raise ValueError(
+                f"step {i}, from timestep {self.timesteps[i]:g}, leads from alpha_bar = "
+                f"{self.alphas_cumprod[i]:.17g} to {self.alphas_cumprod[i + 1]:.17g}, which are too close for a step; "
+                "take fewer steps"
+            )
 
     @property
     def alpha(self) -> Tensor:

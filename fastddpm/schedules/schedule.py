@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddpm.checks import shown
 from fastddpm.schedules.betas import check_num_timesteps, named_betas
-from fastddpm.schedules.sketch import curve
 
 # Above this alpha_bar_T the last latent keeps more than 22 % of the data's scale (sqrt(0.05)).
 MISMATCH_BEYOND = 0.05
@@ -47,14 +47,7 @@ class Schedule:
         check_num_timesteps(len(self.betas))
         object.__setattr__(self, "betas", self.betas.detach().to("cpu", torch.float64, copy=True))
         _check_betas(self.betas)
-        _check_alphas_cumprod(self.alphas_cumprod)
-
-    def __repr__(self) -> str:
-        first, last, end = float(self.betas[0]), float(self.betas[-1]), float(self.alphas_cumprod[-1])
-        return f"Schedule(T = {self.num_timesteps}, betas from {first:.4g} to {last:.4g}, alpha_bar_T = {end:.4g})"
-
-    def _repr_html_(self) -> str:
-        return f"<code>{self}</code><br>{curve(self.alphas_cumprod.tolist(), 'alpha_bar_t over t')}"
+        _check_alphas_cumprod(self.alphas_cumprod, self.betas)
 
     @property
     def num_timesteps(self) -> int:
@@ -156,7 +149,7 @@ class Schedule:
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Tensor) -> Schedule:
         """Use explicit betas [T], first step first; warn when they do not end near a Gaussian."""
-        return cls._checked(torch.as_tensor(betas, dtype=torch.float64))
+        return cls._checked(_as_float64("betas", betas))
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Sequence[float] | Tensor) -> Schedule:
@@ -165,7 +158,7 @@ class Schedule:
         Raises:
             ValueError: alphas_cumprod does not fall strictly, or leaves [0, 1).
         """
-        alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        alphas_cumprod = _as_float64("alphas_cumprod", alphas_cumprod)
         _check_alphas_cumprod(alphas_cumprod)
         return cls._checked(_betas_from_alphas_cumprod(alphas_cumprod))
 
@@ -239,12 +232,23 @@ def _check_betas(betas: Tensor) -> None:
         raise ValueError(f"betas must lie in (0, 1), the last may be 1; got betas[{t}] = {float(betas[t])}")
 
 
-def _check_alphas_cumprod(alphas_cumprod: Tensor) -> None:
+def _as_float64(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.float64)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        raise ValueError(f"{name} must be a list of numbers, got {shown(values)}") from None
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} must have one dimension [T], got shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def _check_alphas_cumprod(alphas_cumprod: Tensor, betas: Tensor | None = None) -> None:
     ones = torch.ones(1, dtype=torch.float64)
     falls = (alphas_cumprod < torch.cat([ones, alphas_cumprod[:-1]])) & (alphas_cumprod >= 0.0)
     if not falls.all():
         t = int((~falls).nonzero()[0])
         raise ValueError(
             f"alphas_cumprod must fall strictly from 1 towards 0; got alphas_cumprod[{t}] = {float(alphas_cumprod[t])} "
-            f"after {float(alphas_cumprod[t - 1]) if t else 1.0}; use smaller betas or fewer steps"
+            f"after {float(alphas_cumprod[t - 1]) if t else 1.0}"
+            + ("" if betas is None else f", where betas[{t}] = {float(betas[t]):.6g}; use smaller betas or fewer steps")
         )

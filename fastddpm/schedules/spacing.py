@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.checks import one_of
+from fastddpm.checks import integer, one_of, shown
 from fastddpm.schedules.betas import check_num_timesteps
 
 # Rules that need nothing but T; `fastddpm.schedules.levels` has those that look at the noise.
@@ -35,6 +35,7 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "linspace", steps_offset
     check_num_timesteps(T)
     check_steps(steps, T)
     one_of("spacing", spacing, INTEGER_SPACINGS)
+    integer("steps_offset", steps_offset)
     timesteps: np.ndarray
     if spacing == "linspace":
         timesteps = np.linspace(0, T - 1, steps).round()[::-1]
@@ -101,12 +102,15 @@ def validate_timesteps(timesteps: Sequence[int] | Tensor, T: int) -> Tensor:
     Raises:
         ValueError: the list is empty, holds something that is no integer, leaves 0..T-1, or does not descend strictly.
     """
-    values = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
+    values = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"timesteps must be a list of integers, got {shown(values)}")
+    values = list(values)
     if not values:
         raise ValueError("timesteps must name at least one timestep, got none")
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ValueError(f"timesteps must be integers, got timesteps[{i}] = {value!r}")
+            raise ValueError(f"timesteps must be integers, got timesteps[{i}] = {shown(value)}")
         if not 0 <= value < T:
             raise ValueError(f"timesteps must lie in 0..{T - 1}, got timesteps[{i}] = {value}")
         if i and value >= values[i - 1]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastddpm.checks import number
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.schedules.spacing import resolve_timesteps
 from fastddpm.tables.ddpm import x0_coefficients
@@ -51,13 +52,13 @@ def ddim_table(
     Raises:
         ValueError: an argument is unknown or out of range, or epsilon is predicted where alpha_bar = 0.
     """
+    eta = number("eta", eta, ge=0.0, le=1.0)
+    final_alpha_cumprod = number("final_alpha_cumprod", final_alpha_cumprod)
     visited = resolve_timesteps(
         schedule.num_timesteps, steps=steps, timesteps=timesteps, spacing=spacing, steps_offset=steps_offset
     )
     alpha_bar = schedule.alphas_cumprod[visited]
     alpha_bar_prev = torch.cat([alpha_bar[1:], alpha_bar.new_tensor([final_alpha_cumprod])])
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
     if not float(alpha_bar[-1]) <= final_alpha_cumprod <= 1.0:
         raise ValueError(
             f"final_alpha_cumprod must lie between alpha_bar = {float(alpha_bar[-1]):.6g} of the last timestep and 1, "
@@ -114,6 +115,7 @@ def ddim_inversion_table(
     Raises:
         ValueError: an argument is unknown or out of range, or eps cannot be had from the first state.
     """
+    initial_alpha_cumprod = number("initial_alpha_cumprod", initial_alpha_cumprod)
     visited = resolve_timesteps(
         schedule.num_timesteps, steps=steps, timesteps=timesteps, spacing=spacing, steps_offset=steps_offset
     ).flip(0)

@@ -13,6 +13,9 @@ from fastddpm.schedules.schedule import Schedule
 from fastddpm.schedules.spacing import resolve_timesteps
 from fastddpm.tables.table import Table, make_rows
 
+# 1 / sqrt(alpha_bar), times a state, is finite in float32.
+_LEAST_ALPHA_BAR = 1e-68
+
 
 def ddpm_table(
     schedule: Schedule,
@@ -82,17 +85,18 @@ def x0_coefficients(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Te
         ValueError: the type is unknown, or epsilon is predicted where alpha_bar = 0.
     """
     if prediction_type == "epsilon":
-        if (alpha_bar == 0.0).any():
+        least = float(alpha_bar.min())
+        if least < _LEAST_ALPHA_BAR:
             raise ValueError(
-                "prediction_type 'epsilon' cannot give x_0 where alpha_bar = 0 (zero terminal SNR): x_t is pure noise "
-                "there, and (x_t - eps) / 0 says nothing; use a network trained for 'v' or 'x_0', or no rescaling"
+                f"prediction_type 'epsilon' cannot give x_0 where alpha_bar = {least:.3g}: x_t is pure noise there, "
+                "and (x_t - eps) / sqrt(alpha_bar) is not finite in float32; use a network trained for 'v' or 'x_0', "
+                "smaller betas, or no rescaling to zero terminal SNR"
             )
         return (1.0 / alpha_bar).sqrt(), -((1.0 - alpha_bar) / alpha_bar).sqrt()
     if prediction_type == "v":
         return alpha_bar.sqrt(), -(1.0 - alpha_bar).sqrt()
-    if prediction_type == "x_0":
-        return torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
-    raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}")
+    one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    return torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
 
 
 def eps_coefficients(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:

@@ -71,15 +71,14 @@ def heun_table(schedule: Schedule, **options: Unpack[SolverOptions]) -> Table:
     return solver_table("heun", schedule, options, _heun_columns, rows=_twice)
 
 
-def _twice(levels: Levels) -> Levels:
+def _twice(levels: Levels) -> tuple[Tensor, Tensor]:
     """Visit each level but the first twice."""
     if levels.alphas_cumprod[0] == 0.0 or levels.alphas_cumprod[-1] != 1.0:
         raise ValueError(
             "Heun's method needs signal at every level and a last step that ends without noise, got alpha_bar from "
             f"{float(levels.alphas_cumprod[0]):.6g} to {float(levels.alphas_cumprod[-1]):.6g}; use unipc"
         )
-    twice = levels.timesteps.repeat_interleave(2)[1:]
-    return Levels(twice, torch.cat([levels.alphas_cumprod[:-1].repeat_interleave(2)[1:], levels.alphas_cumprod[-1:]]))
+    return levels.timesteps.repeat_interleave(2)[1:], levels.alphas_cumprod[:-1].repeat_interleave(2)[1:]
 
 
 def _heun_columns(levels: Levels) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def solver_table(
     options: Mapping[str, Any],
     columns: Callable[[Levels], dict[str, Tensor]],
     estimate: Literal["x_0", "eps"] = "x_0",
-    rows: Callable[[Levels], Levels] = lambda levels: levels,
+    rows: Callable[[Levels], tuple[Tensor, Tensor]] = lambda levels: (levels.timesteps, levels.alphas_cumprod[:-1]),
 ) -> Table:
     """Build a solver's table: the levels that the options ask for, and the solver's columns for them.
 
@@ -49,7 +49,7 @@ def solver_table(
         options: those of `SolverOptions`.
         columns: from the levels to c_xt, c_x0, c_1 ... and sigma.
         estimate: what the solver interpolates, and what the rows keep. eps is not clipped.
-        rows: from the levels of the steps to those of the rows, where a step is more than one row.
+        rows: from the levels to each row's timestep and alpha_bar, where a step is more than one row.
 
     Raises:
         ValueError: an option is out of range.
@@ -67,13 +67,13 @@ def solver_table(
         raise ValueError(f"{name} keeps eps, and x_0 cannot be clipped; got clip_range = {clip_range!r}, use None")
     levels = noise_levels(schedule, **chosen)
     coefficients = x0_coefficients if estimate == "x_0" else eps_coefficients
-    visited = rows(levels)
-    a, b = coefficients(visited.alphas_cumprod[:-1], prediction_type)
+    timesteps, alpha_bar = rows(levels)
+    a, b = coefficients(alpha_bar, prediction_type)
     values = columns(levels)
     used = [k + 1 for k, column in enumerate(HISTORY) if (values.get(column, a.new_zeros(1)) != 0).any()]
     return Table(
         make_rows(len(a), clip_range, a=a, b=b, **values),
-        visited.timesteps,
+        timesteps,
         name=name,
         clip=clip_range is not None,
         learned=learned,

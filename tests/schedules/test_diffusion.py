@@ -157,9 +157,12 @@ def test_from_scheduler_config_maps_log_variances_to_the_same_std(theirs, ours):
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "another process"),
         ({"num_train_timesteps": "1000"}, "num_timesteps must be an int, got '1000'"),
         ({"num_train_timesteps": 10**9}, "num_timesteps must lie in 1..1000000, got 1000000000"),
-        ({"beta_start": None}, "beta_start must be a number in .0, 1., got None"),
+        ({"beta_start": None}, "beta_start must be a finite number > 0.0 and < 1.0, got None"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 values, but num_timesteps is 1000"),
-        ({"trained_betas": ["0.1"], "num_train_timesteps": 1}, "trained_betas must be a list of numbers, got list"),
+        (
+            {"trained_betas": ["0.1"], "num_train_timesteps": 1},
+            "must be a finite number, got '0.1'",
+        ),
         ({"trained_betas": {"0": 0.1}}, "trained_betas must be a list of numbers, got dict"),
     ],
 )

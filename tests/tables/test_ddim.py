@@ -201,8 +201,8 @@ def test_learned_variance_is_ignored():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eta": -0.1}, r"eta must lie in \[0, 1\], got -0.1"),
-        ({"eta": math.nan}, r"eta must lie in \[0, 1\], got nan"),
+        ({"eta": -0.1}, "eta must be a finite number >= 0.0 and <= 1.0, got -0.1"),
+        ({"eta": math.nan}, "eta must be a finite number >= 0.0 and <= 1.0, got nan"),
         ({"final_alpha_cumprod": 1.1}, "final_alpha_cumprod must lie between .* got 1.1"),
         ({"final_alpha_cumprod": 0.5}, "final_alpha_cumprod must lie between .* got 0.5"),
         ({"prediction_type": "noise"}, "unknown prediction_type 'noise'"),

@@ -154,7 +154,7 @@ def test_ddpm_table_refuses_epsilon_at_zero_alpha_bar():
     [
         ({"prediction_type": "sample"}, "unknown prediction_type 'sample'; choose one of epsilon, x_0, v"),
         ({"variance_type": "fixed"}, "unknown variance_type 'fixed'; choose one of fixed_small"),
-        ({"clip_range": 0.0}, "clip_range must be positive and finite, or None for no clipping; got 0.0"),
+        ({"clip_range": 0.0}, "clip_range must be positive and finite in float32, or None for no clipping; got 0.0"),
         ({"clip_range": -1.0}, "clip_range must be positive .* got -1.0"),
         ({"clip_range": math.nan}, "clip_range must be positive .* got nan"),
         ({"clip_range": True}, "clip_range must be positive .* got True"),
@@ -210,8 +210,12 @@ def test_table_with_guidance_changes_only_the_weight():
         (torch.zeros(3, 14), torch.arange(3), "must be float64, got torch.float32"),
         (torch.zeros(3, 14).double(), torch.arange(4), r"shape \[3\], got torch.int64 of shape \(4,\)"),
         (torch.zeros(3, 14).double(), torch.arange(3).double(), "int64 or float32 of shape"),
-        (make_rows(3, sigma=math.nan), torch.arange(3), "row 0 of table 'x' has sigma = nan"),
-        (make_rows(3, a=torch.tensor([1.0, math.inf, 1.0])), torch.arange(3), "row 1 of table 'x' has a = inf"),
+        (make_rows(3, sigma=math.nan), torch.arange(3), "row 0 of table 'x', at timestep 0, has sigma = nan"),
+        (
+            make_rows(3, a=torch.tensor([1.0, math.inf, 1.0])),
+            torch.arange(3),
+            "timestep 1, has a = inf, which is not finite",
+        ),
     ],
 )
 def test_table_refuses_rows_that_do_not_fit(rows64, timesteps, message):
