@@ -161,14 +161,7 @@ def replay(
 
 def fits_rows(x: Tensor, output: Any) -> TypeGuard[Tensor]:
     """Tell whether the fused step may replace the original's arithmetic: a float32 state and no gradient to keep."""
-    if not isinstance(output, Tensor) or x.dtype != torch.float32 or output.dtype not in FUSED_DTYPES:
-        return False
-    return not needs_gradient(x, output)
-
-
-def needs_gradient(*tensors: Tensor) -> bool:
-    """Tell whether something is to be differentiated, which a step that returns x_0 as well cannot be."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return isinstance(output, Tensor) and x.dtype == torch.float32 and fuses(x, output)
 
 
 def look_through(model: Any) -> Any:
@@ -176,6 +169,13 @@ def look_through(model: Any) -> Any:
     inner = getattr(model, "_orig_mod", model)
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return look_through(inner.module) if isinstance(inner, parallel) else model
+
+
+def fuses(*tensors: Tensor) -> bool:
+    """Tell whether fused operations take these tensors; float64 and gradients go through the original's own."""
+    # A step that returns x_0 as well cannot be differentiated.
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not differentiated and all(tensor.dtype in FUSED_DTYPES for tensor in tensors)
 
 
 def draws_randomly(model: nn.Module) -> bool:

@@ -1,12 +1,13 @@
-"""Drop-ins for diffusers' DDPM and DDIM: its classes, with their arithmetic in fused operations.
+"""Drop-ins for diffusers: six of its schedulers and two pipelines, with their arithmetic in fused operations.
 
     pipe.scheduler = FastDDPMScheduler.from_config(pipe.scheduler.config)     any pipeline, step by step
     pipe = fastddpm.accelerate(pipe)                                          DDPMPipeline, DDIMPipeline: the whole loop
 
-Rows are made in diffusers' float32 arithmetic and noise is drawn by its own function, so that a float32 step differs
-by at most 1e-6 of the largest value (measured: 3e-7, and 0 for "sample" and "v_prediction" in DDPM), draws the same
-numbers, and images agree to rounding. What diffusers saves loads here, and the other way round, also where there is no
-fastddpm.
+Steps of DPM-Solver++, UniPC and the Euler schedulers are what diffusers' own step makes of unit vectors (see `linear`).
+For DDPM and DDIM, rows are made in diffusers' float32 arithmetic and noise is drawn by its own function, so that a
+float32 step differs by at most 1e-6 of the largest value (measured: 3e-7, and 0 for "sample" and "v_prediction" in
+DDPM), draws the same numbers, and images agree to rounding. What diffusers saves loads here, and the other way round,
+also where there is no fastddpm.
 
 Reproduced, because images of the same seed depend on it:
     - Noise is drawn, and added, wherever t > 0: with "trailing" spacing or steps_offset the final image has noise of
@@ -50,13 +51,24 @@ from __future__ import annotations
 from fastddpm.integrations.diffusers.accelerate import accelerate
 from fastddpm.integrations.diffusers.native_unet import native_unet
 from fastddpm.integrations.diffusers.pipelines import FastDDIMPipeline, FastDDPMPipeline
-from fastddpm.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler
+from fastddpm.integrations.diffusers.schedulers import (
+    FastDDIMScheduler,
+    FastDDPMScheduler,
+    FastDPMSolverMultistepScheduler,
+    FastEulerAncestralDiscreteScheduler,
+    FastEulerDiscreteScheduler,
+    FastUniPCMultistepScheduler,
+)
 
 __all__ = [
     "FastDDIMPipeline",
     "FastDDIMScheduler",
     "FastDDPMPipeline",
     "FastDDPMScheduler",
+    "FastDPMSolverMultistepScheduler",
+    "FastEulerAncestralDiscreteScheduler",
+    "FastEulerDiscreteScheduler",
+    "FastUniPCMultistepScheduler",
     "accelerate",
     "native_unet",
 ]

@@ -7,9 +7,9 @@ from typing import Any
 
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, SchedulerMixin
 
-from fastddpm.integrations.diffusers.fused import FusedScheduler
+from fastddpm.integrations.diffusers.fused import NamedAsOriginal
 from fastddpm.integrations.diffusers.pipelines import FastDDIMPipeline, FastDDPMPipeline, WholeLoop
-from fastddpm.integrations.diffusers.schedulers import fast_scheduler
+from fastddpm.integrations.diffusers.schedulers import FAST_FORM, fast_scheduler
 from fastddpm.integrations.shared import check_options
 
 
@@ -49,7 +49,7 @@ def accelerate(target: Any, **options: Any) -> Any:
         fast = copy.copy(target)
         fast.scheduler = _fast_or_raise(target.scheduler)
         return fast
-    raise TypeError(f"cannot accelerate {type(target).__name__}; pass a pipeline, a DDPMScheduler or a DDIMScheduler")
+    raise TypeError(f"cannot accelerate {type(target).__name__}; pass a pipeline or a scheduler")
 
 
 def _refuse_options(target: Any, options: dict[str, Any], reason: str) -> None:
@@ -60,9 +60,9 @@ def _refuse_options(target: Any, options: dict[str, Any], reason: str) -> None:
 
 def _fast_or_raise(scheduler: Any) -> Any:
     fast = fast_scheduler(scheduler)
-    if not isinstance(fast, FusedScheduler):
+    if not isinstance(fast, NamedAsOriginal):
         raise TypeError(
-            f"{type(scheduler).__name__} has no fast form; DDPMScheduler and DDIMScheduler have one, e.g. "
-            "DDIMScheduler.from_config(scheduler.config)"
+            f"{type(scheduler).__name__} has no fast form; {', '.join(kind.__name__ for kind in FAST_FORM)} have one, "
+            "e.g. DPMSolverMultistepScheduler.from_config(scheduler.config)"
         )
     return fast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,16 +62,19 @@ def step_by_step(
         after: called after each step.
         step_options: further arguments of the scheduler's step.
     """
-    predict = _predictor(unet, x_T, class_labels, guidance, null_class)
+    predict, seeded_options = _predictor(unet, x_T, class_labels, guidance, null_class), step_options
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        step_options = {**step_options, "generator": generator}
     x, last = x_T, len(scheduler.timesteps) - 1
     for i, t in enumerate(scheduler.timesteps):
         m = predict(x, t)
         if source.key is None:
-            x, x_0 = scheduler.step(m, t, x, generator=generator, return_dict=False, **step_options)
+            # Some schedulers return no estimate of x_0.
+            x, x_0 = (*scheduler.step(m, t, x, return_dict=False, **step_options), None)[:2]
         else:
             z = torch.zeros_like if i == last else lambda output, i=i: source.z(torch.tensor([i]), output)
-            x, x_0 = scheduler.advance(m, t, x, z, **step_options)
-        after(StepResult(i, int(t), x, x_0))
+            x, x_0 = scheduler.advance(m, t, x, z, **seeded_options)
+        after(StepResult(i, float(t), x, x_0))
     return x
 
 

@@ -16,7 +16,7 @@ from fastddpm.checks import number
 from fastddpm.integrations.diffusers.fused import NamedAsOriginal
 from fastddpm.integrations.diffusers.loop import Generators, draw_like, step_by_step
 from fastddpm.integrations.diffusers.native_unet import native_unet, shares_parameters
-from fastddpm.integrations.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler, fast_scheduler
+from fastddpm.integrations.diffusers.schedulers import FAST_FORM, fast_scheduler
 from fastddpm.integrations.kept_samplers import KeptSamplers
 from fastddpm.integrations.shared import (
     FUSED_DTYPES,
@@ -89,10 +89,11 @@ class WholeLoop(NamedAsOriginal):
     ) -> Tensor:
         """Return x_0 [B, ...]."""
         self.scheduler, self.unet = fast_scheduler(self.scheduler), look_through(self.unet)
-        if not isinstance(self.scheduler, (FastDDPMScheduler, FastDDIMScheduler)):
+        has_fast_form = isinstance(self.scheduler, NamedAsOriginal)
+        if not has_fast_form:
             raise TypeError(
-                f"{type(self).__qualname__} runs DDPMScheduler and DDIMScheduler, got {type(self.scheduler).__name__}; "
-                f"use diffusers' own {self._original.__name__} for it"
+                f"{type(self).__qualname__} runs {', '.join(kind.__name__ for kind in FAST_FORM)}, got "
+                f"{type(self.scheduler).__name__}; use diffusers' own {self._original.__name__} for it"
             )
         null_class = self._check_labels(class_labels, guidance)
         source, x_T = self._start(batch_size, generator, seeds)
@@ -179,7 +180,7 @@ class WholeLoop(NamedAsOriginal):
     def _can_replay(self, scheduler: Any, device: torch.device) -> bool:
         """Whether a table expresses the steps, and the UNet may be called from a captured step."""
         return (
-            type(scheduler) in (FastDDPMScheduler, FastDDIMScheduler)
+            type(scheduler) in FAST_FORM.values()
             and scheduler.fits_a_table
             and device.type in ("cpu", "cuda")
             and self.unet.dtype in FUSED_DTYPES
@@ -244,7 +245,7 @@ class FastDDPMPipeline(WholeLoop, DDPMPipeline):
 
         Raises:
             ValueError: seeds and a generator are both given, or labels or guidance do not fit the UNet.
-            TypeError: the scheduler is neither DDPM nor DDIM.
+            TypeError: the scheduler has no fast form.
             IndexError: fewer generators than images.
         """
         x = self._generate(batch_size, generator, num_inference_steps, seeds, class_labels, guidance, callback)
