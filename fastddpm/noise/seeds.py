@@ -68,4 +68,4 @@ def resolve_seeds(
     if batch is not None and len(keys) != batch:
         raise ValueError(f"{len(keys)} seeds or sample ids for a batch of {batch}")
     signed = [k - (1 << 64) if k >> 63 else k for k in keys]
-    return torch.tensor(signed, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(signed, dtype=torch.int64, device="cpu"), torch.tensor(ids, dtype=torch.int64, device="cpu")

@@ -178,5 +178,5 @@ def _wide_sums(memory: Tensor) -> Tensor:
 
 @functools.cache
 def _factors(device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=generator) | 1).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return (torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=generator, device="cpu") | 1).to(device)

@@ -12,18 +12,28 @@ from torch import Tensor, nn
 Model = Callable[..., Any]
 
 
-def place(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
+def place(model: Model, device: torch.device, dtype: torch.dtype | None) -> Model:
     """Return the model on `device` in `dtype`: itself if it is there already, else a converted copy.
 
-    A plain callable is returned as it is: it receives x on `device` in `dtype` and sees to the rest.
+    A module whose parameters are of several dtypes keeps them, and so does every one where `dtype` is None; buffers in
+    float64 stay so. A plain callable is returned as it is: it receives x on `device` and sees to the rest.
     """
     if not isinstance(model, nn.Module):
         return model
-    floats = [p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()]
-    moved = any(p.device != device for p in [*model.parameters(), *model.buffers()])
-    if not moved and all(p.dtype == dtype for p in floats):
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    if len({p.dtype for p in parameters if p.is_floating_point()}) > 1:
+        dtype = None
+    converted: list[Tensor] = [t for t in parameters if t.is_floating_point()]
+    converted += [t for t in buffers if t.is_floating_point() and t.dtype != torch.float64]
+    moved = any(t.device != device for t in [*parameters, *buffers])
+    if not moved and (dtype is None or all(t.dtype == dtype for t in converted)):
         return model
-    return copy.deepcopy(model).to(device=device, dtype=dtype)
+    placed = copy.deepcopy(model).to(device=device, dtype=dtype)
+    for original, module in zip(model.modules(), placed.modules(), strict=True):
+        for name, buffer in original.named_buffers(recurse=False):
+            if buffer.dtype == torch.float64:
+                setattr(module, name, buffer.to(device))
+    return placed
 
 
 def dtype_of(model: Model) -> torch.dtype:

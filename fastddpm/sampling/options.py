@@ -51,7 +51,8 @@ class Options:
     Attributes:
         shape: one sample's shape.
         device: where to sample, with its index.
-        dtype: what the network runs in.
+        dtype: what the network is given.
+        convert_to: what its weights are converted to, None where nothing was asked for.
         backend: "auto", "triton" or "torch", for the fused step.
         uses_triton: what `backend` comes to on this device.
         compiles: the model runs through torch.compile.
@@ -67,6 +68,7 @@ class Options:
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+    convert_to: torch.dtype | None
     backend: str
     uses_triton: bool
     compiles: bool
@@ -108,7 +110,7 @@ def resolve_options(
     """
     sizes = check_shape(shape)
     device = resolve_device(device_of(model) if device is None else device)
-    dtype = check_dtype(dtype_of(model) if dtype is None else dtype)
+    convert_to, dtype = dtype, check_dtype(dtype_of(model) if dtype is None else dtype)
     note_emulation(dtype, device)
     if isinstance(model, nn.Module) and model.training:
         logger.warning("the model is in training mode, so its dropout is active; call model.eval() to sample")
@@ -116,6 +118,7 @@ def resolve_options(
         shape=sizes,
         device=device,
         dtype=dtype,
+        convert_to=convert_to,
         backend=backend,
         uses_triton=use_triton(backend, device),
         compiles=decide_compile(compile, device, model, sizes, samples_ahead * steps),

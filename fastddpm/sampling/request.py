@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -154,7 +155,7 @@ def resolve_request(
         if source is None and (stochastic or x_T is None):
             raise ValueError("no noise: pass seeds=, seed= with sample_ids=, generator=, or noise= with x_T=")
         B = given_batch(generator, noise, x_T, batch_size, class_labels)
-        seed_of = sample_id = torch.zeros(B, dtype=torch.int64)
+        seed_of = sample_id = torch.zeros(B, dtype=torch.int64, device="cpu")
         draw = _drawer(generator, noise, B, shape, len(table))
         if x_T is None:
             if generator is None:
@@ -207,7 +208,7 @@ def given_batch(generator: Any, noise: Any, x_T: Any, batch_size: int | None, cl
         return len(x_T)
     if batch_size is not None:
         return batch_size
-    if class_labels is not None and torch.as_tensor(class_labels).dim() == 1:
+    if class_labels is not None and np.ndim(class_labels) == 1:
         return len(class_labels)
     raise ValueError(
         "how many samples? pass batch_size= (or x_T=, a list of class_labels, or one generator per sample)"
@@ -221,7 +222,9 @@ def _drawer(
     if generator is not None:
         # One call of randn per sample for a list, one for all otherwise: what diffusers' randn_tensor draws.
         parts = [(g, (1, *shape)) for g in generator] if isinstance(generator, Sequence) else [(generator, expected)]
-        return lambda i: torch.cat([torch.randn(size, generator=g, device=g.device) for g, size in parts])
+        return lambda i: torch.cat(
+            [torch.randn(size, generator=g, device=g.device, dtype=torch.float32) for g, size in parts]
+        )
     if isinstance(noise, Tensor):
         if tuple(noise.shape) != (steps, *expected):
             raise ValueError(f"noise must have shape {[steps, *expected]} (one z per step), got {list(noise.shape)}")
@@ -242,7 +245,7 @@ def _drawer(
 def _labels(class_labels: Labels | None, B: int, num_labels: int | None) -> Tensor | None:
     if class_labels is None:
         return None
-    labels = torch.as_tensor(class_labels)
+    labels = class_labels if isinstance(class_labels, Tensor) else torch.as_tensor(class_labels, device="cpu")
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() > 1:
         raise ValueError(
             f"class_labels must be integers, one per sample or one for all; got {labels.dtype} "

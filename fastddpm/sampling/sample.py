@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -205,7 +206,8 @@ def plan_run(
 ) -> Run:
     """Load the model, build its sampler and split the seeds into batches; arguments as in `sample`."""
     if isinstance(model, (str, os.PathLike)):
-        model = load(model)
+        with torch.device("cpu"):
+            model = load(model)
     seeds = list(seeds)
     resolve_seeds(seeds=seeds)
     if x_T is not None and len(x_T) != len(seeds):
@@ -213,9 +215,11 @@ def plan_run(
     shape = shape_of(model) if shape is None else check_shape(shape)
     steps = None if steps is None else integer("steps", steps, 1)
     guidance = number("guidance", guidance)
-    table = make_table(
-        sampler, diffusion or diffusion_of(model), steps=steps, guided=guidance != 1.0, **(sampler_options or {})
-    )
+    # Whatever torch.set_default_device asks for.
+    with torch.device("cpu"):
+        table = make_table(
+            sampler, diffusion or diffusion_of(model), steps=steps, guided=guidance != 1.0, **(sampler_options or {})
+        )
     device = options.get("device")
     options["device"] = device = net.device_of(model) if device is None else resolve_device(device)
     if batch_size is None:
@@ -279,7 +283,7 @@ def labels_for(model: net.Model, seeds: Sequence[int], class_labels: Labels | No
     if class_labels is None:
         classes = net.num_classes_of(model)
         return None if not classes else [seed % classes for seed in seeds]
-    labels = torch.as_tensor(class_labels).tolist()
+    labels = np.asarray(class_labels.cpu() if isinstance(class_labels, Tensor) else class_labels).tolist()
     labels = [labels] * len(seeds) if isinstance(labels, int) else labels
     if len(labels) != len(seeds):
         raise ValueError(f"class_labels holds {len(labels)} labels for {len(seeds)} seeds")

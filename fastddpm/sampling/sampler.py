@@ -108,6 +108,14 @@ class Sampler:
         self._timesteps: list[float] = table.timesteps.tolist()
         self._noisy: list[bool] = (table.rows[:, COLUMN["sigma"]] != 0).tolist()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a copy makes again: locks, buffers and graphs."""
+        return {name: value for name, value in vars(self).items() if name != "_steps"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._steps = StepPool(self.model, self.table, self.options, self.reverse_step)
+
     @staticmethod
     def reverse_step(step: StaticStep) -> None:
         """The body of Algorithm 2's loop, which an engine captures once: x_{t-1} ~ p_theta(x_{t-1} | x_t)."""
@@ -170,7 +178,7 @@ class Sampler:
                 of their eq. 6); 1.0 means none, and runs one network call per sample instead of two.
             model_kwargs: further keyword arguments of the model; tensors of B rows are repeated for guidance.
             callback: called after each step with a `StepResult` of live tensors: clone what outlives the call. It may
-                write into x_t. Its x0 is None unless `return_x0`.
+                write into x_t (on a GPU not through ``.data``). Its x0 is None unless `return_x0`.
             return_x0: also return the last step's estimate of x_0.
 
         Returns:
@@ -186,8 +194,11 @@ class Sampler:
         with self._steps.turn(), self._steps.lend(request.key) as (step, engine):
             for result in self._loop(step, engine, request):
                 if callback is not None:
+                    version = step.x_t._version
                     callback(result if return_x0 else result._replace(x0=None))
-                    step.feed_network()
+                    # On a CPU NumPy may have written, which counts no versions; and a copy costs no launch.
+                    if self.device.type == "cpu" or step.x_t._version != version:
+                        step.feed_network()
             x = step.x_t.clone()
             return (x, step.x0.clone()) if return_x0 and step.x0 is not None else x
 

@@ -19,7 +19,7 @@ from fastddpm.tables.table import COLUMN, K, Table
 
 
 class StaticStep:
-    """Static buffers, and the parts of a step that works on them.
+    """Static buffers, and the parts of the step that works on them.
 
     No part makes a decision that depends on a tensor's value, or reads what a request sets except through the buffers,
     so that an engine may capture the step before the first request's data arrive.
@@ -56,8 +56,8 @@ class StaticStep:
         self.sample_id = buffer(B, dtype=torch.int64)
         self.class_labels = buffer(n, dtype=torch.int64) if key.labels else None
         self.x_in = buffer(n, *shape, dtype=dtype).to(memory_format=network.memory_format)
-        self._own_input = dtype != torch.float32 or not self.x_in.is_contiguous()
-        self.x_t = buffer(B, *shape) if self._own_input else self.x_in[:B]
+        # Not the network's input, which a network may write into.
+        self.x_t = buffer(B, *shape)
         self.x0 = buffer(B, *shape) if key.x0_out else None
         self.history = buffer(table.history, B, *shape) if table.history else None
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
@@ -100,7 +100,7 @@ class StaticStep:
             history=self.history,
             out=self.x_t,
             x0_out=self.x0,
-            low_out=self.x_in[: self.key.batch] if self._own_input else None,
+            low_out=self.x_in[: self.key.batch],
             backend=self.options.backend,
             compiled=self.options.compiles,
         )
@@ -148,9 +148,8 @@ class StaticStep:
         self.network.load(self.class_labels)
 
     def feed_network(self) -> None:
-        """Copy x_t into the network's input, where that is a buffer of its own; needed after x_t was edited."""
-        if self._own_input:
-            self.x_in[: self.key.batch].copy_(self.x_t)
+        """Copy x_t into the network's input; needed after x_t was edited."""
+        self.x_in[: self.key.batch].copy_(self.x_t)
 
     def _draw_x_T(self) -> Tensor:
         counter = noise.Counter(self.seed, self.sample_id, torch.zeros_like(self.row), noise.STREAM_X_T)

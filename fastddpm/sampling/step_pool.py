@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,6 +26,8 @@ from fastddpm.tables.table import Table
 logger = logging.getLogger("fastddpm")
 
 Prepared = tuple[StaticStep, Engine]
+
+_POOLS: weakref.WeakSet[StepPool] = weakref.WeakSet()
 
 
 class StepPool:
@@ -46,6 +50,7 @@ class StepPool:
         self._generation = 0
         self._watch = Watch(model, frozen=options.frozen)
         self._last_use: torch.cuda.Event | None = None
+        _POOLS.add(self)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -115,7 +120,7 @@ class StepPool:
         options = self._options
         if self._networks is None:
             self._watch.remember()
-            placed = place(self._model, options.device, options.dtype)
+            placed = place(self._model, options.device, options.convert_to)
             self._watch.copies = placed is not self._model
             self._networks = sampling_networks(
                 placed,
@@ -143,3 +148,18 @@ class StepPool:
 
     def _new_engine(self) -> Engine:
         return CudaGraphEngine(self._graphs) if self._captures else LoopEngine()
+
+    def unlock(self) -> None:
+        """Forget a lock whose holder is gone."""
+        self._lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    """Let a forked child sample: the threads that held locks, and OpenMP's, stayed with its parent."""
+    for pool in list(_POOLS):
+        pool.unlock()
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

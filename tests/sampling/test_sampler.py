@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
+import os
+import pickle
+import random
+import subprocess
+import sys
+import textwrap
 import threading
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fastddpm
 from fastddpm import DiffusionConfig, Sampler, Schedule, ddpm_table, reference
 from fastddpm.errors import BackendUnavailable, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
@@ -292,6 +301,63 @@ def test_low_precision_network_keeps_a_float32_state() -> None:
     torch.testing.assert_close(x, sampler(model).sample(seeds=[1]), rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_network_may_write_into_its_input(guidance: float) -> None:
+    def writes(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        return nn.functional.silu(x, inplace=True)
+
+    def reads(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        return nn.functional.silu(x)
+
+    call: dict[str, Any] = {"seeds": [1, 2], "class_labels": 0, "guidance": guidance}
+    options = {"null_class": 1}
+    assert torch.equal(sampler(writes, **options).sample(**call), sampler(reads, **options).sample(**call))
+
+
+class MixedDtype(nn.Module):
+    """Weights of two dtypes and a table in float64, as OpenAI's networks are after convert_to_fp16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 1)
+        self.second = nn.Conv2d(3, 3, 1).half()
+        self.register_buffer("sigmas", torch.linspace(0, 1, 50, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        assert self.sigmas.dtype == torch.float64
+        m = self.second(self.first(x.to(self.first.weight.dtype)).half()).float()
+        return m * self.sigmas[t].float().reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_network_of_mixed_dtype_runs_as_it_is(dtype: torch.dtype | None) -> None:
+    model = MixedDtype().eval()
+    s = sampler(model, dtype=dtype)
+    seen: list[torch.dtype] = []
+    model.second.register_forward_hook(lambda module, args, output: seen.append(module.weight.dtype))
+    expected = sampler(lambda x, t: model(x, t), dtype=dtype or torch.float32).sample(seeds=[1])
+    assert torch.equal(s.sample(seeds=[1]), expected)
+    assert set(seen) == {torch.float16}
+
+
+def test_float64_buffers_are_never_converted() -> None:
+    class Table64(Pointwise):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("sigmas", torch.linspace(0, 1, 50, dtype=torch.float64))
+
+        def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+            assert self.weight.dtype == torch.bfloat16
+            return super().forward(x, t, shift=self.sigmas[t].to(x.dtype).reshape(-1, 1, 1, 1))
+
+    model = Table64().eval()
+    x = sampler(model, dtype=torch.bfloat16).sample(seeds=[1])
+    assert model.sigmas.dtype == torch.float64
+    converted = copy.deepcopy(model)
+    converted.weight.data = converted.weight.data.bfloat16()
+    assert torch.equal(x, sampler(lambda x, t: converted(x, t), dtype=torch.bfloat16).sample(seeds=[1]))
+
+
 def test_model_is_converted_in_a_copy() -> None:
     model = Pointwise().eval()
     sampler(model, dtype=torch.bfloat16).sample(seeds=[1])
@@ -368,6 +434,17 @@ def test_model_that_cannot_be_captured_falls_back_with_one_warning(caplog: pytes
     strict._steps._options = dataclasses.replace(strict.options, strict_graph=True)
     with pytest.raises(SamplingError, match="not permitted while capturing"):
         strict.sample(seeds=[1])
+
+
+class ForPickle(nn.Module):
+    """A module that another process can find."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.75))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.weight * x
 
 
 class Breaks(Pointwise):
@@ -523,6 +600,92 @@ def test_changed_weights_are_noticed(dtype: torch.dtype, captured: bool) -> None
     assert torch.equal(s.sample(seeds=[1]), expected)
     model.double()
     assert torch.equal(s.sample(seeds=[1]), expected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyError("mine")])
+def test_error_of_a_callback_is_the_callers_own(error: Exception) -> None:
+    def fail(result: StepResult) -> None:
+        raise error
+
+    s = sampler()
+    with pytest.raises(type(error)) as caught:
+        s.sample(seeds=[1], callback=fail)
+    assert caught.value is error
+    assert torch.equal(s.sample(seeds=[1]), sampler().sample(seeds=[1]))
+
+
+def test_a_sampler_can_be_copied_and_pickled() -> None:
+    s = sampler(ForPickle().eval())
+    x = s.sample(seeds=[1])
+    for other in (copy.deepcopy(s), pickle.loads(pickle.dumps(s))):
+        assert torch.equal(other.sample(seeds=[1]), x)
+        assert other.model is not s.model
+
+
+def test_torchs_defaults_change_nothing() -> None:
+    config = DiffusionConfig(num_timesteps=50, beta_start=1e-3, beta_end=0.2)
+    model = Pointwise().eval()
+    calls: list[Callable[[], Tensor]] = [
+        lambda: sampler(model).sample(seeds=[1, 2]),
+        lambda: sampler(model, dtype=torch.bfloat16).sample(seed=1, batch_size=2, class_labels=[0, 1]),
+        lambda: sampler(model).sample(generator=torch.Generator("cpu").manual_seed(0), batch_size=2),
+        lambda: fastddpm.sample(model, SHAPE, seeds=[1], steps=3, class_labels=1, diffusion=config),
+    ]
+    expected = [call() for call in calls]
+    steps = table()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert all(torch.equal(call(), x) for call, x in zip(calls, expected, strict=True))
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("meta")
+        assert torch.equal(Sampler(model, steps, SHAPE, compile=False).sample(seeds=[1, 2]), expected[0])
+        got = fastddpm.sample(model, SHAPE, seeds=[1], steps=3, class_labels=1, diffusion=config)
+        assert torch.equal(got, expected[3])
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def test_no_global_generator_is_touched() -> None:
+    def states() -> list[Any]:
+        return [torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]
+
+    before = states()
+    s = sampler(ForPickle().eval(), dtype=torch.bfloat16)
+    s.sample(seeds=[1, 2])
+    s.sample(generator=torch.Generator().manual_seed(1), batch_size=2)
+    list(s.steps(seed=3, batch_size=2))
+    fastddpm.sample("digits", seeds=[1], steps=2)
+    assert states() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_samples_while_its_parent_does() -> None:
+    script = """
+    import os, threading, torch
+    from fastddpm import Sampler, Schedule, ddpm_table
+    torch.set_num_threads(2)
+    net = torch.nn.Conv2d(3, 3, 3, padding=1)
+    entered, leave = threading.Event(), threading.Event()
+    def predict(x, t):
+        if threading.current_thread() is not threading.main_thread():
+            entered.set(), leave.wait(60)
+        return net(x)
+    s = Sampler(predict, ddpm_table(Schedule.linear(50), steps=3), (3, 256, 256), compile=False)
+    x = s.sample(seeds=[1])
+    other = threading.Thread(target=lambda: s.sample(seeds=[2]))
+    other.start(), entered.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if (s.sample(seeds=[1]) - x).abs().max() < 1e-3 else 1)
+    status = os.waitpid(child, 0)[1]
+    leave.set(), other.join()
+    raise SystemExit(os.waitstatus_to_exitcode(status))
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, timeout=120)
+    assert done.returncode == 0
 
 
 def test_clear_frees_the_steps_and_calls_build_new_ones() -> None:
