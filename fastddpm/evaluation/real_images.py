@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastddpm.data import datasets as data
 from fastddpm.data.datasets import Dataset
+from fastddpm.data.load import load_data
 
 _SPLITS = {"mnist": data.mnist, "digits8x8": data.digits8x8}
 
@@ -50,14 +51,14 @@ def load_reference(source: str, shape: tuple[int, ...]) -> Reference:
         shape: of one sample, (C, H, W).
 
     Raises:
-        ValueError: the source is unusable (see `data.load_data`), or its images have another shape.
+        ValueError: the source is unusable (see `load_data`), or its images have another shape.
         ImportError: a built-in set's package is missing.
     """
     if source in _SPLITS:
         reference = Reference(*built_in(source))
     else:
         square = len(shape) == 3 and shape[1] == shape[2] and Path(source).is_dir()
-        reference = Reference(data.load_data(source, resolution=shape[1] if square else None), None)
+        reference = Reference(load_data(source, resolution=shape[1] if square else None), None)
     if reference.train.shape != shape:
         raise ValueError(f"the model draws {shape}, {source} holds images {reference.train.shape}; give other --data")
     return reference

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastddpm.data import datasets as data
 from fastddpm.data import points
+from fastddpm.data.folder import image_file
+from fastddpm.data.load import load_data
 from fastddpm.files.image_reader import SUFFIXES as IMAGE_SUFFIXES
 from fastddpm.pictures.mlp import train_points
 from fastddpm.pictures.process import ExactDenoiser, Process, forward_walk, reverse_walk
@@ -131,12 +133,12 @@ def load_x_0(settings: RecordingSettings) -> Tensor:
         return points.draw(name, _n_points(settings) if settings.exact else N_TRAIN, settings.seed)
     if name not in data.BUILT_IN:
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            return _all_x_0(data.image_file(path, resolution=MAX_SIDE))
+            return _all_x_0(image_file(path, resolution=MAX_SIDE))
         if not path.is_dir():
             array = points.read_array(path)
             if array.ndim == 2:
                 return points.standardised(array, name)
-    return _all_x_0(data.load_data(name))
+    return _all_x_0(load_data(name))
 
 
 def _all_x_0(images: data.Dataset) -> Tensor:

@@ -64,6 +64,11 @@ class TrainConfig:
     loss_weight: str = setting("weight of the timesteps: uniform, min-snr or p2", "uniform")
     gamma: float | None = setting("of --loss-weight; without it the paper's (min-snr: 5, p2: 1)", None, kind=float)
     resolution: int | None = setting("crop and resize a folder's images to this side", None, kind=int, ge=1)
+    value_range: str | None = setting(
+        "values of black and white, as LO,HI (--value-range=-1,1), of data that do not say it", None, kind=str
+    )
+    background: str | None = setting("colour behind a folder's transparent pixels: white, #ff0000, ...", None, kind=str)
+    channels: str | None = setting("of an array whose shape does not say it: first or last", None, kind=str)
     dtype: str = setting("float32, or bfloat16 for autocast (weights and optimiser stay float32)", "float32")
     compile: bool | str = setting("torch.compile the network; auto: on CUDA", False, free=True)
     device: str = setting("auto, cpu, cuda, cuda:1, ...", "auto", free=True)
@@ -86,6 +91,7 @@ class TrainConfig:
         if self.accumulate > self.batch:
             raise ValueError(f"accumulate must be at most the batch of {self.batch}, got {self.accumulate}")
         self.diffusion()
+        self.data_options()
         check_weighting(self.loss_weight, self.gamma)
         for one, other in (("resume", "overwrite"), ("init", "model")):
             if getattr(self, one) and getattr(self, other):
@@ -101,6 +107,23 @@ class TrainConfig:
             prediction_type=self.prediction,
             variance_type=self.variance,
         )
+
+    def data_options(self) -> dict[str, Any]:
+        """How to read the data, as keywords of `load_data`.
+
+        Raises:
+            ValueError: value_range is no pair of numbers.
+        """
+        try:
+            pair = None if self.value_range is None else tuple(map(float, self.value_range.split(",")))
+        except ValueError:
+            raise ValueError(f"value_range must be two numbers LO,HI, got {checks.shown(self.value_range)}") from None
+        return {
+            "resolution": self.resolution,
+            "value_range": pair,
+            "background": self.background,
+            "channels": self.channels,
+        }
 
     @property
     def learns_variance(self) -> bool:

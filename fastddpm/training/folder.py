@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastddpm.data.datasets import Dataset, load_data
+from fastddpm.data.datasets import Dataset
+from fastddpm.data.load import load_data
+from fastddpm.files.images import has_image_shape
 from fastddpm.files.run_folder import RunFolder, differences
 from fastddpm.files.safejson import read_object
 from fastddpm.noise.v1 import NOISE_VERSION
@@ -132,9 +134,11 @@ def open_run(config: TrainConfig) -> Iterator[TrainingRun]:
     resume, overwrite = config.resume, config.overwrite
     with folder.locked():
         folder.refuse_unless_free(resume=resume, overwrite=overwrite)
-        data = load_data(config.data, resolution=config.resolution)
+        data = load_data(config.data, **config.data_options())
         unet = unet or default_unet(data.shape, len(data.classes), config)
         _check_suits(unet, config, data)
+        if config.sample_every and not has_image_shape(data.shape):
+            raise ValueError(f"{data.name} has {data.shape[0]} channels, which no PNG shows; give --sample-every 0")
         identity = {**config.identity(), "data_sha256": data.fingerprint(), "noise": NOISE_VERSION}
         settings = dataclasses.asdict(config)
         folder.begin(identity, resume=resume, overwrite=overwrite, defaults=TrainConfig.defaults(), settings=settings)

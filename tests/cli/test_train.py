@@ -20,6 +20,7 @@ from fastddpm.training import log as train_log
 from fastddpm.training import trainer as training
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.folder import LOG, SETTINGS
+from fastddpm.unet.load import load
 from tests.training.train_cases import TINY, at_step
 
 NAMES = (("loss", "loss"), ("learning rate", "lr"))
@@ -32,6 +33,19 @@ def command(tmp_path: Path) -> list[str]:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     options = ["--model", str(tmp_path / "tiny.json"), "--batch", "8", "--log-every", "1", "--save-every", "2"]
     return ["train", "--data", str(tmp_path / "d.npz"), "--outdir", str(tmp_path / "run"), *options]
+
+
+def test_train_takes_arrays_of_two_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "d.npy", np.random.default_rng(0).integers(0, 256, (16, 2, 8, 8), dtype=np.uint8))
+    (tmp_path / "tiny.json").write_text(
+        json.dumps({**TINY, "in_channels": 2, "out_channels": 2, "num_class_embeds": None, "null_class": None})
+    )
+    options = ["--model", str(tmp_path / "tiny.json"), "--batch", "8", "--steps", "1", "--quiet"]
+    command = ["train", "--data", str(tmp_path / "d.npy"), "--outdir", str(tmp_path / "run"), *options]
+    assert main([*command, "--sample-every", "1"]) == 1
+    assert "2 channels, which no PNG shows; give --sample-every 0" in capsys.readouterr().err
+    assert main(command) == 0
+    assert load(tmp_path / "run").config.in_channels == 2
 
 
 def test_train_writes_a_model_and_says_so(

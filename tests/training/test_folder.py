@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastddpm.data.datasets import load_data
+from fastddpm.data.load import load_data
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.config import TrainConfig
 from fastddpm.training.folder import LOG, SETTINGS, default_unet, read_settings

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import fastddpm
 import fastddpm.files.atomic
-from fastddpm.data.datasets import Dataset, load_data
+from fastddpm.data.datasets import Dataset
+from fastddpm.data.load import load_data
 from fastddpm.training import trainer as training
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.config import TrainConfig
