@@ -64,14 +64,16 @@ def _openvino(case: Case, precision: str) -> Prepared:
     return _plain(case, openvino.compile_network(case, precision))
 
 
-def _diffusers(case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = False) -> Prepared:
+def _diffusers(
+    case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = False, mode: str | None = None
+) -> Prepared:
     """DDPMPipeline or DDIMPipeline; tuned: its documented fast settings (dtype, channels_last, torch.compile)."""
     diffusers: Any = importlib.import_module("diffusers")
     unet: Any = networks.build_diffusers(case.network).to(case.device, dtype)
     networks.fix_labels(unet, networks.labels(case.network, case.batch, case.device))
     if tuned:
         unet.to(memory_format=torch.channels_last)
-        unet.forward = compile_frozen(unet.forward)
+        unet.forward = compile_frozen(unet.forward, mode)
     kind = case.sampler.upper()
     scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=T, timestep_spacing=loop_gate.spacing(case))
     pipe = getattr(diffusers, f"{kind}Pipeline")(unet=unet, scheduler=scheduler)
@@ -184,6 +186,10 @@ def _ours(case: Case) -> str | None:
     return networks.unavailable(case.network)
 
 
+def _cuda_only(case: Case) -> str | None:
+    return NOT_ASKED if case.device != "cuda" else _ours(case)
+
+
 def _ddpm_only(case: Case) -> str | None:
     return NOT_ASKED if case.sampler != "ddpm" else _ours(case)
 
@@ -198,6 +204,14 @@ BENCHMARK = Benchmark(
         Provider("diffusers", _diffusers, needs=_PEER, skips=_ours, sweep=True),
         Provider("diffusers, tuned", lambda c: _diffusers(c, _F32, tuned=True), "float32", _PEER, True, _ours),
         Provider("diffusers, tuned, bf16", lambda c: _diffusers(c, _BF16, tuned=True), "bfloat16", _PEER, True, _ours),
+        Provider(
+            "diffusers, reduce-overhead, bf16",
+            lambda c: _diffusers(c, _BF16, tuned=True, mode="reduce-overhead"),
+            "bfloat16",
+            _PEER,
+            True,
+            _cuda_only,
+        ),
         Provider("PyTorch", _pytorch, skips=_ddpm_only),
         Provider("PyTorch, compiled", _compiled, compiled=True, skips=_ddpm_only),
         Provider("lucidrains", _lucidrains, needs=lucidrains.NEEDS, skips=_ddpm_only),

@@ -37,15 +37,15 @@ class CudaCalls:
     syncs: int
 
 
-def tally(events: Iterable[tuple[str, bool]]) -> CudaCalls:
-    """Count (name, ran on the device) events of a profile."""
+def tally(events: Iterable[Any]) -> CudaCalls:
+    """Count the events of a profile; a range that a library names (Inductor does) is no kernel."""
     launches = kernels = syncs = 0
-    for name, on_device in events:
-        if on_device:
-            kernels += not name.startswith(("Memcpy", "Memset"))
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels += not (event.is_user_annotation or event.name.startswith(("Memcpy", "Memset")))
         else:
-            launches += name in LAUNCHES
-            syncs += name in SYNCHRONISATIONS
+            launches += event.name in LAUNCHES
+            syncs += event.name in SYNCHRONISATIONS
     return CudaCalls(launches, kernels, syncs)
 
 
@@ -93,5 +93,4 @@ def _profile(run: Callable[[], Any]) -> CudaCalls:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
-    device = torch.autograd.DeviceType.CUDA
-    return tally((event.name, event.device_type == device) for event in profile.events() or ())
+    return tally(profile.events() or ())

@@ -13,6 +13,7 @@ from fastddpm.benchmarks.harness.compare import MIN_ROUNDS, Timing, compare, rat
 from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
 from fastddpm.benchmarks.harness.runner import LocalRunner
 
+from fastddpm.checks import one_of
 from fastddpm.diagnostics import environment
 from fastddpm.machine import hardware as machine
 
@@ -56,13 +57,17 @@ def run(
         "machine", "bandwidth", "rows" and how they were taken, as plain types.
 
     Raises:
-        ValueError: no case has the chosen parts.
+        ValueError: no case has the chosen parts, or no provider one of the names.
     """
     offered = [(benchmark, benchmark.cases(device, smoke)) for benchmark in map(find, names)]
     todo = [(benchmark, case) for benchmark, cases in offered for case in choose(cases, chosen)]
     if chosen and not todo:
         known = " ".join(case.id for _, cases in offered for case in cases) or "none"
         raise ValueError(f"no case has the parts of {' or '.join(chosen)}; the cases are: {known}")
+    known_providers = dict.fromkeys(provider.name for benchmark, _ in todo for provider in benchmark.providers)
+    for part in providers:
+        if not any(part in name for name in known_providers):
+            one_of("provider", part, known_providers)
     started = datetime.datetime.now(datetime.UTC)
     facts = environment.facts()
     progress(f"measuring this machine: {environment.summary(facts)}")

@@ -119,14 +119,14 @@ class WithLabels(nn.Module):
         return output if isinstance(output, Tensor) else output.sample
 
 
-def compile_frozen(model: Callable[..., Any]) -> Callable[..., Any]:
+def compile_frozen(model: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
     """Compile as recommended for inference: fullgraph, channels_last weights (of a module), frozen parameters.
 
     Inductor's `freezing` is set while the first call compiles, and not left behind for others.
     """
     if isinstance(model, nn.Module):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    call = torch.compile(model, fullgraph=True, dynamic=False)
+    call = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
     warm = False
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -133,11 +133,11 @@ Columns = Sequence[tuple[str, Sequence[str]]]
 def _loop_columns(rows: Sequence[Row]) -> Columns:
     return [
         ("provider", [row["provider"] for row in rows]),
-        ("ms", [_number(row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
+        ("ms", [number(row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
         ("ratio", [ratio(row.get("ratio")) for row in rows]),
         ("2nd", [_median(row.get("ratio_second")) for row in rows]),
         ("1st s", [f"{row['first_call_s']:.1f}" for row in rows]),
-        ("MB", [_optional(row["peak_mem_mb"], "{:.0f}") for row in rows]),
+        ("MB", [optional(row["peak_mem_mb"], "{:.0f}") for row in rows]),
         ("err", [f"{row['check']['error']:.0e}" for row in rows]),
     ]
 
@@ -145,12 +145,12 @@ def _loop_columns(rows: Sequence[Row]) -> Columns:
 def _op_columns(rows: Sequence[Row]) -> Columns:
     return [
         ("provider", [row["provider"] for row in rows]),
-        ("us", [_number(1e3 * row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
+        ("us", [number(1e3 * row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
         ("ratio", [ratio(row.get("ratio")) for row in rows]),
         ("2nd", [_median(row.get("ratio_second")) for row in rows]),
         ("1st s", [f"{row['first_call_s']:.1f}" for row in rows]),
-        ("GB/s", [_optional(row["gb_per_s"], "{:.1f}") for row in rows]),
-        ("% copy", [_optional(row.get("pct_peak"), "{:.0f}") for row in rows]),
+        ("GB/s", [optional(row["gb_per_s"], "{:.1f}") for row in rows]),
+        ("% copy", [optional(row.get("pct_peak"), "{:.0f}") for row in rows]),
     ]
 
 
@@ -166,11 +166,13 @@ def _median(value: Mapping[str, Any] | None) -> str:
     return "-" if value is None else f"{value['median']:.2f}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _optional(value: float | None, form: str) -> str:
+def optional(value: float | None, form: str) -> str:
+    """A formatted number, "-" for None."""
     return "-" if value is None else form.format(value)
 
 
@@ -196,8 +198,8 @@ def step_counts_section(rows: Sequence[Row]) -> str:
         ("one step beside the network", [row["who"] for row in counted]),
         ("calls", [str(row["calls"]) for row in counted]),
         ("large", [str(row["large"]) for row in counted]),
-        ("read", [_optional(row["images_read"], "{:.1f}") for row in counted]),
-        ("written", [_optional(row["images_written"], "{:.1f}") for row in counted]),
+        ("read", [optional(row["images_read"], "{:.1f}") for row in counted]),
+        ("written", [optional(row["images_written"], "{:.1f}") for row in counted]),
         ("host reads", [str(row["host_reads"]) for row in counted]),
     ]
     remark = (
@@ -231,8 +233,8 @@ def offline_section(offline: Row) -> str:
     if rows:
         columns: Columns = [
             ("kernel", [f"{row['who']} {row['kernel']}: {row['variant']}" for row in rows]),
-            ("instr", [_optional(row["executed"], "{:.1f}") for row in rows]),
-            ("B", [_optional(row["bytes_per_element"], "{:.3g}") for row in rows]),
+            ("instr", [optional(row["executed"], "{:.1f}") for row in rows]),
+            ("B", [optional(row["bytes_per_element"], "{:.3g}") for row in rows]),
             ("regs", [str(row["registers"]) for row in rows]),
             ("smem", [str(row["shared"]) for row in rows]),
             ("bar", [str(row["barriers"]) for row in rows]),

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastddpm.benchmarks.report.markdown import by_case
+
+from fastddpm.files.safejson import read_object
 
 Results = Mapping[str, Any]
 
 # What is counted rather than timed, and so may come from any of the runs.
 _COUNTED = ("step_counts", "cuda", "offline")
+
+
+# Rows of the full suite take about 1 kB each.
+_MAX_BYTES = 64 << 20
+_KEYS = frozenset(("date", "seconds", "device", "smoke", "machine", "load_average_after", "bandwidth", "rows"))
+_ROW_KEYS = frozenset(("op", "id", "case", "provider", "checked", "note"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read the bench.json of a run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no bench.json; the message begins with the path.
+    """
+    run = read_object(path, max_bytes=_MAX_BYTES)
+    if missing := sorted(_KEYS - run.keys()):
+        raise ValueError(f"{path}: not a bench.json of fastddpm bench; it has no {', '.join(missing)}")
+    rows = run["rows"]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _ROW_KEYS for row in rows):
+        raise ValueError(f"{path}: not a bench.json of fastddpm bench; its rows lack some of {', '.join(_ROW_KEYS)}")
+    return run
 
 
 def merge(runs: Sequence[Results]) -> dict[str, Any]:
@@ -33,7 +58,7 @@ def merge(runs: Sequence[Results]) -> dict[str, Any]:
     for run in timed:
         if run["smoke"]:
             raise ValueError("a smoke run measures nothing; leave it out of the merge")
-        if (differs := _differs(first, run)) is not None:
+        if (differs := differing(first, run)) is not None:
             raise ValueError(f"cannot merge runs of different {differs}; run them again on one machine, set up alike")
     cases = {case[0]["id"]: case for run in timed for case in by_case(run["rows"])}
     busiest = max(timed, key=lambda run: run["machine"]["load_average"] or [0.0])
@@ -48,7 +73,7 @@ def merge(runs: Sequence[Results]) -> dict[str, Any]:
     }
 
 
-def _differs(a: Results, b: Results) -> str | None:
+def differing(a: Results, b: Results) -> str | None:
     """Name what would make times of two runs incomparable; None if nothing does."""
     if a["device"] != b["device"]:
         return "devices"

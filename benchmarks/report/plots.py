@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ _COLOURS = {
     "diffusers": "#999999",
     "diffusers, tuned": "#666666",
     "diffusers, tuned, bf16": "#333333",
+    "diffusers, reduce-overhead, bf16": "#000000",
     "PyTorch": "#c9b37c",
     "PyTorch, compiled": "#a88b3d",
     "lucidrains": "#b58fc2",
@@ -30,13 +30,13 @@ _COLOURS = {
 }
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw what the results hold; pictures without data are left out.
+def draw(results: Results) -> dict[str, bytes]:
+    """Draw what the results hold, PNGs by file name; pictures without data are left out.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    drawn = []
+    drawn = {}
     for name, plot in (("throughput", throughput), ("steps", steps), ("roofline", roofline)):
         figure = new_figure(8, 5, dpi=120, layout="constrained")
         axes = figure.subplots()
@@ -44,9 +44,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             axes.grid(alpha=0.3)
             figure.legend(fontsize=8, loc="outside right upper")
             figure.supxlabel(_footnote(results), x=0.995, ha="right", fontsize=6, color="#666666")
-            path = folder / f"{name}.png"
-            path.write_bytes(to_png(figure))
-            drawn.append(path)
+            drawn[f"{name}.png"] = to_png(figure)
     return drawn
 
 

@@ -27,11 +27,21 @@ def update(path: Path, results: Results) -> None:
     Raises:
         ValueError: the run was a smoke run, or the file does not hold each marker once, in order.
     """
-    if results["smoke"]:
+    check(path, smoke=results["smoke"])
+    content = f"{_WARNING.format(path.as_posix())}\n\n{render(results)}\n"
+    write_files({path: replace_between(path.read_text(encoding="utf-8"), BEGIN, END, content, path).encode()})
+
+
+def check(path: Path, *, smoke: bool) -> None:
+    """Refuse what `update` would, before anything is measured.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as `update` does.
+    """
+    if smoke:
         raise ValueError("a smoke run measures nothing; run fastddpm bench without --smoke to write a README's numbers")
-    text = path.read_text(encoding="utf-8")
-    warning = _WARNING.format(path.as_posix())
-    write_files({path: replace_between(text, BEGIN, END, f"{warning}\n\n{render(results)}\n", path).encode()})
+    replace_between(path.read_text(encoding="utf-8"), BEGIN, END, "", path)
 
 
 def render(results: Results) -> str:

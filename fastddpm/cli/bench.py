@@ -6,8 +6,12 @@ import argparse
 import importlib.util
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+
+from fastddpm.checks import one_of
+from fastddpm.cli.parser import add_outdir, examples, positive
 
 # No benchmark: what is counted rather than timed.
 COUNTS = "counts"
@@ -18,7 +22,23 @@ part where they are installed. Without a GPU the CPU is measured, and the compil
 
 EPILOG = """The full suite takes hours on two cores: most of it is diffusers in float32, and compilation. Choose less by
 name, --case and --provider, and join the runs' bench.json with --from-json; an interrupted run leaves the cases that
-it finished there. Run it on a machine that does nothing else."""
+it finished there. Run it on a machine that does nothing else.
+
+""" + examples(
+    "fastddpm bench --quick",
+    "fastddpm bench sampling --case digits-B16 --provider fastddpm --outdir after",
+    "fastddpm bench --compare before/bench.json after/bench.json",
+)
+
+# What --quick runs, by device: names, parts of cases, parts of providers. On CUDA four networks are compiled.
+QUICK = {
+    "cuda": (
+        ["sampling", "p_sample"],
+        ["cifar10-B1-ddpm", "cifar10-B16", "p_sample-3x32x32-B16"],
+        ["reduce-overhead", "fastddpm, bf"],
+    ),
+    "cpu": (["sampling", "p_sample"], ["cifar10-B1-ddpm", "p_sample-3x32x32-B16"], ["fastddpm"]),
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,41 +52,48 @@ def add_parser(subparsers: Any) -> None:
         help="sampling, unet, p_sample, q_sample, randn, training_step, drop_in; counts: operations, launches and "
         "instructions (default: all)",
     )
-    parser.add_argument("--smoke", action="store_true", help="run everything once, tiny: does it work?")
-    parser.add_argument("--rounds", type=_positive, help="interleaved rounds (default: 7)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--smoke", action="store_true", help="run everything once, tiny: does it work?")
+    length.add_argument(
+        "--quick", action="store_true", help="whole loops and one step, ours and diffusers': planned for eight minutes"
+    )
+    parser.add_argument("--rounds", type=positive, help="interleaved rounds (default: 7)")
     parser.add_argument("--case", action="append", default=[], help="only cases with these parts, such as cifar10-B16")
     parser.add_argument(
         "--provider", action="append", default=[], help="only names that contain this, and the baseline"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where it is")
-    parser.add_argument("--outdir", type=Path, default=Path("bench-results"), help="default: bench-results")
+    add_outdir(parser, "bench-results")
     parser.add_argument("--readme", type=Path, help="also write the numbers between the markers of this file")
-    parser.add_argument(
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument(
         "--from-json", type=Path, nargs="+", help="write one report of earlier runs' bench.json; measure nothing"
+    )
+    earlier.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="print two bench.json side by side; measure nothing"
     )
     parser.add_argument("--arch", default="sm_90", help="GPU that the offline part compiles for (default: sm_90)")
     parser.add_argument("--no-offline", action="store_true", help="leave the offline part out")
     parser.add_argument("--quiet", action="store_true", help="print the report only")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print."""
     from fastddpm.benchmarks.report import markdown as report
-    from fastddpm.benchmarks.report import merge, readme
+    from fastddpm.benchmarks.report import merge, readme, side_by_side
+    from fastddpm.files.run_folder import RunFolder
 
-    if args.from_json:
-        results = merge.merge([json.loads(path.read_text()) for path in args.from_json])
-    else:
-        results = measure(args)
-    text = report.render(results)
-    write(args, results, text)
+    if args.compare:
+        a, b = map(merge.read, args.compare)
+        print(side_by_side.render(a, b, (str(args.compare[0]), str(args.compare[1]))), end="")
+        return 0
+    if args.readme is not None:
+        readme.check(args.readme, smoke=args.smoke)
+    # What other libraries warn of would stand between the lines of progress; ours goes through the logger.
+    with RunFolder(args.outdir, ()).locked(), warnings.catch_warnings(action="ignore"):
+        results = merge.merge([merge.read(path) for path in args.from_json]) if args.from_json else measure(args)
+        text = report.render(results)
+        write(args, results, text)
     if args.readme is not None:
         readme.update(args.readme, results)
     print(text, end="")
@@ -83,32 +110,30 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run what was asked for; the results so far are in the output folder after every case."""
     from fastddpm.benchmarks.counts import cuda, offline, step_counts
     from fastddpm.benchmarks.harness import suite
-    from fastddpm.benchmarks.harness.case import NAMES, find
+    from fastddpm.benchmarks.harness.case import NAMES
     from fastddpm.benchmarks.harness.compare import MIN_ROUNDS
     from fastddpm.diagnostics.compile_offline import check_arch
     from fastddpm.files.atomic import write_files
 
-    only = args.only or (*NAMES, COUNTS)
-    names = [name for name in only if name != COUNTS]
-    for name in names:
-        find(name)
     no_gpu = cuda.why_skipped()
     if args.device == "cuda" and no_gpu is not None:
         raise ValueError(f"--device cuda: {no_gpu}; use --device cpu")
-    if COUNTS in only and not args.no_offline:
-        check_arch(args.arch)
     device = "cpu" if args.device == "cpu" or no_gpu is not None else "cuda"
+    names, cases, providers = QUICK[device] if args.quick else ([*NAMES, COUNTS], [], [])
+    names = [one_of("benchmark", name, (*NAMES, COUNTS)) for name in args.only or names]
+    if COUNTS in names and not args.no_offline:
+        check_arch(args.arch)
     results = suite.run(
-        names,
+        [name for name in names if name != COUNTS],
         device=device,
         rounds=args.rounds or (1 if args.smoke else MIN_ROUNDS),
         smoke=args.smoke,
-        chosen=args.case,
-        providers=args.provider,
+        chosen=args.case or cases,
+        providers=args.provider or providers,
         progress=_progress(args),
         save=lambda results: write_files({args.outdir / RESULTS: _encode(results)}),
     )
-    if COUNTS in only:
+    if COUNTS in names:
         results["step_counts"] = step_counts.measure(smoke=args.smoke)
         results["cuda"] = cuda.measure(smoke=args.smoke) if device == "cuda" else {"skipped": no_gpu or "--device cpu"}
         if not args.no_offline:
@@ -130,9 +155,10 @@ def write(args: argparse.Namespace, results: dict[str, Any], text: str) -> None:
     from fastddpm.benchmarks.report import plots
     from fastddpm.files.atomic import write_files
 
-    write_files({args.outdir / RESULTS: _encode(results), args.outdir / "bench.md": text.encode()})
+    files = {RESULTS: _encode(results), "bench.md": text.encode()}
     if importlib.util.find_spec("matplotlib") is None:
         _progress(args)("no plots: pip install matplotlib")
-        return
-    for path in plots.draw(results, args.outdir):
-        _progress(args)(f"wrote {path}")
+    else:
+        files |= plots.draw(results)
+    write_files({args.outdir / name: content for name, content in files.items()})
+    _progress(args)(f"wrote {', '.join(files)} in {args.outdir}")

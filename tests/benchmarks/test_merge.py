@@ -11,7 +11,7 @@ import pytest
 from fastddpm.benchmarks.harness import suite
 from fastddpm.benchmarks.harness.case import Case
 from fastddpm.benchmarks.report import markdown as report
-from fastddpm.benchmarks.report import plots
+from fastddpm.benchmarks.report import plots, side_by_side
 from fastddpm.benchmarks.report.merge import merge
 
 from fastddpm.cli import main
@@ -107,7 +107,7 @@ def test_merge_refuses_a_smoke_run(facts: dict[str, Any]) -> None:
 def test_bench_from_json_joins_its_files(
     facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "draw", lambda results, folder: [])
+    monkeypatch.setattr(plots, "draw", lambda results: {})
     paths = [tmp_path / "1.json", tmp_path / "4.json"]
     for path, batch in zip(paths, (1, 4), strict=True):
         path.write_text(json.dumps(run(facts, batch, "diffusers")))
@@ -119,3 +119,56 @@ def test_bench_from_json_joins_its_files(
     assert (
         (tmp_path / "bench.md").read_text() == text == report.render(json.loads((tmp_path / "bench.json").read_text()))
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not usable as JSON"), ("{}", "no bandwidth, date"), ("[]", "must hold a JSON object")],
+    ids=["json", "keys", "list"],
+)
+@pytest.mark.parametrize("option", ["--from-json", "--compare"])
+def test_bench_names_the_file_that_is_no_run(
+    option: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    assert main(["bench", "--outdir", str(tmp_path / "out"), option, str(path), *[str(path)] * (option == "--compare")])
+    error = capsys.readouterr().err
+    assert f"fastddpm: error: {path}: " in error
+    assert message in error
+
+
+def test_bench_from_json_refuses_rows_that_are_none(
+    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(run(facts, 1, "diffusers") | {"rows": [{"op": "sampling"}]}))
+    assert main(["bench", "--outdir", str(tmp_path / "out"), "--from-json", str(path)]) == 1
+    assert f"{path}: not a bench.json of fastddpm bench; its rows lack" in capsys.readouterr().err
+
+
+def test_bench_compares_two_runs_row_by_row(
+    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: 10 ms to 5 ms is twice as fast; 10 ms to 10.5 ms, each 10 % wide, is a tie."""
+    a, b = run(facts, 4, "fast", "same", "gone"), run(facts, 4, "fast", "same", "new")
+    for found, times in ((a, (10.0, 10.0, 1.0)), (b, (5.0, 10.5, 1.0))):
+        for row, ms in zip(found["rows"], times, strict=True):
+            row |= {"p20_ms": 0.95 * ms, "p50_ms": ms, "p80_ms": 1.05 * ms}
+    b["machine"]["threads"] = {}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, found in zip(paths, (a, b), strict=True):
+        path.write_text(json.dumps(found))
+    assert main(["bench", "--compare", *map(str, paths)]) == 0
+    text = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert cells[2:] == [["fast", "10", "5", "2.00", "-", "-"], ["same", "10", "10.5", "0.95 tie", "-", "-"]]
+    assert "**Different threads**" in text
+
+
+def test_bench_compares_no_smoke_run_and_none_without_common_rows(facts: dict[str, Any]) -> None:
+    one, four = run(facts, 1, "diffusers"), run(facts, 4, "diffusers")
+    with pytest.raises(ValueError, match="a smoke run measures nothing"):
+        side_by_side.render(one, one | {"smoke": True}, ("a", "b"))
+    with pytest.raises(ValueError, match="a and b timed no provider on the same case"):
+        side_by_side.render(one, four, ("a", "b"))

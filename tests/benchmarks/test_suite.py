@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fastddpm.benchmarks.counts import cuda, inductor_kernel, offline
 from fastddpm.benchmarks.harness import suite, worker
-from fastddpm.benchmarks.harness.case import NAMES, Benchmark, Case, Check, Prepared, Provider, find
+from fastddpm.benchmarks.harness.case import NAMES, NOT_ASKED, Benchmark, Case, Check, Prepared, Provider, find
 from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
 from fastddpm.benchmarks.harness.runner import LocalRunner
 from fastddpm.benchmarks.report import markdown as report
 from fastddpm.benchmarks.report import plots, readme
+from torch.autograd import DeviceType
 
 from fastddpm.cli import main
+from fastddpm.cli.bench import QUICK
 from fastddpm.errors import BackendUnavailable
 
 CASE = Case("p_sample", 2, (3, 4, 4))
@@ -75,7 +79,7 @@ def test_smoke_run_draws_its_plots(folder: Path) -> None:
 def test_from_json_writes_the_same_report(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "draw", lambda results, folder: [])
+    monkeypatch.setattr(plots, "draw", lambda results: {})
     arguments = ["bench", "--quiet", "--from-json", str(folder / "bench.json"), "--outdir", str(tmp_path)]
     assert main(arguments) == 0
     assert (tmp_path / "bench.md").read_text() == (folder / "bench.md").read_text() == capsys.readouterr().out
@@ -310,11 +314,96 @@ def test_find_kernel_wants_exactly_one() -> None:
 
 def test_tally_tells_launches_from_kernels_and_waits() -> None:
     events = [
-        ("cudaGraphLaunch", False),
-        ("_p_sample_kernel", True),
-        ("Memset (Device)", True),
-        ("Memcpy DtoH (Device -> Pageable)", True),
-        ("cudaStreamSynchronize", False),
-        ("aten::add", False),
+        SimpleNamespace(name=name, device_type=device, is_user_annotation=name.startswith("CompiledFxGraph"))
+        for device, name in (
+            (DeviceType.CPU, "cudaGraphLaunch"),
+            (DeviceType.CUDA, "_p_sample_kernel"),
+            (DeviceType.CUDA, "CompiledFxGraph f3x"),
+            (DeviceType.CUDA, "Memset (Device)"),
+            (DeviceType.CUDA, "Memcpy DtoH (Device -> Pageable)"),
+            (DeviceType.CPU, "cudaStreamSynchronize"),
+            (DeviceType.CPU, "aten::add"),
+        )
     ]
     assert cuda.tally(events) == cuda.CudaCalls(launches=1, kernels=1, syncs=1)
+
+
+def test_memory_on_cuda_counts_private_pools_and_compiles_nothing_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a capture the graph's buffers are reserved, not allocated; what eager code left in the cache is neither."""
+    held = {"graph": 300e6, "cache": 500e6}
+    monkeypatch.setattr(worker, "load_compiler", lambda: pytest.fail("compiled for the CPU"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.pop("cache", None))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: int(sum(held.values())))
+    case = Case("sampling", 1, (1, 8, 8), "tiny", 2, device="cuda")
+    runner = worker.MeasuredRunner(provider("ours", compiled=True), case)
+    runner.warm()
+    assert runner.peak_memory_mb() == 300
+
+
+def test_reduce_overhead_row_passes_the_gate_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    sampling = find("sampling")
+    case, found = sampling.cases("cpu", True)[0], sampling.provider("diffusers, reduce-overhead, bf16")
+    assert found.why_not(case) == NOT_ASKED
+    with torch.compiler.set_stance("force_eager"):
+        assert suite.judge(sampling, LocalRunner(found, case)).ok
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "run", lambda *names, **options: pytest.fail("measured"))
+
+
+@pytest.mark.parametrize("outdir", ["file", "file/below", "/dev/null"])
+def test_bench_refuses_an_outdir_before_it_measures(
+    outdir: str, unmeasured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["bench", "randn", "--smoke", "--outdir", str(tmp_path / outdir)]) == 1
+    assert outdir in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("no markers", "must hold")])
+def test_bench_refuses_a_readme_before_it_measures(
+    text: str | None, message: str, unmeasured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "README.md"
+    if text is not None:
+        path.write_text(text)
+    assert main(["bench", "randn", "--readme", str(path), "--outdir", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(path) in error
+
+
+def test_bench_names_the_nearest_provider(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "randn", "--smoke", "--outdir", str(tmp_path / "out"), "--provider"]
+    assert main([*command, "fastdpm"]) == 1
+    assert "unknown provider 'fastdpm' (did you mean 'fastddpm'?); choose one of torch.randn" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_quick_chooses_cases_and_providers_that_exist(device: str) -> None:
+    names, cases, providers = QUICK[device]
+    found = [find(name) for name in names]
+    for text in cases:
+        assert any(suite.choose(benchmark.cases(device, False), [text]) for benchmark in found)
+    for part in providers:
+        assert any(part in provider.name for benchmark in found for provider in benchmark.providers)
+
+
+def test_benchmarks_ignore_what_other_libraries_warn_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*names: Any, **options: Any) -> dict[str, Any]:
+        warnings.warn("theirs is deprecated", stacklevel=1)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(suite, "run", run)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert main(["bench", "randn", "--smoke", "--outdir", str(tmp_path)]) == 1
+    assert not shown
