@@ -76,10 +76,11 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     paths = _free_paths(args)
     new_figure(1, 1)  # a missing matplotlib is better found before than after the training
-    with _progress(args, settings) as progress:
-        recording, sampler = record(settings, progress)
+    _announce(args, _waiting_for(args, settings))
+    recording, sampler = record(settings, progress=sys.stderr.isatty() and not args.quiet)
     pictures = [drawing.strip(recording)]
     if args.gif:
+        _announce(args, "drawing the frames of the animation")
         pictures.append(animation.gif(recording))
     write_files(dict(zip(paths, pictures, strict=True)))
     _report(args, recording, paths, _measured(args, settings, sampler))
@@ -133,25 +134,19 @@ def _free_paths(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
-class _progress:  # noqa: N801 - used like a function
-    """A progress bar of the training; hands out what to call after each step."""
+def _waiting_for(args: argparse.Namespace, settings: RecordingSettings) -> str:
+    from fastddpm.data.points import DATA_SETS
 
-    def __init__(self, args: argparse.Namespace, settings: RecordingSettings) -> None:
-        from tqdm.auto import tqdm
+    if args.model is not None:
+        return f"drawing with the model {args.model} in {settings.steps} steps (--steps)"
+    if args.exact or args.data not in DATA_SETS:
+        return f"walking {args.data} through {settings.steps} steps (--steps)"
+    return f"training a small network on {args.data} in {args.train_steps} steps (--train-steps; --exact needs none)"
 
-        hidden = args.quiet or not sys.stderr.isatty()
-        self._bar = tqdm(total=settings.train_steps, unit="step", desc="training", file=sys.stderr, disable=hidden)
 
-    def __enter__(self) -> Any:
-        def show(step: int, loss: float) -> None:
-            if step % 50 == 0:
-                self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            self._bar.update()
-
-        return show
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+def _announce(args: argparse.Namespace, what: str) -> None:
+    if not args.quiet:
+        print(f"fastddpm: {what} ...", file=sys.stderr, flush=True)
 
 
 def _measured(args: argparse.Namespace, settings: RecordingSettings, sampler: Sampler) -> dict[str, float]:
@@ -159,6 +154,7 @@ def _measured(args: argparse.Namespace, settings: RecordingSettings, sampler: Sa
         return {}
     from fastddpm.data.points import compare
 
+    _announce(args, "measuring 8 x 10000 samples")
     of_samples, of_data = compare(
         settings.data, lambda n, seed: sampler.sample(seed=seed, batch_size=n), first_seed=settings.seed + 1
     )

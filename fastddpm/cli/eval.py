@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,12 +155,12 @@ def _samples(path: Path, labels: list[int] | None, model: UNet, reference: Refer
 
 
 def _speed(path: Path, drawn: list[tuple[int, float]]) -> float | None:
-    """Return images a second of the median batch, which no compilation slows; if none was drawn, of the last run."""
+    """Return images a second; if none was drawn, those of the last run."""
     from fastddpm.files.atomic import write_files
     from fastddpm.files.safejson import read_object
+    from fastddpm.sampling.to_files import images_per_second
 
-    if drawn:
-        rate = statistics.median(n / seconds for n, seconds in drawn)
+    if (rate := images_per_second(drawn)) is not None:
         write_files({path: json.dumps({"images_per_second": rate}).encode()})
     return read_object(path).get("images_per_second") if path.exists() else None
 

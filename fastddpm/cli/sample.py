@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         config = describe(model, planned, sampler=args.sampler, classes=classes, file_format=args.format)
         outputs.folder.begin(config, resume=args.resume, overwrite=args.overwrite)
         started = time.perf_counter()
-        drawn = sum(n for n, _ in draw_missing(planned, outputs, quiet=args.quiet))
+        drawn = draw_missing(planned, outputs, quiet=args.quiet)
         seconds = time.perf_counter() - started
         outputs.finish(grid=args.grid, scale=args.scale)
     _report(args, planned, drawn, seconds)
@@ -103,13 +103,15 @@ def _plan(args: argparse.Namespace, model: UNet) -> Run:
     return planned
 
 
-def _report(args: argparse.Namespace, planned: Run, drawn: int, seconds: float) -> None:
-    sampler = planned.sampler
+def _report(args: argparse.Namespace, planned: Run, drawn: list[tuple[int, float]], seconds: float) -> None:
+    from fastddpm.sampling.to_files import images_per_second
+
+    sampler, images, rate = planned.sampler, sum(n for n, _ in drawn), images_per_second(drawn)
     summary = {
-        "images": drawn,
+        "images": images,
         "steps": len(sampler.table),
         "seconds": round(seconds, 3),
-        "images_per_second": round(drawn / seconds, 4),
+        "images_per_second": rate,
         "device": str(sampler.device),
         "backend": "triton" if sampler.options.uses_triton else "torch",
         "compiled": sampler.options.compiles,
@@ -119,8 +121,10 @@ def _report(args: argparse.Namespace, planned: Run, drawn: int, seconds: float) 
     if args.json:
         print(json.dumps(summary))
     elif not args.quiet:
+        compiling = " with compilation" if sampler.options.compiles and drawn else ""
+        speed = "" if rate is None or (compiling and len(drawn) == 1) else f"{rate:.3g} images/s, "
         print(
-            f"{drawn} images, {summary['steps']} steps, {seconds:.1f} s, {drawn / seconds:.3g} images/s, "
+            f"{images} images, {summary['steps']} steps, {seconds:.1f} s{compiling}, {speed}"
             f"{summary['device']}, {summary['backend']}, {'' if sampler.options.compiles else 'not '}compiled, "
             f"seeds {summary['seeds']}"
         )

@@ -8,12 +8,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from fastddpm.checks import integer
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.training.loss import ddpm_loss
 
 # Frequencies of the time embedding; the largest turns once in about 6 of 1000 timesteps.
 _TIME_FEATURES = 32
+# Steps from one loss that the bar shows to the next: to read it waits for the device.
+_LOSS_EVERY = 50
 
 
 class PointMLP(nn.Module):
@@ -78,7 +82,7 @@ def train_points(
     seed: int = 0,
     device: torch.device | str = "cpu",
     backend: str = "auto",
-    progress: Callable[[int, float], None] | None = None,
+    progress: bool | Callable[[int, float], None] = True,
 ) -> PointMLP:
     """Train a `PointMLP` by Algorithm 1 of Ho et al. 2020: L_simple, AdamW, the learning rate falling to 0 as a cosine.
 
@@ -93,7 +97,7 @@ def train_points(
         seed: of weights, batches, timesteps and noise.
         device: where to train.
         backend: of the fused noising and loss.
-        progress: called with step and loss after each step.
+        progress: show a bar with the loss on stderr; or what is called with step and loss after each step.
 
     Returns:
         The trained network, in eval mode.
@@ -102,8 +106,7 @@ def train_points(
         ValueError: steps or batch is not positive, or the diffusion does not predict epsilon.
         FloatingPointError: the loss became infinite or NaN.
     """
-    if steps < 1 or batch < 1:
-        raise ValueError(f"steps and batch must be at least 1, got {steps} and {batch}")
+    steps, batch = integer("steps", steps, 1), integer("batch", batch, 1)
     if diffusion.prediction_type != "epsilon":
         raise ValueError(f"the points' network predicts epsilon, got prediction_type {diffusion.prediction_type!r}")
     with torch.random.fork_rng(devices=[]):
@@ -111,7 +114,8 @@ def train_points(
         model = PointMLP(diffusion, x_0.shape[1]).to(device)
     data, schedule = x_0.to(device), diffusion.schedule()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    for n in range(steps):
+    bar = tqdm(range(steps), unit="step", desc="training", disable=progress is not True)
+    for n in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * n / steps))
         k = _draw_batch(len(data), batch, seed, n)
@@ -120,7 +124,9 @@ def train_points(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if progress is not None:
+        if n % _LOSS_EVERY == 0:
+            bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+        if callable(progress):
             progress(n, loss.item())
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the loss is {loss.item()} after {steps} steps; use a smaller learning rate")

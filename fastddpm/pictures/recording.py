@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.checks import integer
 from fastddpm.data import datasets as data
 from fastddpm.data import points
 from fastddpm.data.folder import image_file
@@ -65,9 +65,7 @@ def spread(steps: int, most: int) -> tuple[int, ...]:
     Raises:
         ValueError: most is below 2.
     """
-    if most < 2:
-        raise ValueError(f"a process is shown by at least its 2 ends, got most = {most}")
-    count = min(steps + 1, most)
+    count = min(steps + 1, integer("most", most, 2))
     return tuple(round(k * steps / (count - 1)) for k in range(count))
 
 
@@ -102,14 +100,12 @@ class RecordingSettings:
     backend: str = "auto"
 
 
-def record(
-    settings: RecordingSettings, progress: Callable[[int, float], None] | None = None
-) -> tuple[Recording, Sampler]:
+def record(settings: RecordingSettings, progress: bool = False) -> tuple[Recording, Sampler]:
     """Walk both processes, training the points' network on the way.
 
     Args:
         settings: what to record.
-        progress: called with step and loss while training.
+        progress: show a bar while training.
 
     Returns:
         The recording, and the sampler of its reverse process.
@@ -117,8 +113,8 @@ def record(
     Raises:
         ValueError: the data, the schedule or T are unusable, or do not suit the model.
     """
-    if settings.shown is not None and settings.shown < 1:
-        raise ValueError(f"the number of points or images shown must be at least 1, got {settings.shown}")
+    if settings.shown is not None:
+        integer("the number of points or images shown", settings.shown, 1)
     x_0 = load_x_0(settings)
     with warnings.catch_warnings():
         # The picture itself says whether the process ends Gaussian.
@@ -149,9 +145,7 @@ def _n_points(settings: RecordingSettings) -> int:
     return 2000 if settings.shown is None else settings.shown
 
 
-def _record_points(
-    settings: RecordingSettings, x_0: Tensor, progress: Callable[[int, float], None] | None
-) -> tuple[Recording, Sampler]:
+def _record_points(settings: RecordingSettings, x_0: Tensor, progress: bool) -> tuple[Recording, Sampler]:
     if settings.model is not None:
         raise ValueError(
             f"--model goes with images, and {settings.data} are points; their network is trained on the spot"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,13 +87,22 @@ def draw_missing(planned: Run, outputs: Outputs, *, quiet: bool) -> list[tuple[i
     total = len(todo) * len(planned.sampler.table)
     drawn = []
     with tqdm(total=total, unit="step", file=sys.stderr, disable=quiet or not sys.stderr.isatty()) as bar:
+        if todo and planned.sampler.options.compiles:
+            bar.set_description_str("compiling once, then sampling")
         for batch in todo:
             started = time.perf_counter()
             x = planned.draw(batch, lambda _: bar.update() and None)
+            bar.set_description_str("sampling", refresh=False)
             _refuse_non_finite(x, [planned.seeds[i] for i in batch])
             drawn.append((len(batch), time.perf_counter() - started))
             outputs.save(batch, x)
     return drawn
+
+
+def images_per_second(drawn: Sequence[tuple[int, float]]) -> float | None:
+    """Return the rate of the median batch; the first, which may wait for a compilation, counts only if it is alone."""
+    rates = [n / seconds for n, seconds in drawn[1:] or drawn]
+    return statistics.median(rates) if rates else None
 
 
 def _refuse_non_finite(x: Tensor, seeds: list[int]) -> None:
