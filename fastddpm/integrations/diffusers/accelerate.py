@@ -17,8 +17,7 @@ def accelerate(target: Any, **options: Any) -> Any:
     """Return the fast form of a pipeline or scheduler of diffusers; `target` itself stays as it is.
 
     A DDPMPipeline or DDIMPipeline becomes one that runs its whole loop in a `Sampler`. Any other pipeline (conditional
-    ones, custom subclasses) becomes a shallow copy with its DDPMScheduler or DDIMScheduler in the fast form. Networks
-    are shared, not copied.
+    ones, custom subclasses) becomes a shallow copy with its scheduler in the fast form. Networks are shared.
 
     Args:
         target: the pipeline or scheduler.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,14 +43,17 @@ class _MultistepScheduler(LinearScheduler):
         n = len(self.model_outputs)
         outputs = [None if m is None else e[OLDER[n - 1 - i]] for i, m in enumerate(self.model_outputs)]
 
-        def take(last_sample: Tensor | None) -> tuple[Any, Any]:
-            changes: dict[str, Any] = {"model_outputs": list(outputs), "convert_model_output": lambda *_, **__: e[M]}
+        def take(last_sample: Tensor | None, **changes: Any) -> tuple[Any, Any]:
+            changes |= {"model_outputs": list(outputs), "convert_model_output": lambda *_, **__: e[M]}
             if hasattr(self, "timestep_list"):
                 changes |= {"timestep_list": list(self.timestep_list), "last_sample": last_sample}
             noise = {"variance_noise": e[Z]} if self._original is DPMSolverMultistepScheduler else {}
             return self.take(timestep, changes, e[M], e[X], **noise)
 
         (x_prev,), taken = take(None)
+        if x_prev.isnan().any() and getattr(taken, "this_order", None) == 1:
+            # Where the last sigma is 0, "bh1" multiplies an infinite B(h) by the 0 of order 1; "bh2" has a finite one.
+            (x_prev,), taken = take(None, _internal_dict=_with(self.config, solver_type="bh2"))
         predictor = one_row(x_0, x_prev)
         if getattr(self, "last_sample", None) is None:
             return predictor, taken
@@ -97,6 +101,13 @@ class _MultistepScheduler(LinearScheduler):
         # The ring's slot of age k is -k mod H in row 0: the oldest first.
         history = torch.stack([x_0.to(x.dtype) for x_0 in older]) if older else None
         return ops.p_sample(x, m, rows, row, z, clip=False, history=history, x0_out=x_0)
+
+
+def _with(config: Any, **changes: Any) -> Any:
+    """Return a copy of a config in which settings, also those that were assigned as attributes, are changed."""
+    changed = copy.copy(config)
+    vars(changed).update({**vars(config), **changes})
+    return changed
 
 
 class FastDPMSolverMultistepScheduler(_MultistepScheduler, DPMSolverMultistepScheduler):

@@ -253,6 +253,20 @@ def test_bad_input_raises_what_diffusers_raises(fast: Any) -> None:
         fast().set_timesteps(0)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_bh1_reaches_the_last_sigma(order: int) -> None:
+    config = {"solver_type": "bh1", "solver_order": order}
+    theirs = FastUniPCMultistepScheduler._original(**config)
+    assert bool(run(theirs, 10)[0].isnan().any()), "diffusers repaired bh1: compare with it from now on"
+
+    def between(scheduler: Any, i: int) -> None:
+        # The last step is of order 1, where the two are the same method.
+        scheduler.config.solver_type = "bh2" if i == 8 else "bh1"
+
+    expected, _ = run(theirs, 10, between=between)
+    torch.testing.assert_close(run(FastUniPCMultistepScheduler(**config), 10)[0], expected, rtol=0, atol=ATOL)
+
+
 def test_euler_with_churn_is_diffusers() -> None:
     results = []
     for scheduler in (FastEulerDiscreteScheduler(), FastEulerDiscreteScheduler._original()):
