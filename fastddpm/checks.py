@@ -27,6 +27,13 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def printable(text: object, limit: int = 2000) -> str:
+    """Write a message on one line: no control characters, which a hostile file's name or content may hold, and cut."""
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line[: limit + 1])
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 def one_of(name: str, value: object, choices: Iterable[T], error: Callable[[str], Exception] = ValueError) -> T:
     """Return the choice that equals a value.
 

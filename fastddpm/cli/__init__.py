@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from fastddpm import __version__
+from fastddpm.checks import printable
 
 COMMANDS = ("sample", "train", "eval", "steps", "diffuse", "convert", "inspect", "verify", "bench", "profile", "env")
 
@@ -35,17 +36,17 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> None:
 
 def _one_line_error(error: Exception, options: Sequence[str]) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return printable(f"{error.filename}: {error.strerror}")
 
     def option(found: re.Match[str]) -> str:
         name, value = found.groups()
         return f"--{name} {_SWITCH.get(value, value)}" if name in options else found[0]
 
-    return _KEYWORD.sub(option, " ".join(str(error).split())) or type(error).__name__
+    return printable(_KEYWORD.sub(option, str(error))) or type(error).__name__
 
 
 def _print_line(source: str, level: str, message: object) -> None:
-    line = f"{source}: {level}: {' '.join(str(message).split())}"
+    line = f"{source}: {level}: {printable(message)}"
     if "tqdm" in sys.modules:
         # Above the progress bar, if there is one.
         from tqdm import tqdm

@@ -63,6 +63,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--data", default="mnist", help="mnist (default), digits8x8, or your images: a folder, or a .npy/.npz file"
     )
+    parser.add_argument("--value-range", metavar="LO,HI", help="values of black and white, of data that do not say it")
+    parser.add_argument("--background", metavar="COLOUR", help="behind transparent pixels of --data")
+    parser.add_argument("--channels", choices=("first", "last"), help="of an array whose shape does not say it")
     parser.add_argument("--classifier", type=Path, help="one trained on --data (default: the shipped one, of mnist)")
     parser.add_argument(
         "--train-classifier", type=Path, metavar="FILE", help="only train a classifier on --data, and write it"
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate a model, or train the classifier that it takes."""
     if args.train_classifier is not None:
         return _train_classifier(args)
+    from fastddpm.data.values import parse_range
     from fastddpm.evaluation.bits import real_bits
     from fastddpm.evaluation.real_images import load_reference
     from fastddpm.evaluation.report import PLOT, REPORT, guidance_plot, text_report
@@ -85,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.unet.load import load
 
     model = load(args.model)
-    reference = load_reference(args.data, shape_of(model))
+    reading = {"value_range": parse_range(args.value_range), "background": args.background, "channels": args.channels}
+    reference = load_reference(args.data, shape_of(model), **reading)
     classifier = _classifier(args, reference)
     planned = sampling_options.plan(args, model, range(args.seed, args.seed + args.samples))
     with RunFolder(args.outdir, ()).locked():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.checks import printable
 from fastddpm.data import datasets as data
 from fastddpm.files.arrays import read_arrays
 from fastddpm.noise.seeds import as_word
@@ -143,7 +144,7 @@ def _read_csv(path: Path) -> np.ndarray:
     try:
         return np.loadtxt(path, delimiter=",", ndmin=2)
     except ValueError as error:
-        raise ValueError(f"{path}: not numbers separated by commas: {error}") from None
+        raise ValueError(printable(f"{path}: not numbers separated by commas: {error}")) from None
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, n_directions: int = 128) -> float:

@@ -7,9 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from fastddpm.checks import number
+from fastddpm.checks import number, shown
 
-_ASK = "give value_range=(lo, hi) to load_data, or --value-range=LO,HI to train: the values of black and white"
+_ASK = "give value_range=(lo, hi) to load_data, or --value-range=LO,HI to train and eval: the values of black and white"
+
+
+def parse_range(text: str | None) -> tuple[float, float] | None:
+    """Read "LO,HI", or None where there is none.
+
+    Raises:
+        ValueError: it is no pair of numbers, the first below the second.
+    """
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != 2:
+        raise ValueError(f"value_range must be two numbers LO,HI, got {shown(text)}")
+    return check_range(values)
 
 
 def check_range(value_range: Sequence[float] | None) -> tuple[float, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,13 +43,14 @@ def built_in(source: str) -> tuple[Dataset, Dataset]:
     return _SPLITS[source]("train"), _SPLITS[source]("test")
 
 
-def load_reference(source: str, shape: tuple[int, ...]) -> Reference:
+def load_reference(source: str, shape: tuple[int, ...], **options: Any) -> Reference:
     """Load a built-in set with what was held out of it, or a user's images.
 
     Args:
         source: "mnist", "digits8x8", an image folder (its images are cropped and resized to the shape), or a .npy/.npz
             file.
         shape: of one sample, (C, H, W).
+        **options: value_range, background and channels of `load_data`.
 
     Raises:
         ValueError: the source is unusable (see `load_data`), or its images have another shape.
@@ -58,7 +60,7 @@ def load_reference(source: str, shape: tuple[int, ...]) -> Reference:
         reference = Reference(*built_in(source))
     else:
         square = len(shape) == 3 and shape[1] == shape[2] and Path(source).is_dir()
-        reference = Reference(load_data(source, resolution=shape[1] if square else None), None)
+        reference = Reference(load_data(source, resolution=shape[1] if square else None, **options), None)
     if reference.train.shape != shape:
         raise ValueError(f"the model draws {shape}, {source} holds images {reference.train.shape}; give other --data")
     return reference

@@ -13,6 +13,8 @@ from typing import IO
 
 import numpy as np
 
+from fastddpm.checks import printable
+
 MAX_DATA_BYTES = 8 << 30
 # What NumPy and zipfile raise on damaged, encrypted or exotic files.
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError)
@@ -34,7 +36,7 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         with path.open("rb") as stream:
             return _read_array(stream, path.stat().st_size, "array"), None
     except _UNREADABLE as error:
-        raise ValueError(f"{path}: not a usable array file: {error}") from error
+        raise ValueError(printable(f"{path}: not a usable array file: {error}")) from error
 
 
 def check_bytes(name: str, n_bytes: int) -> None:

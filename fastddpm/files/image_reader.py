@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
+from fastddpm.checks import printable
 from fastddpm.files.outside import regular_size
 
 # Pillow tries every format it knows by default, and for PostScript it starts Ghostscript.
@@ -112,7 +113,7 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
                 raise ValueError(f"declares {width}x{height} pixels, more than {MAX_PIXELS}; shrink or remove it")
             yield image
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{os.fspath(path)}: not a usable image: {error}") from error
+        raise ValueError(printable(f"{os.fspath(path)}: not a usable image: {error}")) from error
 
 
 def _dtype(image: Image.Image) -> np.dtype[Any]:

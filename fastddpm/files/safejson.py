@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastddpm.checks import printable
 from fastddpm.files.outside import regular_size
 
 MAX_BYTES = 1 << 20
@@ -71,7 +72,7 @@ def parse_object(
             parse_float=_finite_float,
         )
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not usable as JSON: {error}") from None
+        raise ValueError(printable(f"{source}: not usable as JSON: {error}")) from None
     if not isinstance(value, dict):
         raise ValueError(f"{source}: must hold a JSON object, got {type(value).__name__}")
     return value

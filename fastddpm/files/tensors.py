@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastddpm.checks import shown
+from fastddpm.checks import printable, shown
 from fastddpm.files.outside import regular_size
 from fastddpm.files.pickles import Storage, StoredTensor
 from fastddpm.files.safejson import parse_object
@@ -172,7 +172,7 @@ def refuse_escape(path: Path, folder: Path) -> None:
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
-        raise ValueError(f"{path}: links to {target}, outside {home}; copy the file into the folder")
+        raise ValueError(printable(f"{path}: links to {target}, outside {home}; copy the file into the folder"))
 
 
 def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -112,15 +112,13 @@ class TrainConfig:
         """How to read the data, as keywords of `load_data`.
 
         Raises:
-            ValueError: value_range is no pair of numbers.
+            ValueError: value_range is no pair of numbers, the first below the second.
         """
-        try:
-            pair = None if self.value_range is None else tuple(map(float, self.value_range.split(",")))
-        except ValueError:
-            raise ValueError(f"value_range must be two numbers LO,HI, got {checks.shown(self.value_range)}") from None
+        from fastddpm.data.values import parse_range
+
         return {
             "resolution": self.resolution,
-            "value_range": pair,
+            "value_range": parse_range(self.value_range),
             "background": self.background,
             "channels": self.channels,
         }

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from fastddpm.checks import one_of, shown
+from fastddpm.checks import one_of, printable, shown
 from fastddpm.files.checkpoints import Checkpoint
 from fastddpm.files.safejson import read_object
 from fastddpm.files.tensors import SafetensorsFile, Shards, TensorFile, read_tensors, refuse_escape
@@ -234,8 +234,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OverflowError) as error:
-        # Bounded, since it may quote what the file holds.
-        raise ValueError(f"{path}: {str(error)[:400]}") from error
+        raise ValueError(printable(f"{path}: {error}", 400 + len(str(path)))) from error
 
 
 def _modern_name(name: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastddpm.cli import main
 from fastddpm.data.datasets import digits8x8, mnist
 from fastddpm.data.folder import image_file
 from fastddpm.data.load import load_data
@@ -167,6 +168,25 @@ def test_a_png_with_a_wrong_checksum_is_refused(tmp_path: Path, name: str) -> No
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.png: not a usable image: .*(checksum in b'{name}'|cannot identify)"):
         load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.png", "points.csv", "d.npy"])
+def test_messages_about_hostile_files_are_short_and_printable(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "\x1b[2J"
+    folder.mkdir()
+    content = "\x1b[31m" + "x" * 100_000
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2, 2)})
+    hostile = header.getvalue().replace(b"'|u1'", b"'\x1b1'")
+    (folder / name).write_bytes(hostile if name == "d.npy" else content.encode())
+    data = str(folder if name == "a.png" else folder / name)
+    assert main(["diffuse", "--data", data, "--outdir", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "\x1b" not in error
+    assert "\\x1b[2J" in error
+    assert len(error) < 2100
 
 
 def test_folder_without_images_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastddpm.data.load import load_data
+from fastddpm.evaluation.real_images import load_reference
 from fastddpm.training.config import TrainConfig
 
 GREY16 = np.array([[0, 1, 255], [256, 40_000, 65_535]], dtype=np.uint16)
@@ -199,8 +200,11 @@ def test_an_array_whose_channels_cannot_be_told_asks(tmp_path: Path) -> None:
     assert torch.equal(last, torch.from_numpy(array.transpose(0, 3, 1, 2).copy()))
 
 
-def test_train_takes_the_options_that_messages_name() -> None:
+def test_train_and_eval_take_the_options_that_messages_name(tmp_path: Path) -> None:
     config = TrainConfig(data="d", out="o", value_range="-1,1", background="white", channels="last")
     assert config.data_options()["value_range"] == (-1.0, 1.0)
+    (tmp_path / "a.tif").write_bytes(tiff(FLOATS, "<", 32, 3))
+    reference = load_reference(str(tmp_path), (1, 2, 3), value_range=(0.0, 1.0)).train
+    np.testing.assert_allclose(reference.x_0(torch.arange(1))[0, 0], expected(FLOATS, 0, 1), rtol=0, atol=1e-7)
     with pytest.raises(ValueError, match="two numbers LO,HI"):
         TrainConfig(data="d", out="o", value_range="0..1")
