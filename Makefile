@@ -7,7 +7,7 @@ WORKERS ?= 2
 .PHONY: sample test bench bench-smoke lint docs clean
 
 sample: $(VENV)/.core
-	$(BIN)/fastddpm sample --model digits --seeds 0-15 --steps 1000 --guidance 2 --grid --outdir samples --overwrite
+	$(BIN)/fastddpm sample --model digits --seeds 0-15 --guidance 2 --grid --scale 4 --outdir samples --overwrite
 
 # The workers share the cores, and threads beyond these wait for each other.
 test: export OMP_NUM_THREADS = 1

@@ -13,15 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_readme_python_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_python_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    expected = re.search(r"print\(digits.shape, images.shape\)  # (.*)", README)
-    assert expected is not None
-    assert capsys.readouterr().out.splitlines()[0] == expected[1]
+    assert len(blocks) == 1
+    names: dict[str, object] = {}
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    assert (tmp_path / "digits.png").is_file()
 
 
 def test_readme_names_commands_that_exist() -> None:

@@ -34,9 +34,9 @@ def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     parser.add_argument(
         "--model", default="digits", help="shipped model, directory, or id on the Hugging Face Hub (default: digits)"
     )
-    parser.add_argument("--steps", type=positive, help="network calls per sample (default: all the model's timesteps)")
+    parser.add_argument("--steps", type=positive, help="steps per sample (default: fast's own, else all timesteps)")
     parser.add_argument("--batch", type=positive, help="the most samples per batch (default: by size and device)")
-    parser.add_argument("--sampler", default="ddpm", help="one of those below, or another of its names (default: ddpm)")
+    parser.add_argument("--sampler", default="fast", help="one of those below, or another of its names (default: fast)")
     for name, kind, text in TABLE_OPTIONS:
         parser.add_argument(f"--{name}", type=kind, help=text)
     add_outdir(parser, outdir)
@@ -89,9 +89,10 @@ def plan(
 
 
 def _device(name: str, environment: Mapping[str, str]) -> torch.device:
+    import torch
+
     from fastddpm.machine.devices import resolve_device
 
-    device = resolve_device(name)
-    if device.type == "cuda" and name in ("auto", "cuda") and "LOCAL_RANK" in environment:
-        return resolve_device(f"cuda:{environment['LOCAL_RANK']}")
-    return device
+    if "LOCAL_RANK" in environment and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        name = f"cuda:{environment['LOCAL_RANK']}"
+    return resolve_device(name)

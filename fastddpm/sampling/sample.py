@@ -39,7 +39,7 @@ def sample(
     *,
     seeds: int | Sequence[int] | None = None,
     steps: int | None = None,
-    sampler: str = "ddpm",
+    sampler: str = "fast",
     class_labels: Labels | None = None,
     guidance: float = 1.0,
     batch_size: int | None = None,
@@ -62,7 +62,7 @@ def sample(
             shipped model ("digits") or a directory.
         shape: one sample's shape, (C, H, W) or (D,); default from the model's config.
         seeds: one seed per sample; an int is one sample. Default 0, or 0, 1, ... for the rows of `x_T`.
-        steps: network calls per sample; default all timesteps of the model's diffusion.
+        steps: steps per sample; default those of "fast" (8, or 10 with guidance), else all timesteps of the diffusion.
         sampler: the name of a sampler, see `fastddpm.tables.names`; "fast" brings its own number of steps.
         class_labels: one label per sample or one for all. By default a class-conditional model draws class
             seed % number of classes; pass its null class for samples of no class.
@@ -194,7 +194,7 @@ def plan_run(
     *,
     seeds: Sequence[int],
     steps: int | None = None,
-    sampler: str = "ddpm",
+    sampler: str = "fast",
     class_labels: Labels | None = None,
     guidance: float = 1.0,
     batch_size: int | None = None,

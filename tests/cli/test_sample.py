@@ -179,7 +179,7 @@ def test_resume_replaces_a_missing_file_of_a_finished_batch(run: Any, tmp_path: 
         (("--seeds", "0-3"), "seeds was '0-2' and is '0-3'"),
         (("--guidance", "2"), "guidance was 1.0 and is 2.0"),
         (("--batch", "2"), "batch was 3 and is 2"),
-        (("--sampler", "ddim"), "sampler was 'ddpm' and is 'ddim'"),
+        (("--sampler", "ddim"), "sampler was 'fast' and is 'ddim'"),
         (("--class", "1"), "classes was None and is [1]"),
         (("--dtype", "bfloat16"), "dtype was 'float32' and is 'bfloat16'"),
     ],
@@ -277,7 +277,7 @@ def test_usage_errors_exit_with_2(run: Any, tmp_path: Path, arguments: list[str]
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "gpu"], "unknown device 'gpu'; choose cpu"),
         (["--guidance", "nan"], "guidance must be a finite number"),
-        (["--eta", "1"], "--eta: the sampler ddpm has no such option"),
+        (["--sampler", "ddpm", "--eta", "1"], "--eta: the sampler ddpm has no such option"),
         (["--spacing", "traling"], "unknown spacing 'traling'"),
     ],
 )

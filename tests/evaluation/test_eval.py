@@ -316,7 +316,7 @@ def test_card_takes_the_numbers_between_its_markers(evaluated: Path, tmp_path: P
     text = page.read_text()
     assert text.startswith("# A card\n\n<!-- numbers -->\n| sampler | N |")
     assert text.endswith("<!-- /numbers -->\n\nThe end.\n")
-    assert "| ddpm, 2 steps, guidance 2 | 20 | " in text
+    assert "| fast, 2 steps, guidance 2 | 20 | " in text
     assert "old" not in text
     assert "Bits per dimension, at most: held-out images" in text
     for kind in ("samples", "loss", "guidance"):

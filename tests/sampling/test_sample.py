@@ -49,10 +49,17 @@ def test_sample_is_the_sampler_of_the_models_diffusion() -> None:
     model = Toy().eval()
     table = samplers.make_table("ddpm", CONFIG, steps=5)
     expected = Sampler(model, table, (3, 4, 4), compile=False).sample(seeds=[3, 1, 2])
-    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=[3, 1, 2], steps=5), expected)
-    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=1, steps=5), expected[1:2])
+    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=[3, 1, 2], steps=5, sampler="ddpm"), expected)
+    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=1, steps=5, sampler="ddpm"), expected[1:2])
     full = Sampler(model, samplers.make_table("ddpm", CONFIG), (3, 4, 4), compile=False).sample(seeds=[3])
-    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=[3]), full)
+    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=[3], sampler="ddpm"), full)
+
+
+def test_sample_takes_eight_steps_of_unipc_by_default() -> None:
+    model = Toy().eval()
+    table = samplers.make_table("unipc", CONFIG, steps=8)
+    expected = Sampler(model, table, (3, 4, 4), compile=False).sample(seeds=[3])
+    assert torch.equal(fastddpm.sample(model, (3, 4, 4), seeds=[3]), expected)
 
 
 def test_sample_takes_any_sampler_and_its_options() -> None:
@@ -129,7 +136,7 @@ def test_sample_of_a_function_assumes_the_papers_diffusion() -> None:
         calls.append(int(t[0]))
         return torch.zeros_like(x)
 
-    fastddpm.sample(model, (2,), seeds=[0], steps=None)
+    fastddpm.sample(model, (2,), seeds=[0], steps=None, sampler="ddpm")
     assert calls == list(range(999, -1, -1))
 
 
@@ -141,7 +148,7 @@ def test_x_T_and_model_kwargs_are_split_among_the_batches() -> None:
     got = fastddpm.sample(
         shifted, (2,), x_T=x_T, steps=3, batch_size=2, diffusion=CONFIG, model_kwargs={"shift": shift, "scale": 0.5}
     )
-    table = samplers.make_table("ddpm", CONFIG, steps=3)
+    table = samplers.make_table("fast", CONFIG, steps=3)
     for i in range(5):
         alone = Sampler(lambda x, t, i=i: 0.5 * x + shift[i], table, (2,), compile=False)
         assert torch.equal(got[i : i + 1], alone.sample(seeds=[i], x_T=x_T[i : i + 1]))
@@ -152,7 +159,7 @@ def test_x_T_and_model_kwargs_are_split_among_the_batches() -> None:
 def test_noise_may_come_from_a_generator_or_from_the_caller() -> None:
     model, table = Toy().eval(), samplers.make_table("ddpm", CONFIG, steps=3)
     expected = Sampler(model, table, (2,), compile=False)
-    call: dict[str, Any] = {"shape": (2,), "steps": 3}
+    call: dict[str, Any] = {"shape": (2,), "steps": 3, "sampler": "ddpm"}
     got = fastddpm.sample(model, **call, generator=torch.Generator().manual_seed(3), batch_size=4)
     assert torch.equal(got, expected.sample(generator=torch.Generator().manual_seed(3), batch_size=4))
     generators = [[torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in range(2)]
