@@ -114,3 +114,46 @@ def test_every_drop_in_counts_batch_and_steps(draw: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(options, "decide_compile", decide)
     draw(3)
     assert counted == [30]
+
+
+@pytest.mark.parametrize("change", ["data", "load_state_dict", "hook"])
+def test_every_drop_in_follows_its_network(change: str) -> None:
+    net, other = Net().eval(), Net().eval()
+    diffusion = GaussianDiffusion(net, image_size=4, timesteps=50, sampling_timesteps=5)
+    types = {"model_mean_type": ModelMeanType.EPSILON, "model_var_type": ModelVarType.FIXED_SMALL}
+    openai = OpenAIDiffusion(betas=[0.1] * 5, loss_type=LossType.MSE, **types)
+
+    def draw(model: Net, of: GaussianDiffusion) -> torch.Tensor:
+        return torch.cat([of.sample(seeds=[1, 2]), openai.p_sample_loop(model, (2, *SHAPE), seeds=[1, 2])])
+
+    before = draw(net, diffusion)
+    if change == "data":
+        for parameter, value in zip(net.parameters(), other.parameters(), strict=True):
+            parameter.data.copy_(value)
+    elif change == "load_state_dict":
+        net.load_state_dict(other.state_dict())
+    else:
+        for model in (net, other):
+            model.layer.register_forward_hook(lambda module, args, output: 2 * output)
+        other.load_state_dict(net.state_dict())
+    after = draw(net, diffusion)
+    made_anew = GaussianDiffusion(other, image_size=4, timesteps=50, sampling_timesteps=5)
+    assert torch.equal(after, draw(other, made_anew))
+    assert not torch.equal(after, before)
+
+
+def test_average_of_a_whole_diffusion_is_followed() -> None:
+    # As the Trainer of denoising-diffusion-pytorch keeps it.
+    EMA = pytest.importorskip("ema_pytorch").EMA
+    diffusion = GaussianDiffusion(Net().eval(), image_size=4, timesteps=50, sampling_timesteps=5)
+    ema = EMA(diffusion, beta=0.5, update_after_step=0, update_every=1)
+    last = None
+    for _ in range(3):
+        for parameter in diffusion.model.parameters():
+            parameter.data.mul_(1.5)
+        ema.update()
+        images = ema.ema_model.sample(seeds=[1, 2])
+        made_anew = GaussianDiffusion(ema.ema_model.model, image_size=4, timesteps=50, sampling_timesteps=5)
+        assert torch.equal(images, made_anew.sample(seeds=[1, 2]))
+        assert last is None or not torch.equal(images, last)
+        last = images
