@@ -80,6 +80,11 @@ class Options:
     null_class: int | None
     num_labels: int | None
 
+    @property
+    def bakes_values(self) -> bool:
+        """Whether what the model is called with from Python becomes a part of compiled code or of a graph."""
+        return self.compiles or self.uses_graph
+
 
 def resolve_options(
     model: Model,

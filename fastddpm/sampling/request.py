@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import numpy as np
@@ -33,7 +34,8 @@ class StepKey:
         labels: the model is given class_labels.
         x0_out: the estimate of x_0 is kept.
         check_finite: each sample's first step with a NaN or Inf is recorded.
-        kwargs: the model's further keyword arguments: (name, value), or (name, (shape, dtype)) for tensors.
+        kwargs: the model's further keyword arguments, where code is compiled or captured with them: (name, value), or
+            (name, `TensorSpec`) for tensors and floats.
     """
 
     batch: int
@@ -179,7 +181,7 @@ def resolve_request(
         labels=labels is not None,
         x0_out=x0_out,
         check_finite=options.check_finite,
-        kwargs=tuple((name, _spec(value)) for name, value in sorted(kwargs.items())),
+        kwargs=tuple((name, _spec(name, value)) for name, value in sorted(kwargs.items()) if options.bakes_values),
     )
     return Request(key, seed_of, sample_id, x_T, draw if stochastic else None, labels, w, kwargs, source == "seeds")
 
@@ -276,18 +278,21 @@ def _model_kwargs(model_kwargs: Mapping[str, Any] | None, B: int, guided: bool) 
     if "class_labels" in kwargs:
         raise ValueError("pass class_labels= itself, not inside model_kwargs")
     for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            if guided and value.dim() > 0 and len(value) == B:
-                kwargs[name] = torch.cat([value, value])
-        else:
-            try:
-                hash(value)
-            except TypeError:
-                raise ValueError(
-                    f"model_kwargs[{name!r}] is a {type(value).__name__}; pass tensors and hashable values only"
-                ) from None
+        if guided and isinstance(value, Tensor) and value.dim() > 0 and len(value) == B:
+            kwargs[name] = torch.cat([value, value])
     return kwargs
 
 
-def _spec(value: Any) -> Any:
-    return TensorSpec(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+def _spec(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return TensorSpec(tuple(value.shape), value.dtype)
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return TensorSpec((), torch.float32)
+    try:
+        hash(value)
+    except TypeError:
+        raise ValueError(
+            f"model_kwargs[{name!r}] is a {type(value).__name__}; pass tensors and hashable values only, or "
+            "compile=False and cuda_graph=False"
+        ) from None
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -135,9 +136,7 @@ class StaticStep:
         self.rows[:, COLUMN["w"]].fill_(request.guidance)
         if self.class_labels is not None and request.class_labels is not None:
             self.class_labels.copy_(request.class_labels)
-        for name, value in request.kwargs.items():
-            if isinstance(value, Tensor):
-                self.kwargs[name].copy_(value)
+        self._load_kwargs(request.kwargs)
         for scratch in (self.x0, self.history, self.z):
             if scratch is not None:
                 scratch.zero_()
@@ -146,6 +145,17 @@ class StaticStep:
         self.x_t.copy_(self._draw_x_T() if request.x_T is None else request.x_T)
         self.feed_network()
         self.network.load(self.class_labels)
+
+    def _load_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        buffers = {name: self.kwargs[name] for name, _ in self.key.kwargs}
+        if self.class_labels is not None:
+            buffers["class_labels"] = self.class_labels
+        for name, value in kwargs.items():
+            if isinstance(buffers.get(name), Tensor):
+                buffers[name].copy_(value) if isinstance(value, Tensor) else buffers[name].fill_(value)
+            else:
+                buffers[name] = value.to(self.x_t.device, copy=True) if isinstance(value, Tensor) else value
+        self.kwargs = buffers
 
     def feed_network(self) -> None:
         """Copy x_t into the network's input; needed after x_t was edited."""

@@ -1,8 +1,9 @@
-"""Steps made ready: built and captured once, lent to one run at a time, made anew when the model has changed."""
+"""Steps made ready: built and captured once, lent to a run at a time, made anew when the model has changed."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -27,6 +28,9 @@ logger = logging.getLogger("fastddpm")
 
 Prepared = tuple[StaticStep, Engine]
 
+# Each holds buffers, and on CUDA a graph: enough for a few batch sizes with and without guidance.
+MAX_IDLE = 8
+
 _POOLS: weakref.WeakSet[StepPool] = weakref.WeakSet()
 
 
@@ -44,7 +48,8 @@ class StepPool:
         self._model, self._table, self._options, self._run = model, table, options, run
         self._captures = options.uses_graph
         self._lock = threading.RLock()
-        self._idle: dict[StepKey, list[Prepared]] = {}
+        # The last one used stands last.
+        self._idle: list[Prepared] = []
         self._graphs = GraphPool(options.device)
         self._networks: Callable[[int], Network] | None = None
         self._generation = 0
@@ -76,9 +81,9 @@ class StepPool:
         with self.turn():
             if self._networks is not None and self._watch.changed():
                 self.refresh()
-            idle = self._idle.setdefault(key, [])
+            found = next((i for i, (step, _) in enumerate(self._idle) if step.key == key), None)
             with explain("preparation", key, self._options):
-                step, engine = idle.pop() if idle else self._build(key)
+                step, engine = self._build(key) if found is None else self._idle.pop(found)
             generation = self._generation
         try:
             yield step, engine
@@ -103,7 +108,7 @@ class StepPool:
         """Free buffers, captured graphs and their memory pool."""
         with self.turn():
             self._generation += 1
-            for _, engine in (prepared for idle in self._idle.values() for prepared in idle):
+            for _, engine in self._idle:
                 engine.reset()
             self._idle.clear()
             if self._options.device.type == "cuda":
@@ -111,10 +116,12 @@ class StepPool:
 
     def _take_back(self, step: StaticStep, engine: Engine, generation: int) -> None:
         with self.turn():
-            if generation == self._generation:
-                self._idle.setdefault(step.key, []).append((step, engine))
-            else:
+            if generation != self._generation:
                 engine.reset()
+                return
+            self._idle.append((step, engine))
+            if len(self._idle) > MAX_IDLE:
+                self._idle.pop(0)[1].reset()
 
     def _build(self, key: StepKey) -> Prepared:
         options = self._options
@@ -133,7 +140,7 @@ class StepPool:
         step = StaticStep(key, network, self._table, options)
         engine = self._new_engine()
         try:
-            engine.capture(lambda: self._run(step), step.rewind)
+            engine.capture(functools.partial(self._run, step), step.rewind)
         except Exception as error:
             if options.strict_graph or not self._captures or isinstance(error, ModelOutputError) or is_oom(error):
                 raise
@@ -143,7 +150,7 @@ class StepPool:
             logger.warning("no CUDA graph, the steps run one by one (cuda_graph=True raises instead): %s", error)
             self._captures = False
             engine = self._new_engine()
-            engine.capture(lambda: self._run(step), step.rewind)
+            engine.capture(functools.partial(self._run, step), step.rewind)
         return step, engine
 
     def _new_engine(self) -> Engine:

@@ -348,8 +348,8 @@ def test_pipelines_run_the_sampling_form_of_a_unet_that_is_ours_too() -> None:
     fast = accelerate(quiet(DDPMPipeline(tiny_unet(), DDPMScheduler())))
     generate(fast, steps=2)
     sampler = fast._samplers.kept[0].sampler
-    ((program, _),) = (entry for entries in sampler._steps._idle.values() for entry in entries)
-    assert isinstance(program.network, UNetInference)
+    ((step, _),) = sampler._steps._idle
+    assert isinstance(step.network, UNetInference)
 
 
 def test_native_unet_leaves_alone_what_it_cannot_express() -> None:
