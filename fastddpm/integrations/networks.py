@@ -28,7 +28,7 @@ KINDS = {
 }
 UNET2D, OPENAI, HO, LUCIDRAINS = KINDS
 _AVERAGE = re.compile(r"(?<![a-z])(ema|avg|swa|polyak)(?![a-z])|ema_?model|averag|shadow")
-_SHOWN = 8
+_SHOWN, _MAX_NETWORKS = 8, 64
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,24 @@ class StoredNetwork:
 
 
 def find_networks(tensors: Tensors) -> list[StoredNetwork]:
-    """List the networks in a checkpoint, in its order."""
+    """List the networks in a checkpoint, in its order.
+
+    Raises:
+        ValueError: there are more than `_MAX_NETWORKS`.
+    """
+    found = [
+        (kind, prefix)
+        for kind, (anchor, other) in KINDS.items()
+        for prefix in _prefixes(tensors, anchor)
+        if prefix + other in tensors
+    ]
+    if len(found) > _MAX_NETWORKS:
+        raise ValueError(f"{len(found)} networks; at most {_MAX_NETWORKS} are looked at")
     named = [
         _network(
             kind, prefix, {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}, tensors
         )
-        for kind, (anchor, other) in KINDS.items()
-        for prefix in _prefixes(tensors, anchor)
-        if prefix + other in tensors
+        for kind, prefix in found
     ]
     return [*named, *_unnamed(named, tensors), *_dotless(named, tensors)]
 
@@ -133,8 +143,8 @@ def _dotless(named: list[StoredNetwork], tensors: Tensors) -> Iterator[StoredNet
         anchor = KINDS[network.kind][0].replace(".", "")
         for first in [name for name in tensors if name.endswith(anchor)]:
             prefix = first.removesuffix(anchor)
-            places = {name: prefix + name.replace(".", "") for name in network.places}
-            if all(place in tensors for place in places.values()):
+            if all(prefix + name.replace(".", "") in tensors for name in network.places):
+                places = {name: prefix + name.replace(".", "") for name in network.places}
                 yield _network(network.kind, prefix, places, tensors)
 
 

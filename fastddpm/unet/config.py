@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
+
+from fastddpm.checks import integer, nearest, number, one_of, shown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -72,8 +73,7 @@ class UNetConfig:
         null_class: the row that means "no class", used when no labels are given (classifier-free guidance).
 
     Raises:
-        ValueError: a value outside its range, or values that do not fit together.
-        TypeError: a value of the wrong type.
+        ValueError: a value of the wrong type or outside its range, or values that do not fit together.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -148,8 +148,8 @@ class UNetConfig:
             config: mapping of names to JSON values; lists become tuples, missing keys take their default.
 
         Raises:
-            ValueError: an unknown key, or a feature of UNet2DModel that this network does not have.
-            TypeError: a value of the wrong type.
+            ValueError: an unknown key, a feature of UNet2DModel that this network does not have, or a value that is
+                wrong.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
@@ -158,9 +158,10 @@ class UNetConfig:
                 continue
             if key in UNSUPPORTED:
                 if value != UNSUPPORTED[key]:
-                    raise ValueError(f"{key}={value!r} is not supported; only {UNSUPPORTED[key]!r} is")
+                    raise ValueError(f"{key}={shown(value)} is not supported; only {UNSUPPORTED[key]!r} is")
             elif key not in known:
-                raise ValueError(f"unknown key {key!r} (value {value!r}) in a UNet configuration")
+                hint = f" (did you mean {nearest(key, known)!r}?)" if nearest(key, known) else ""
+                raise ValueError(f"unknown key {shown(key)} with value {shown(value)} in a UNet configuration{hint}")
             else:
                 values[key] = tuple(value) if isinstance(value, list) else value
         return cls(**values)
@@ -184,41 +185,34 @@ class UNetConfig:
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
             value = getattr(self, name)
             if not isinstance(value, list | tuple):
-                raise TypeError(f"{name} must be a sequence, got {value!r}")
+                raise ValueError(f"{name} must be a sequence, got {shown(value)}")
             object.__setattr__(self, name, tuple(value))
         if isinstance(self.sample_size, list | tuple):
             object.__setattr__(self, "sample_size", tuple(self.sample_size))
         for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("mid_block_scale_factor", "dropout", "norm_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise TypeError(f"{name} must be a finite number, got {value!r}")
+                raise ValueError(f"{name} must be true or false, got {shown(getattr(self, name))}")
 
     def _check_ranges(self) -> None:
         size = self.sample_size
-        for part in size if isinstance(size, tuple) else (size,):
-            _check_int("sample_size", part, 1, MAX_SIZE, optional=True)
         if isinstance(size, tuple) and len(size) != 2:
-            raise ValueError(f"sample_size must be an int or [height, width], got {list(size)}")
+            raise ValueError(f"sample_size must be an int or [height, width], got {shown(list(size))}")
+        for part in size if isinstance(size, tuple) else (size,):
+            _optional("sample_size", part, 1, MAX_SIZE)
         for name in ("in_channels", "out_channels", "norm_num_groups"):
-            _check_int(name, getattr(self, name), 1, MAX_CHANNELS)
+            integer(name, getattr(self, name), 1, MAX_CHANNELS)
         for name in ("attention_head_dim", "attn_norm_num_groups", "time_embedding_dim"):
-            _check_int(name, getattr(self, name), 1, MAX_CHANNELS, optional=True)
-        _check_int("num_class_embeds", self.num_class_embeds, 1, 2**31 - 1, optional=True)
-        _check_int("freq_shift", self.freq_shift, 0, 1)
-        _check_int("downsample_padding", self.downsample_padding, 0, 1)
-        _check_int("null_class", self.null_class, 0, (self.num_class_embeds or 0) - 1, optional=True)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if self.norm_eps <= 0 or self.mid_block_scale_factor == 0:
-            raise ValueError(
-                f"norm_eps must be positive and mid_block_scale_factor not 0, got {self.norm_eps} "
-                f"and {self.mid_block_scale_factor}"
-            )
-        _check_choice("act_fn", self.act_fn, tuple(ACTIVATIONS))
-        _check_choice("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
+            _optional(name, getattr(self, name), 1, MAX_CHANNELS)
+        _optional("num_class_embeds", self.num_class_embeds, 1, 2**31 - 1)
+        _optional("null_class", self.null_class, 0, (self.num_class_embeds or 0) - 1)
+        integer("freq_shift", self.freq_shift, 0, 1)
+        integer("downsample_padding", self.downsample_padding, 0, 1)
+        number("dropout", self.dropout, ge=0, lt=1)
+        number("norm_eps", self.norm_eps, gt=0)
+        if number("mid_block_scale_factor", self.mid_block_scale_factor) == 0:
+            raise ValueError("mid_block_scale_factor must not be 0")
+        one_of("act_fn", self.act_fn, ACTIVATIONS)
+        one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
 
     def _check_blocks(self) -> None:
         lengths = (len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types))
@@ -227,13 +221,13 @@ class UNetConfig:
                 "block_out_channels, down_block_types and up_block_types must have the same length, "
                 f"1 to {MAX_BLOCKS}, got {lengths[0]}, {lengths[1]} and {lengths[2]}"
             )
-        _check_int("layers_per_block", self.layers_per_block, 1, MAX_LAYERS // lengths[0])
+        integer("layers_per_block", self.layers_per_block, 1, MAX_LAYERS // lengths[0])
         for width in self.block_out_channels:
-            _check_int("block_out_channels", width, 4, MAX_CHANNELS)
+            integer("block_out_channels", width, 4, MAX_CHANNELS)
         for kind in self.down_block_types:
-            _check_choice("down_block_types", kind, DOWN_BLOCKS)
+            one_of("down_block_types", kind, DOWN_BLOCKS)
         for kind in self.up_block_types:
-            _check_choice("up_block_types", kind, UP_BLOCKS)
+            one_of("up_block_types", kind, UP_BLOCKS)
 
     def _check_groups_and_heads(self) -> None:
         for width in self.block_out_channels:
@@ -261,15 +255,6 @@ class UNetConfig:
         return widths | ({self.block_out_channels[-1]} if self.add_attention else set())
 
 
-def _check_int(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer{' or null' if optional else ''}, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not supported; choose from {', '.join(choices)}")
+def _optional(name: str, value: object, low: int, high: int) -> None:
+    if value is not None:
+        integer(name, value, low, high)

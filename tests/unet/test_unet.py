@@ -256,35 +256,35 @@ def test_config_names_unsupported_key_and_value(key: str, value: object, shown: 
 
 
 BAD_VALUES = [
-    ("block_out_channels", (8,), ValueError),
-    ("block_out_channels", (8, 18), ValueError),  # no multiple of norm_num_groups
-    ("block_out_channels", (8, "16"), TypeError),
-    ("block_out_channels", 8, TypeError),
-    ("block_out_channels", (8, 10**9), ValueError),
-    ("layers_per_block", 0, ValueError),
-    ("layers_per_block", 10**9, ValueError),
-    ("layers_per_block", 1.0, TypeError),
-    ("layers_per_block", True, TypeError),
-    ("attention_head_dim", 5, ValueError),
-    ("attention_head_dim", 0, ValueError),
-    ("attn_norm_num_groups", 5, ValueError),
-    ("norm_num_groups", None, TypeError),
-    ("norm_eps", 0.0, ValueError),
-    ("norm_eps", math.nan, TypeError),
-    ("mid_block_scale_factor", 0, ValueError),
-    ("dropout", 1.0, ValueError),
-    ("downsample_padding", 2, ValueError),
-    ("freq_shift", 2, ValueError),
-    ("flip_sin_to_cos", 1, TypeError),
-    ("sample_size", (16, 16, 16), ValueError),
-    ("null_class", 0, ValueError),  # there are no classes
-    ("num_class_embeds", 0, ValueError),
+    ("block_out_channels", (8,)),
+    ("block_out_channels", (8, 18)),  # no multiple of norm_num_groups
+    ("block_out_channels", (8, "16")),
+    ("block_out_channels", 8),
+    ("block_out_channels", (8, 10**9)),
+    ("layers_per_block", 0),
+    ("layers_per_block", 10**9),
+    ("layers_per_block", 1.0),
+    ("layers_per_block", True),
+    ("attention_head_dim", 5),
+    ("attention_head_dim", 0),
+    ("attn_norm_num_groups", 5),
+    ("norm_num_groups", None),
+    ("norm_eps", 0.0),
+    ("norm_eps", math.nan),
+    ("mid_block_scale_factor", 0),
+    ("dropout", 1.0),
+    ("downsample_padding", 2),
+    ("freq_shift", 2),
+    ("flip_sin_to_cos", 1),
+    ("sample_size", (16, 16, 16)),
+    ("null_class", 0),  # there are no classes
+    ("num_class_embeds", 0),
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "error"), BAD_VALUES)
-def test_config_refuses_values_out_of_range(key: str, value: object, error: type[Exception]) -> None:
-    with pytest.raises(error, match=key):
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES)
+def test_config_refuses_values_out_of_range(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=key):
         UNetConfig(**{**SMALL, key: value})
 
 
