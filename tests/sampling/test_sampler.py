@@ -896,7 +896,7 @@ def test_triton_on_a_cpu_is_refused_at_once() -> None:
     ("options", "message"),
     [
         ({"shape": ()}, "shape must be"),
-        ({"backend": "cuda"}, "backend must be"),
+        ({"backend": "cuda"}, "unknown backend 'cuda'"),
         ({"shape": (3, 0)}, "shape must be"),
         ({"shape": (3.0, 4)}, "shape must be"),
         ({"dtype": torch.float64}, "dtype must be"),
