@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 import fastddpm
+from fastddpm.schedules.levels import SPACINGS
+from fastddpm.tables.names import NAMES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["index.md", "concepts.md", "your-network.md"])
+@pytest.mark.parametrize("page", ["index.md", "concepts.md", "your-network.md", "samplers.md"])
 def test_python_of_a_page_runs_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
@@ -31,3 +33,9 @@ def test_every_public_name_is_documented() -> None:
 def test_every_page_is_reached_from_the_navigation() -> None:
     navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page.name for page in DOCS.glob("*.md") if page.name not in navigation] == []
+
+
+def test_every_sampler_is_documented() -> None:
+    page = (DOCS / "samplers.md").read_text(encoding="utf-8")
+    assert [entry.name for entry in NAMES if f"`{entry.name}`" not in page] == []
+    assert [spacing for spacing in SPACINGS if f"`{spacing}`" not in page] == []

@@ -9,7 +9,6 @@ import logging
 
 import torch
 
-from fastddpm.checks import one_of
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine.caches import triton
 
@@ -23,7 +22,8 @@ _NO_CPU = "Triton has no CPU backend"
 
 def check_backend(backend: str) -> None:
     """Raise ValueError for a name that is no backend."""
-    one_of("backend", backend, BACKENDS)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 @functools.lru_cache(maxsize=256)

@@ -27,10 +27,16 @@ def ddim_table(
     rederive_eps: bool = True,
     final_alpha_cumprod: float = 1.0,
     learned: bool = False,
+    eps_square: Sequence[float] | Tensor | None = None,
 ) -> Table:
     """Tabulate x_prev = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma z (eq. 12).
 
     sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_prev)   (eq. 16)
+
+    With `eps_square` the noise has Analytic-DPM's standard deviation instead, which adds the spread of x_0 given x_t,
+    sigma*^2 = sigma^2 + (sqrt((1 - alpha_bar_t) alpha_bar_prev / alpha_bar_t) - sqrt(1 - alpha_bar_prev - sigma^2))^2
+               (1 - eps_square)      (Bao et al. 2022, arXiv:2201.06503, theorem 1),
+    and none on the last row.
 
     Args:
         schedule: the schedule the network was trained with.
@@ -45,6 +51,8 @@ def ddim_table(
             rather than from the network's output alone (diffusers' default). Without clipping both are the same.
         final_alpha_cumprod: alpha_bar after the last step; alpha_bar_0 for diffusers' set_alpha_to_one=False.
         learned: the network was trained with a learned variance: the second half of its output is ignored.
+        eps_square: the mean of eps_theta(x_t, t)^2 over data and elements at each timestep visited, in [0, 1]:
+            Analytic-DDPM with eta = 1, Analytic-DDIM with eta = 0.
 
     Returns:
         A table of one row per timestep, each leading to the next timestep of the list.
@@ -69,6 +77,10 @@ def ddim_table(
     kept = 1 - eta**2 + eta**2 * alpha_bar * (1 - alpha_bar_prev) / (alpha_bar_prev * (1 - alpha_bar))
     direction = ((1 - alpha_bar_prev) * kept).sqrt()
     columns = _ddim_columns(alpha_bar, alpha_bar_prev, direction, prediction_type, rederive_eps)
+    if eps_square is not None:
+        spread = ((1 - alpha_bar) * alpha_bar_prev / alpha_bar).sqrt() - direction
+        sigma = (sigma**2 + spread**2 * (1 - _mean_squares(eps_square, len(visited)))).sqrt()
+        sigma[-1] = 0.0
     return Table(
         make_rows(len(visited), clip_range, sigma=sigma, **columns),
         visited,
@@ -140,6 +152,14 @@ def ddim_inversion_table(
         learned=learned,
         use_m="c_m" in columns,
     )
+
+
+def _mean_squares(eps_square: Sequence[float] | Tensor, n: int) -> Tensor:
+    values = eps_square.tolist() if isinstance(eps_square, Tensor) else list(eps_square)
+    if len(values) != n:
+        raise ValueError(f"eps_square must hold {n} numbers, one for each timestep; got {len(values)}")
+    checked = [number(f"eps_square[{i}]", value, ge=0.0, le=1.0) for i, value in enumerate(values)]
+    return torch.tensor(checked, dtype=torch.float64)
 
 
 def _ddim_columns(

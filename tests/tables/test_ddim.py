@@ -100,6 +100,36 @@ def test_ddim_with_eta_1_is_ddpm_with_the_small_variance(prediction_type, clip_r
         torch.testing.assert_close(ddim.column(column), ddpm.column(column), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_analytic_variances_keep_a_gaussians_marginals(eta):
+    # For data N(0, s^2) the network is exact and linear, and Analytic-DPM's step is the exact reverse of the process:
+    # x_t of variance alpha_bar s^2 + 1 - alpha_bar goes to x_prev of the like, whatever eta (Bao et al. 2022).
+    s2 = 0.3
+    alpha_bar = SCHEDULE.alphas_cumprod[torch.arange(950, 0, -100)]
+    variance = alpha_bar * s2 + 1 - alpha_bar
+    table = ddim_table(
+        SCHEDULE,
+        timesteps=torch.arange(950, 0, -100),
+        eta=eta,
+        clip_range=None,
+        eps_square=(1 - alpha_bar) / variance,  # eps_theta = sqrt(1 - alpha_bar) x_t / variance
+    )
+    for r in range(len(table) - 1):
+        slope = float((1 - alpha_bar[r]).sqrt() / variance[r])
+        x = torch.ones(1, 1, dtype=torch.float64)
+        gain = float(execute_row64(table, r, x, slope * x, torch.zeros_like(x))[0])
+        moved = gain**2 * float(variance[r]) + float(table.column("sigma")[r]) ** 2
+        assert moved == pytest.approx(float(variance[r + 1]), rel=1e-12)
+    assert float(table.column("sigma")[-1]) == 0.0
+
+
+def test_analytic_variances_refuse_what_is_no_statistic():
+    with pytest.raises(ValueError, match="eps_square must hold 5 numbers, one for each timestep; got 2"):
+        ddim_table(SCHEDULE, steps=5, eps_square=[0.5, 0.5])
+    with pytest.raises(ValueError, match=r"eps_square\[1\] must be a finite number >= 0.0 and <= 1.0, got 1.5"):
+        ddim_table(SCHEDULE, steps=2, eps_square=[0.5, 1.5])
+
+
 def test_ddim_without_noise_has_no_sigma():
     assert (ddim_table(SCHEDULE, steps=50).column("sigma") == 0).all()
 

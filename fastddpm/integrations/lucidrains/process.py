@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastddpm import ops
-from fastddpm.checks import one_of
 from fastddpm.integrations.kept_samplers import KeptSamplers
 from fastddpm.integrations.lucidrains import tables
 from fastddpm.integrations.shared import look_through, require
@@ -76,7 +75,8 @@ class DiffusionProcess(nn.Module):
             objective in tables.OBJECTIVES,
             f"unknown objective {objective!r}; choose one of {', '.join(tables.OBJECTIVES)}",
         )
-        one_of("beta schedule", beta_schedule, tables.SCHEDULES)
+        if beta_schedule not in tables.SCHEDULES:
+            raise ValueError(f"unknown beta schedule {beta_schedule!r}; choose one of {', '.join(tables.SCHEDULES)}")
         betas = tables.SCHEDULES[beta_schedule](timesteps, **(schedule_fn_kwargs or {}))
         self.model = model
         self.channels: Any = network.channels

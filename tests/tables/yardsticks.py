@@ -1,0 +1,135 @@
+"""Yardsticks that tell solvers apart: networks in closed form, and the error of every sampler against its calls.
+
+`python -m tests.tables.yardsticks` prints the table of docs/samplers.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddpm.data.points import sliced_wasserstein
+from fastddpm.schedules.diffusion import DiffusionConfig
+from fastddpm.schedules.levels import alpha_bar_at
+from fastddpm.schedules.schedule import Schedule
+from fastddpm.tables.by_name import SAMPLERS, make_table
+from fastddpm.tables.table import Table
+from tests.tables.float64 import execute_table64
+
+SCHEDULE = Schedule.linear()
+CONFIG = DiffusionConfig(clip_range=None)
+CALLS = (5, 8, 10, 20, 50)
+
+
+class Mixture:
+    """The eps that a network would learn exactly from data x_0 ~ mean of N(mu_k, s^2 I).
+
+    E[x_0 | x_t] weighs the components by their probability given x_t, and within each conditions a Gaussian.
+    """
+
+    def __init__(self, means: Tensor, s: float) -> None:
+        self.means, self.s = means.double().flatten(1), s
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = alpha_bar_at(SCHEDULE, t[:1].double())
+        alpha, variance = alpha_bar.sqrt(), 1 - alpha_bar
+        total = alpha_bar * self.s**2 + variance
+        distance = torch.cdist(x, alpha * self.means).square()
+        share = torch.softmax(-0.5 * distance / total, dim=1)
+        mean = share @ self.means
+        x_0 = mean + alpha * self.s**2 / total * (x - alpha * mean)
+        return (x - alpha * x_0) / variance.sqrt()
+
+    def draw(self, n: int, seed: int) -> Tensor:
+        """Draw n points of the data, float64 [n, D]."""
+        generator = torch.Generator().manual_seed(seed)
+        k = torch.randint(len(self.means), (n,), generator=generator)
+        noise = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
+        return self.means[k] + self.s * noise
+
+
+@functools.cache
+def ring() -> Mixture:
+    """Eight Gaussians of width 0.1 on a circle, as wide as standardised data."""
+    angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    return Mixture(math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], dim=1), 0.1)
+
+
+@functools.cache
+def photographs() -> Mixture:
+    """400 patches of 12 x 12 pixels in colour from scikit-learn's two photographs, each a Gaussian of width 0.05."""
+    from sklearn.datasets import load_sample_images
+
+    generator = np.random.default_rng(0)
+    patches = []
+    for image in load_sample_images().images:
+        small = image[: image.shape[0] // 4 * 4, : image.shape[1] // 4 * 4].astype(np.float64)
+        small = small.reshape(small.shape[0] // 4, 4, small.shape[1] // 4, 4, 3).mean(axis=(1, 3)) / 127.5 - 1
+        for _ in range(200):
+            top, left = (generator.integers(0, small.shape[axis] - 12) for axis in (0, 1))
+            patches.append(small[top : top + 12, left : left + 12].reshape(-1))
+    return Mixture(torch.tensor(np.array(patches)), 0.05)
+
+
+def start(network: Mixture, n: int, seed: int = 0) -> Tensor:
+    """Draw x_T, float64 [n, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, network.means.shape[1], dtype=torch.float64, generator=generator)
+
+
+@functools.cache
+def converged(network: Mixture, n: int) -> Tensor:
+    """The solution of the ODE from x_T to t = 0, in a thousand steps of third order."""
+    return execute_table64(make_table("unipc3", CONFIG), network, start(network, n))
+
+
+def ode_error(table: Table, network: Mixture, n: int = 128) -> float:
+    """The median over samples of the root mean square distance to the converged solution.
+
+    The median, since a sample near the border between two points may go to either, whatever the solver.
+    """
+    x = execute_table64(table, network, start(network, n))
+    return float((x - converged(network, n)).square().mean(dim=1).sqrt().median())
+
+
+def distribution_error(table: Table, network: Mixture, n: int = 20_000) -> float:
+    """Sliced Wasserstein distance of samples to draws of the data."""
+    noise = torch.Generator().manual_seed(1)
+    z = [torch.randn(n, network.means.shape[1], dtype=torch.float64, generator=noise) for _ in range(len(table))]
+    return sliced_wasserstein(execute_table64(table, network, start(network, n), z).float(), network.draw(n, 2).float())
+
+
+def with_calls(name: str, calls: int, **options: object) -> Table:
+    """The table of a sampler with about that many calls of the network."""
+    return make_table(name, CONFIG, steps=(calls + 1) // 2 if name == "heun" else calls, **options)
+
+
+def lines() -> Iterator[str]:
+    """Yield docs/samplers.md's table: one line a sampler."""
+    yield "| sampler | " + " | ".join(f"logsnr, {calls}" for calls in CALLS) + " | trailing, 10 | ring, 10 | ring, 20 |"
+    yield "|---" * (len(CALLS) + 4) + "|"
+    for name in SAMPLERS:
+        stochastic = bool((with_calls(name, 10).column("sigma") > 0).any())
+        errors = ["-"] * (len(CALLS) + 1)
+        if not stochastic:
+            # ddim takes timesteps of the training alone; in between it is euler.
+            solver = "euler" if name == "ddim" else name
+            errors = [f"{ode_error(with_calls(solver, c, spacing='logsnr'), photographs()):.2g}" for c in CALLS]
+            errors.append(f"{ode_error(with_calls(name, 10, spacing='trailing'), photographs()):.2g}")
+        spread = [f"{distribution_error(with_calls(name, c, spacing='trailing'), ring()):.3f}" for c in (10, 20)]
+        yield f"| `{name}` | {' | '.join([*errors, *spread])} |"
+    many = distribution_error(make_table("ddpm", CONFIG), ring())
+    draws = sliced_wasserstein(ring().draw(20_000, 3).float(), ring().draw(20_000, 2).float())
+    for what, value in (("`ddpm`, 1000 calls", many), ("other draws of the data", draws)):
+        yield f"| {what} | {'- | ' * (len(CALLS) + 1)}{value:.3f} | {value:.3f} |"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print("\n".join(lines()))
