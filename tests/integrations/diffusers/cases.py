@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
+from fastddpm.integrations.diffusers import FastDDIMScheduler, FastDDPMScheduler
 from tests import tiny
 
 # Of the largest value: one float32 step through the rows of a table, against diffusers' operations one by one.
 STEP_RTOL = 1e-6
 SHAPE = (2, 3, 4, 4)
+# Images in [0, 1] of whole loops, of the same seed.
+LOOP_ATOL = 1e-4
+PAIRS = [(FastDDPMScheduler, DDPMScheduler), (FastDDIMScheduler, DDIMScheduler)]
+BOTH = pytest.mark.parametrize(("fast", "original"), PAIRS, ids=["ddpm", "ddim"])
+DDPM_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "default": ({}, {}),
+    "trailing-large": ({"timestep_spacing": "trailing", "variance_type": "fixed_large"}, {}),
+    "offset": ({"steps_offset": 1}, {}),
+    "learned_range": ({"variance_type": "learned_range"}, {"out_channels": 2}),
+    "v-snr": ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {}),
+    "epsilon-snr": ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {}),
+    "sample-free": ({"prediction_type": "sample", "clip_sample": False}, {}),
+    "dynamic": ({"thresholding": True}, {}),
+}
 
 
 def assert_step_matches(ours: Any, theirs: Any, *, a: float, scale: float) -> None:
@@ -59,3 +76,29 @@ def tiny_dit_pipeline() -> DiTPipeline:
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Draw a normal tensor from a generator of its own."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def x_and_m(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = shape or SHAPE
+    return normal(*shape, seed=1), normal(*shape, seed=2)
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(pipeline: Any, steps: int = 8, batch: int = 2, seed: int = 5, **options: Any) -> Any:
+    """Draw images; return them and what the generator would draw next."""
+    generator = torch.Generator().manual_seed(seed)
+    images = pipeline(
+        batch_size=batch, generator=generator, num_inference_steps=steps, output_type="np", **options
+    ).images
+    return images, generator.get_state()
+
+
+def assert_same_images(ours: Any, theirs: Any, steps: int = 8, **options: Any) -> None:
+    (actual, left), (expected, expected_left) = (generate(pipe, steps, **options) for pipe in (ours, theirs))
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=LOOP_ATOL)
+    assert torch.equal(left, expected_left)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,9 +15,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
-    DiTPipeline,
     PNDMScheduler,
-    UNet2DConditionModel,
 )
 
 from fastddpm.integrations import accelerate
@@ -27,56 +24,17 @@ from fastddpm.integrations.diffusers import (
     FastDDIMScheduler,
     FastDDPMPipeline,
     FastDDPMScheduler,
-    native_unet,
 )
 from fastddpm.sampling.sampler import StepResult
-from fastddpm.unet.inference import UNetInference
-from fastddpm.unet.unet import UNet
-from tests.integrations.diffusers.cases import normal, tiny_dit_pipeline, tiny_unet
+from tests.integrations.diffusers.cases import (
+    DDPM_VARIANTS,
+    LOOP_ATOL,
+    assert_same_images,
+    quiet,
+    tiny_dit_pipeline,
+    tiny_unet,
+)
 
-# Images in [0, 1] of whole loops, of the same seed.
-LOOP_ATOL = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def quiet(pipeline: Any) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def generate(pipeline: Any, steps: int = 8, batch: int = 2, seed: int = 5, **options: Any) -> Any:
-    """Draw images; return them and what the generator would draw next."""
-    generator = torch.Generator().manual_seed(seed)
-    images = pipeline(
-        batch_size=batch, generator=generator, num_inference_steps=steps, output_type="np", **options
-    ).images
-    return images, generator.get_state()
-
-
-def assert_same_images(ours: Any, theirs: Any, steps: int = 8, **options: Any) -> None:
-    (actual, left), (expected, expected_left) = (generate(pipe, steps, **options) for pipe in (ours, theirs))
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=LOOP_ATOL)
-    assert torch.equal(left, expected_left)
-
-
-DDPM_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "default": ({}, {}),
-    "trailing-large": ({"timestep_spacing": "trailing", "variance_type": "fixed_large"}, {}),
-    "offset": ({"steps_offset": 1}, {}),
-    "learned_range": ({"variance_type": "learned_range"}, {"out_channels": 2}),
-    "v-snr": ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {}),
-    "epsilon-snr": ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {}),
-    "sample-free": ({"prediction_type": "sample", "clip_sample": False}, {}),
-    "dynamic": ({"thresholding": True}, {}),
-}
 DDIM_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {"eta": 0.0}),
     "eta": ({"set_alpha_to_one": False}, {"eta": 0.8}),
@@ -181,77 +139,6 @@ def test_callback_sees_every_step_and_may_edit_it(config: dict[str, Any]) -> Non
     assert np.all(images == 0.75)
 
 
-def test_class_labels_reach_the_network() -> None:
-    unet = tiny_unet(num_class_embeds=4)
-    fast = quiet(FastDDPMPipeline(unet, DDPMScheduler()))
-    labelled = fast(seeds=[1, 1], class_labels=[0, 3], num_inference_steps=4, output_type="np").images
-    assert np.abs(labelled[0] - labelled[1]).max() > 1e-3
-    one = fast(seeds=[1], class_labels=3, num_inference_steps=4, output_type="np").images
-    np.testing.assert_allclose(one[0], labelled[1], rtol=0, atol=LOOP_ATOL)
-    stepwise = quiet(FastDDPMPipeline(unet, DDPMScheduler(thresholding=True)))
-    assert stepwise(seeds=[1, 2], class_labels=[0, 3], num_inference_steps=2, output_type="np").images.shape[0] == 2
-    for pipe in (fast, DDPMPipeline(unet, DDPMScheduler())):
-        with pytest.raises(ValueError, match="class_labels should be provided"):
-            pipe(num_inference_steps=2)
-    with pytest.raises(ValueError, match="no class embedding"):
-        quiet(FastDDPMPipeline(tiny_unet(), DDPMScheduler()))(class_labels=1, num_inference_steps=2)
-
-
-@pytest.mark.parametrize("variant", ["default", "learned_range", "dynamic"])
-def test_guidance_mixes_the_predictions_with_and_without_a_label(variant: str) -> None:
-    config, unet_options = DDPM_VARIANTS[variant]
-    unet, w, label, null = tiny_unet(num_class_embeds=4, **unet_options), 2.5, 1, 3
-    fast = accelerate(quiet(DDPMPipeline(unet, DDPMScheduler(**config))), null_class=null)
-    images, state = generate(fast, steps=4, class_labels=label, guidance=w)
-    generator, theirs = torch.Generator().manual_seed(5), DDPMScheduler(**config)
-    theirs.set_timesteps(4)
-    x = torch.randn(2, 1, 8, 8, generator=generator)
-    for t in theirs.timesteps:
-        with torch.no_grad():
-            m, m_null = (unet(x, t, class_labels=torch.full((2,), k)).sample for k in (label, null))
-        m[:, :1] = m_null[:, :1] + w * (m[:, :1] - m_null[:, :1])
-        x = theirs.step(m, t, x, generator=generator).prev_sample
-    np.testing.assert_allclose(images[..., 0], (x[:, 0] / 2 + 0.5).clamp(0, 1), rtol=0, atol=LOOP_ATOL)
-    assert torch.equal(state, generator.get_state())
-
-
-def test_guidance_says_what_it_lacks() -> None:
-    fast = quiet(FastDDPMPipeline(tiny_unet(num_class_embeds=4), DDPMScheduler()))
-    for call, words in (
-        ({"class_labels": 1, "guidance": 2.0}, r"null_class= to fastddpm\.accelerate"),
-        ({"class_labels": 1, "guidance": float("nan")}, "finite"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            fast(num_inference_steps=2, **call)
-    with pytest.raises(ValueError, match="needs class_labels"):
-        quiet(FastDDPMPipeline(tiny_unet(), DDPMScheduler()))(num_inference_steps=2, guidance=2.0)
-
-
-def test_unet_in_data_parallel_is_looked_through() -> None:
-    theirs = quiet(DDPMPipeline(tiny_unet(), DDPMScheduler()))
-    wrapped = DDPMPipeline(torch.nn.DataParallel(theirs.unet), DDPMScheduler())
-    assert_same_images(quiet(accelerate(wrapped)), theirs, steps=3)
-    fast = quiet(FastDDPMPipeline(tiny_unet(), DDPMScheduler()))
-    fast.unet = torch.nn.DataParallel(theirs.unet)
-    assert_same_images(fast, theirs, steps=3)
-
-
-def test_compiled_unet_is_called_as_it_is() -> None:
-    theirs = quiet(DDPMPipeline(tiny_unet(), DDPMScheduler()))
-    compiled = DDPMPipeline(torch.compile(theirs.unet, backend="eager"), DDPMScheduler())
-    assert_same_images(quiet(accelerate(compiled)), theirs, steps=3)
-
-
-def test_unet_with_labels_of_its_own_runs_as_in_diffusers() -> None:
-    unet, labels = tiny_unet(num_class_embeds=4), torch.tensor([0, 3])
-    forward = unet.forward
-    unet.forward = lambda x, t, **options: forward(x, t, class_labels=labels, **options)
-    images, state = generate(quiet(FastDDPMPipeline(unet, DDPMScheduler())))
-    expected, expected_state = generate(quiet(DDPMPipeline(unet, DDPMScheduler())))
-    np.testing.assert_allclose(images, expected, rtol=0, atol=LOOP_ATOL)
-    assert torch.equal(state, expected_state)
-
-
 def test_pipelines_refuse_what_diffusers_refuses_with_its_exception() -> None:
     short = [torch.Generator()]
     short_of_three = [torch.Generator(), torch.Generator()]
@@ -277,17 +164,6 @@ def test_pipeline_refuses_two_sources_of_noise_and_foreign_schedulers() -> None:
     fast.scheduler = PNDMScheduler()
     with pytest.raises(TypeError, match="PNDMScheduler"):
         fast(num_inference_steps=2)
-
-
-def test_network_errors_reach_the_caller_as_they_were_raised() -> None:
-    class Failing(torch.nn.Module):
-        def forward(self, *_: Any, **__: Any) -> None:
-            raise KeyError("lost")
-
-    unet = tiny_unet()
-    unet.mid_block = Failing()
-    with pytest.raises(KeyError, match="lost"):
-        quiet(FastDDPMPipeline(unet, DDPMScheduler()))(num_inference_steps=2)
 
 
 def test_pipeline_follows_weights_schedulers_and_copies() -> None:
@@ -321,98 +197,6 @@ def test_threads_that_share_a_pipeline_get_the_steps_that_they_asked_for(config:
         drawn = list(pool.map(draw, counts))
     for steps, images in zip(counts, drawn, strict=True):
         assert torch.equal(images, expected[steps])
-
-
-def test_pipeline_runs_half_precision_with_a_float32_state() -> None:
-    theirs = quiet(DDPMPipeline(tiny_unet(), DDPMScheduler()))
-    expected, _ = generate(theirs, 4)
-    low = quiet(FastDDPMPipeline(tiny_unet().to(torch.bfloat16), DDPMScheduler()))
-    actual, _ = generate(low, 4)
-    assert actual.dtype == np.float32
-    # The network alone rounds to 8 bits, and so does the noise that it is given.
-    assert np.abs(actual - expected).mean() < 0.02
-
-
-def test_native_unet_shares_parameters_and_computes_the_same() -> None:
-    unet = tiny_unet(num_class_embeds=3, resnet_time_scale_shift="scale_shift")
-    native = native_unet(unet)
-    assert isinstance(native, UNet)
-    theirs = dict(unet.named_parameters())
-    assert all(parameter is theirs[name] for name, parameter in native.named_parameters())
-    x, t, labels = normal(2, 1, 8, 8, seed=1), torch.tensor([3, 900]), torch.tensor([0, 2])
-    with torch.no_grad():
-        torch.testing.assert_close(native(x, t, labels), unet(x, t, labels).sample, rtol=1e-5, atol=1e-5)
-
-
-def test_pipelines_run_the_sampling_form_of_a_unet_that_is_ours_too() -> None:
-    fast = accelerate(quiet(DDPMPipeline(tiny_unet(), DDPMScheduler())))
-    generate(fast, steps=2)
-    sampler = fast._samplers.kept[0].sampler
-    ((step, _),) = sampler._steps._idle
-    assert isinstance(step.network, UNetInference)
-
-
-def test_native_unet_leaves_alone_what_it_cannot_express() -> None:
-    assert native_unet(torch.nn.Linear(2, 2)) is None
-    assert native_unet(tiny_unet(time_embedding_type="fourier")) is None
-    assert native_unet(tiny_unet(class_embed_type="timestep")) is None
-    hooked = tiny_unet()
-    hooked.mid_block.register_forward_hook(lambda *_: None)
-    assert native_unet(hooked) is None
-    replaced = tiny_unet()
-    replaced.conv_out = torch.nn.Sequential(replaced.conv_out)
-    assert native_unet(replaced) is None
-    patched = tiny_unet()
-    patched.conv_in.forward = lambda x: x
-    assert native_unet(patched) is None
-
-
-def test_whole_loop_takes_any_unet2d_model() -> None:
-    theirs = quiet(DDPMPipeline(tiny_unet(time_embedding_type="fourier"), DDPMScheduler()))
-    fast = accelerate(theirs)
-    assert_same_images(fast, theirs, steps=4)
-    assert fast._native == (theirs.unet, None)
-
-
-def test_conditional_pipeline_runs_with_our_scheduler() -> None:
-    theirs = quiet(tiny_dit_pipeline())
-    ours = accelerate(theirs)
-    assert type(ours) is DiTPipeline
-    assert isinstance(ours.scheduler, FastDDIMScheduler)
-    assert type(theirs.scheduler) is DDIMScheduler
-    images = [
-        pipe([1, 3], generator=torch.Generator().manual_seed(1), num_inference_steps=5, output_type="np").images
-        for pipe in (ours, theirs)
-    ]
-    np.testing.assert_allclose(images[0], images[1], rtol=0, atol=LOOP_ATOL)
-
-
-def test_conditional_unet_runs_in_a_guided_loop_with_our_scheduler() -> None:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=2,
-        cross_attention_dim=4,
-        attention_head_dim=4,
-    ).eval()
-    prompts = normal(2, 3, 4, seed=1)
-    images = []
-    for scheduler in (FastDDPMScheduler(), DDPMScheduler()):
-        scheduler.set_timesteps(5)
-        generator = torch.Generator().manual_seed(2)
-        x = torch.randn(1, 1, 8, 8, generator=generator)
-        for t in scheduler.timesteps:
-            with torch.no_grad():
-                conditional, unconditional = unet(torch.cat([x, x]), t, prompts).sample.chunk(2)
-            x = scheduler.step(unconditional + 3 * (conditional - unconditional), t, x, generator=generator).prev_sample
-        images.append(x)
-    torch.testing.assert_close(images[0], images[1], rtol=0, atol=LOOP_ATOL)
 
 
 def test_accelerate_takes_schedulers_and_refuses_the_rest() -> None:

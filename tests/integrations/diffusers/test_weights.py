@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,6 @@ from diffusers.training_utils import EMAModel
 
 from fastddpm.integrations.diffusers import FastDDPMPipeline
 from tests.integrations.diffusers.cases import normal, tiny_unet
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Evaluation:
