@@ -56,28 +56,45 @@ class LoopEngine:
 
 
 class GraphPool:
-    """The memory pool and the side stream that all CUDA graphs of one sampler share.
+    """The memory pool and the streams that all CUDA graphs of one sampler share.
 
     Sharing is safe because nothing in the pool outlives a replay: results are in buffers allocated outside of it, and
     a sampler never lets two replays overlap. A pool whose last graph is gone must not be used again (PyTorch asserts).
+
+    A graph keeps the address of the workspace that cuBLAS had on its stream. So steps warm up on another stream than
+    they are captured on, and the workspace is first made inside a capture, in the pool; and because resetting a graph
+    frees the workspace of its stream (PyTorch issue 193402), a graph is reset only when no other is in use.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream: torch.cuda.Stream | None = None
+        self.retired: list[torch.cuda.CUDAGraph] = []
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._handle: Any = None
-        self._graphs = 0
+        self._in_use = 0
+
+    def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """Return the stream to warm up on, and the one to capture on: pools share memory between graphs of one only."""
+        if self._streams is None:
+            self._streams = (torch.cuda.Stream(), torch.cuda.Stream())
+        return self._streams
 
     def acquire(self) -> Any:
         """Return the pool's handle for one more graph."""
-        if self._graphs == 0:
+        if self._in_use == 0:
             self._handle = torch.cuda.graph_pool_handle()
-        self._graphs += 1
+        self._in_use += 1
         return self._handle
 
-    def release(self) -> None:
-        """Tell that one graph less uses the pool."""
-        self._graphs -= 1
+    def release(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Take back a graph that will not be replayed again; one whose capture failed too."""
+        self.retired.append(graph)
+        self._in_use -= 1
+        if self._in_use == 0:
+            # A replay may still be running, on whichever stream was current then.
+            torch.cuda.synchronize(self.device)
+            while self.retired:
+                self.retired.pop().reset()
 
 
 class CudaGraphEngine:
@@ -97,8 +114,7 @@ class CudaGraphEngine:
         pool = self._pool
         with _CAPTURE_LOCK, torch.cuda.device(pool.device):
             current = torch.cuda.current_stream()
-            # Pools share memory between graphs only when all were captured on one stream.
-            side = pool.stream = pool.stream or torch.cuda.Stream()
+            side, recorded = pool.streams()
             side.wait_stream(current)
             try:
                 with torch.cuda.stream(side):
@@ -112,7 +128,7 @@ class CudaGraphEngine:
                 # No other stream may free memory in the middle of a capture, and cached blocks are better returned.
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
-                with torch.cuda.stream(side):
+                with torch.cuda.stream(recorded):
                     self._graph = self._record(step)
             finally:
                 current.wait_stream(side)
@@ -133,7 +149,9 @@ class CudaGraphEngine:
                 raise
             graph.capture_end()
         except BaseException:
-            self._pool.release()
+            # Fails where CUDA has failed; what ended the capture is the error to report.
+            with contextlib.suppress(RuntimeError):
+                self._pool.release(graph)
             raise
         return graph
 
@@ -145,11 +163,8 @@ class CudaGraphEngine:
     def reset(self) -> None:
         if self._graph is None:
             return
-        # A replay may still be running, on whichever stream was current then.
-        torch.cuda.synchronize(self._pool.device)
-        self._graph.reset()
-        self._graph = None
-        self._pool.release()
+        graph, self._graph = self._graph, None
+        self._pool.release(graph)
 
 
 @contextlib.contextmanager

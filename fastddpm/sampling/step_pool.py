@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -66,7 +67,10 @@ class StepPool:
                 torch.cuda.current_stream().wait_event(self._last_use)
             try:
                 yield
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                # Its frames hold what the network had computed.
+                if error.__cause__ is not None:
+                    traceback.clear_frames(error.__cause__.__traceback__)
                 self.clear()
                 raise
             finally:
@@ -94,6 +98,8 @@ class StepPool:
             # Fails as well where CUDA has failed; what ended the run is the error to report.
             with contextlib.suppress(RuntimeError), self.turn():
                 engine.reset()
+            # The error's frames hold the step; its buffers go now.
+            vars(step).clear()
             raise
         else:
             self._take_back(step, engine, generation)
@@ -122,6 +128,9 @@ class StepPool:
             self._idle.append((step, engine))
             if len(self._idle) > MAX_IDLE:
                 self._idle.pop(0)[1].reset()
+            if len(self._graphs.retired) > MAX_IDLE:
+                # They go when the last one in use does.
+                self.clear()
 
     def _build(self, key: StepKey) -> Prepared:
         options = self._options

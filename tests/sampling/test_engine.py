@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,17 +131,24 @@ def test_tape_refuses_a_host_read(read: Callable[[Tensor], Any]) -> None:
 
 
 class FakeCuda:
-    """Stands in for torch.cuda: records what a capture calls, in order, and which stream is current."""
+    """Stands in for torch.cuda: records what a capture calls, in order, which stream is current, and workspaces.
+
+    As in PyTorch, cuBLAS makes a workspace at the first product on a stream: within a capture in the graph's pool,
+    else in general memory. A graph keeps its address; `reset` frees the workspace of the stream that it was captured
+    on, and memory of a pool is gone with the pool's last graph.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
         self.current = "main"
         self.pools = 0
-        cuda = self
+        self.workspaces: dict[str, SimpleNamespace] = {}
+        self.capturing: Any = None
+        cuda, names = self, iter(("side", "capture"))
 
         class Stream:
-            def __init__(self, name: str = "side") -> None:
-                self.name = name
+            def __init__(self, name: str | None = None) -> None:
+                self.name = name or next(names)
 
             def wait_stream(self, other: Any) -> None:
                 cuda.calls.append(f"{self.name} waits for {other.name}")
@@ -148,19 +156,30 @@ class FakeCuda:
         class Graph:
             def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
                 cuda.calls.append(f"begin on {cuda.current} in pool {pool}")
+                self.stream, self.pool, self.workspaces, cuda.capturing = cuda.current, pool, [], self
+                cuda.live.append(self)
 
             def capture_end(self) -> None:
                 cuda.calls.append("end")
+                cuda.capturing = None
                 if cuda.end_fails:
                     raise RuntimeError("capture was invalidated")
 
             def replay(self) -> None:
                 cuda.calls.append("replay")
+                assert not any(workspace.freed for workspace in self.workspaces), "illegal memory access"
 
             def reset(self) -> None:
                 cuda.calls.append("reset")
+                cuda.live.remove(self)
+                assert self.stream not in [graph.stream for graph in cuda.replayed], "a graph of this stream is in use"
+                workspace = cuda.workspaces.pop(self.stream, None)
+                if workspace is not None and workspace.pool is None:
+                    workspace.freed = True
 
         self.end_fails = False
+        self.live: list[Any] = []
+        self.replayed: list[Any] = []
 
         @contextlib.contextmanager
         def stream(s: Stream) -> Iterator[None]:
@@ -188,8 +207,15 @@ class FakeCuda:
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
+    def product(self) -> None:
+        """A step that multiplies matrices."""
+        pool = None if self.capturing is None else self.capturing.pool
+        workspace = self.workspaces.setdefault(self.current, SimpleNamespace(pool=pool, freed=False))
+        if self.capturing is not None:
+            self.capturing.workspaces.append(workspace)
 
-def test_cuda_graph_warms_up_on_the_side_stream_and_captures_there(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_cuda_graph_warms_up_on_one_stream_and_captures_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     engine = CudaGraphEngine(GraphPool(torch.device("cuda", 0)))
     engine.capture(lambda: cuda.calls.append(f"step on {cuda.current}"), lambda: cuda.calls.append("rewind"))
@@ -204,8 +230,8 @@ def test_cuda_graph_warms_up_on_the_side_stream_and_captures_there(monkeypatch: 
         "rewind",
         "synchronize",
         "empty_cache",
-        "begin on side in pool 1",
-        "step on side",
+        "begin on capture in pool 1",
+        "step on capture",
         "end",
         "main waits for side",
         "replay",
@@ -226,11 +252,11 @@ def test_cuda_graph_restores_the_stream_when_a_capture_fails(monkeypatch: pytest
     with pytest.raises(ValueError, match="reads a value"):
         CudaGraphEngine(pool).capture(step, ignore)
     assert cuda.current == "main"
-    assert cuda.calls[-2:] == ["end", "main waits for side"]
+    assert cuda.calls[-4:] == ["end", "synchronize", "reset", "main waits for side"]
     # The pool has no graph now, and the next one gets a new pool.
     cuda.end_fails = False
     CudaGraphEngine(pool).capture(ignore, ignore)
-    assert "begin on side in pool 2" in cuda.calls
+    assert "begin on capture in pool 2" in cuda.calls
 
 
 def test_cuda_graphs_share_a_pool_until_the_last_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,11 +269,35 @@ def test_cuda_graphs_share_a_pool_until_the_last_is_gone(monkeypatch: pytest.Mon
     second.reset()
     third.capture(ignore, ignore)
     assert [call for call in cuda.calls if call.startswith("begin")] == [
-        "begin on side in pool 1",
-        "begin on side in pool 1",
-        "begin on side in pool 2",
+        "begin on capture in pool 1",
+        "begin on capture in pool 1",
+        "begin on capture in pool 2",
     ]
     assert cuda.calls.count("reset") == 2
+
+
+def test_a_graph_outlives_the_resets_and_failures_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    pool = GraphPool(torch.device("cuda", 0))
+    first, second, third = (CudaGraphEngine(pool) for _ in range(3))
+    first.capture(cuda.product, ignore)
+    second.capture(cuda.product, ignore)
+    cuda.replayed = [second._graph]
+    first.reset()
+    steps = iter([None, None, None, ValueError("the model reads a value")])
+
+    def fails() -> None:
+        if (error := next(steps)) is not None:
+            raise error
+
+    with pytest.raises(ValueError, match="reads a value"):
+        third.capture(fails, ignore)
+    second.replay()
+    assert "reset" not in cuda.calls
+    cuda.replayed = []
+    second.reset()
+    assert cuda.calls.count("reset") == 3
+    assert not cuda.live
 
 
 @pytest.mark.gpu

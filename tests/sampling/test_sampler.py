@@ -598,6 +598,17 @@ def test_out_of_memory_names_the_sizes_and_the_next_call_works(error: Exception)
     assert s.sample(seeds=range(2)).shape == (2, *SHAPE)
 
 
+def test_out_of_memory_frees_the_buffers_while_its_error_is_kept() -> None:
+    s = sampler(Breaks(1, torch.OutOfMemoryError("CUDA out of memory")).eval())
+    made: list[Any] = []
+    build = s._steps._build
+    s._steps._build = lambda key: made.append(weakref.ref((pair := build(key))[0].x_in)) or pair  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        s.sample(seeds=[1])
+    assert caught.value.__traceback__ is not None
+    assert [ref() for ref in made] == [None]
+
+
 def test_cuda_error_says_to_start_a_new_process() -> None:
     s = sampler(Breaks(1, RuntimeError("CUDA error: an illegal memory access was encountered")).eval())
     with pytest.raises(SamplingError, match="start a new one"):
