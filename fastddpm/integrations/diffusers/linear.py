@@ -8,6 +8,7 @@ arithmetic, for every option that it has, and with no formula written twice. The
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -74,14 +75,29 @@ class LinearScheduler(NamedAsOriginal, ABC):
     num_inference_steps: int | None
     step_index: int | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_original" not in vars(cls):
+            return
+        choose: Any = cls._original.set_timesteps  # type: ignore[attr-defined]
+
+        # With the original's signature, at which pipelines look.
+        @functools.wraps(choose)
+        def set_timesteps(self: Any, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
+            if num_inference_steps is not None:
+                integer("num_inference_steps", num_inference_steps, 1)
+            choose(self, num_inference_steps, *args, **kwargs)
+
+        cls.set_timesteps = set_timesteps  # type: ignore[attr-defined]
+
     @abstractmethod
     def respond(self, timestep: Any) -> tuple[Tensor, Any]:
         """Return the rows of the next step, and a copy of this scheduler that has taken it."""
 
     @property
     def is_linear(self) -> bool:
-        """Whether steps are what rows can express; dynamic thresholding is not."""
-        return not getattr(self.config, "thresholding", False)
+        """Whether steps are what rows can express, made where the sigmas are; dynamic thresholding is not."""
+        return not getattr(self.config, "thresholding", False) and self.sigmas.device.type == "cpu"
 
     def is_fused(self, model_output: Tensor, sample: Tensor) -> bool:
         """Whether the fused operation takes the step; diffusers' own takes the others."""
@@ -101,12 +117,6 @@ class LinearScheduler(NamedAsOriginal, ABC):
     def fits_a_table(self) -> bool:
         """Whether rows express a run; of an output with a variance, only steps take the half that they need."""
         return self.is_linear and getattr(self.config, "variance_type", None) not in LEARNED
-
-    def set_timesteps(self, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
-        """Choose the timesteps; see the original's method."""
-        if num_inference_steps is not None:
-            integer("num_inference_steps", num_inference_steps, 1)
-        super().set_timesteps(num_inference_steps, *args, **kwargs)  # type: ignore[misc]
 
     def remember(self, timestep: Any, x_0: Tensor, x_t: Tensor) -> None:
         """Keep what later steps need of this one."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
@@ -15,10 +16,10 @@ from diffusers import (
 
 from fastddpm.integrations import accelerate
 from fastddpm.integrations.diffusers import (
-    FastDDIMScheduler,
     FastDDPMPipeline,
     FastDDPMScheduler,
 )
+from fastddpm.integrations.diffusers.schedulers import FAST_FORM
 from tests.integrations.diffusers.cases import (
     DDPM_VARIANTS,
     LOOP_ATOL,
@@ -86,16 +87,18 @@ def test_unet_with_labels_of_its_own_runs_as_in_diffusers() -> None:
     assert torch.equal(state, expected_state)
 
 
-def test_conditional_pipeline_runs_with_our_scheduler() -> None:
+@pytest.mark.parametrize("original", FAST_FORM, ids=lambda original: original.__name__)
+def test_conditional_pipeline_runs_with_our_scheduler(original: Any) -> None:
     theirs = quiet(tiny_dit_pipeline())
+    theirs.scheduler = original.from_config(theirs.scheduler.config)
     ours = accelerate(theirs)
     assert type(ours) is DiTPipeline
-    assert isinstance(ours.scheduler, FastDDIMScheduler)
-    assert type(theirs.scheduler) is DDIMScheduler
-    images = [
-        pipe([1, 3], generator=torch.Generator().manual_seed(1), num_inference_steps=5, output_type="np").images
-        for pipe in (ours, theirs)
-    ]
+    assert type(ours.scheduler) is FAST_FORM[original]
+    assert type(theirs.scheduler) is original
+    images = []
+    for pipe in (ours, theirs):
+        torch.manual_seed(1)
+        images.append(pipe([1, 3], num_inference_steps=5, output_type="np").images)
     np.testing.assert_allclose(images[0], images[1], rtol=0, atol=LOOP_ATOL)
 
 

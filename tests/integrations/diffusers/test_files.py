@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import subprocess
@@ -22,6 +23,7 @@ from diffusers import (
 )
 
 from fastddpm.integrations.diffusers import FastDDIMPipeline, FastDDIMScheduler, FastDDPMPipeline, FastDDPMScheduler
+from fastddpm.integrations.diffusers.schedulers import FAST_FORM
 from tests.integrations.diffusers.cases import SHAPE, normal, tiny_unet
 
 CONFIG = {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 2.0, "timestep_spacing": "trailing"}
@@ -120,3 +122,10 @@ def test_saved_pipeline_loads_in_a_process_without_fastddpm(tmp_path: Path) -> N
     assert result.stdout.split() == ["DDPMPipeline", "DDPMScheduler", "diffusers.schedulers.scheduling_ddpm"], (
         result.stderr
     )
+
+
+@pytest.mark.parametrize("fast", FAST_FORM.values(), ids=lambda fast: fast._original.__name__)
+def test_methods_have_the_signatures_at_which_pipelines_look(fast: Any) -> None:
+    for name in ("step", "set_timesteps", "scale_model_input", "add_noise"):
+        ours, theirs = (inspect.signature(getattr(kind, name)).parameters.values() for kind in (fast, fast._original))
+        assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name

@@ -230,6 +230,18 @@ def test_files_configs_and_copies_are_those_of_the_original(fast: Any, tmp_path:
         torch.testing.assert_close(run(pickle.loads(pickle.dumps(other)), 5)[0], expected, rtol=0, atol=ATOL)
 
 
+def test_custom_timesteps_are_taken() -> None:
+    timesteps = [999, 700, 450, 200, 40]
+    results = []
+    for scheduler in (FastDPMSolverMultistepScheduler(), FastDPMSolverMultistepScheduler._original()):
+        scheduler.set_timesteps(timesteps=timesteps)
+        x = normal(*SHAPE, seed=1)
+        for t in scheduler.timesteps:
+            x = scheduler.step(predict(scheduler, x, t), t, x).prev_sample
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=0, atol=ATOL)
+
+
 @EACH
 def test_bad_input_raises_what_diffusers_raises(fast: Any) -> None:
     x = normal(*SHAPE, seed=1)
