@@ -142,13 +142,14 @@ def _lucidrains(case: Case) -> Prepared:
     return Prepared(run, evaluate)
 
 
-def _fastddpm(case: Case, dtype: torch.dtype) -> Prepared:
+def fastddpm_loop(case: Case, dtype: torch.dtype, *, compile: bool = True, cuda_graph: bool | str = "auto") -> Prepared:
+    """The sampler, its options as `Sampler` takes them."""
     if case.sampler == "ddim":
         table = ddim_table(schedule(), steps=case.steps, spacing=loop_gate.spacing(case), rederive_eps=False)
     else:
         table = ddpm_table(schedule(), steps=case.steps, spacing=loop_gate.spacing(case))
     model = networks.build(case.network)
-    sampler = Sampler(model, table, case.shape, device=case.device, dtype=dtype, compile=True)
+    sampler = Sampler(model, table, case.shape, device=case.device, dtype=dtype, compile=compile, cuda_graph=cuda_graph)
     labels = networks.labels(case.network, case.batch)
     seeds = list(range(case.batch))
 
@@ -224,8 +225,10 @@ BENCHMARK = Benchmark(
             skips=openvino.skips,
             tolerance=openvino.BF16_TOLERANCE,
         ),
-        Provider("fastddpm", lambda c: _fastddpm(c, _F32), compiled=True, skips=_ours, sweep=True),
-        Provider("fastddpm, bf16", lambda c: _fastddpm(c, _BF16), "bfloat16", compiled=True, skips=_ours, sweep=True),
+        Provider("fastddpm", lambda c: fastddpm_loop(c, _F32), compiled=True, skips=_ours, sweep=True),
+        Provider(
+            "fastddpm, bf16", lambda c: fastddpm_loop(c, _BF16), "bfloat16", compiled=True, skips=_ours, sweep=True
+        ),
     ),
     cases=cases,
     check=loop_gate.check,

@@ -100,5 +100,10 @@ def number(
 
 def _bounds(**bounds: float | None) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    written = [f"{signs[name]} {bound}" for name, bound in bounds.items() if bound is not None]
+    written = [f"{signs[name]} {_written(bound)}" for name, bound in bounds.items() if bound is not None]
     return f" {' and '.join(written)}" if written else ""
+
+
+def _written(bound: float) -> str:
+    word = isinstance(bound, int) and bound >= 1 << 31 and bound & (bound + 1) == 0
+    return f"2**{int(bound).bit_length()} - 1" if word else str(bound)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -62,43 +62,18 @@ def _exp(y):
     return horner(r, EXP_POLY, 7) * power
 
 
-class Row(NamedTuple):
-    """The columns of a table row, in their order in memory."""
-
-    a: Any
-    b: Any
-    lo: Any
-    hi: Any
-    c_x0: Any
-    c_xt: Any
-    c_m: Any
-    c_1: Any
-    sigma: Any
-    h0: Any
-    h1: Any
-    w: Any
-    c_2: Any
-    c_3: Any
-
-
+# The columns of a table row, in their order in memory.
+Row = namedtuple("Row", "a b lo hi c_x0 c_xt c_m c_1 sigma h0 h1 w c_2 c_3")
 COLUMNS = tl.constexpr(len(Row._fields))
-
-
-@triton.jit
-def _column(ptr, K: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
-    return per_row(tl.load(ptr + K), BLOCK_G, TILE)
 
 
 @triton.jit
 def _row(ptr, BLOCK_G: tl.constexpr, TILE: tl.constexpr):
     """Load a row; the columns that nothing reads are never loaded."""
-    return Row(
-        _column(ptr, 0, BLOCK_G, TILE), _column(ptr, 1, BLOCK_G, TILE), _column(ptr, 2, BLOCK_G, TILE),
-        _column(ptr, 3, BLOCK_G, TILE), _column(ptr, 4, BLOCK_G, TILE), _column(ptr, 5, BLOCK_G, TILE),
-        _column(ptr, 6, BLOCK_G, TILE), _column(ptr, 7, BLOCK_G, TILE), _column(ptr, 8, BLOCK_G, TILE),
-        _column(ptr, 9, BLOCK_G, TILE), _column(ptr, 10, BLOCK_G, TILE), _column(ptr, 11, BLOCK_G, TILE),
-        _column(ptr, 12, BLOCK_G, TILE), _column(ptr, 13, BLOCK_G, TILE),
-    )  # fmt: skip
+    columns = ()  # type: tuple
+    for k in tl.static_range(COLUMNS):
+        columns += (per_row(tl.load(ptr + k), BLOCK_G, TILE),)
+    return Row(*columns)
 
 
 @triton.jit
@@ -231,25 +206,6 @@ def _p_sample_kernel(
             store(low_ptr, base, low_index, x_prev, live, n, plane, CHANNELS, channel, LOW_ACCESS)
 
 
-class Geometry(NamedTuple):
-    """How a shape is launched, a pure function of it."""
-
-    plane: int
-    groups: int
-    channels: int
-    repeat: int
-    grid: tuple[int, int, int]
-
-
-def geometry(batch: int, n: int, channels: int, nhwc: bool, aligned: bool) -> Geometry:
-    """Counts and grid for ``batch`` samples of n elements, of which ``channels`` matter only if channels-last."""
-    channels = channels if nhwc else 1
-    plane = n // channels // 4 if aligned else n // channels
-    groups = plane if aligned else -(-n // 4)
-    repeat = 1 if nhwc and aligned else repeats(batch, groups)
-    return Geometry(plane, groups, channels, repeat, launch_grid(batch, groups, repeat))
-
-
 def p_sample_launch(
     x_t: Tensor,
     m: Tensor,
@@ -283,16 +239,18 @@ def p_sample_launch(
     nhwc = m_nhwc or low_nhwc
     channels = x_t.shape[1] if nhwc else 1
     aligned = is_aligned(n // channels, x_t, m, given, ring, out, x0_out, low_out)
-    geom = geometry(batch, n, channels, nhwc, aligned)
+    count = n // channels // 4 if aligned else n // channels
+    groups = count if aligned else -(-n // 4)
+    repeat = 1 if nhwc and aligned else repeats(batch, groups)
     words, strides, stream = split_words(noise, batch)
     values = (
         x_t, m, given, ring, out, x0_out, low_out, rows, row, *words,
-        batch, geom.plane, geom.repeat, sample_stride(row, batch), *strides, stream,
+        batch, count, repeat, sample_stride(row, batch), *strides, stream,
     )  # fmt: skip
     flags = {
-        "CLIP": clip, "LEARNED": learned, "GUIDED": guided, "USE_M": use_m,
-        "HISTORY": history,
+        "CLIP": clip, "LEARNED": learned, "GUIDED": guided, "USE_M": use_m, "HISTORY": history,
         "X0_OUT": x0_out is not None, "LOW_OUT": low_out is not None, "M_NHWC": m_nhwc, "LOW_NHWC": low_nhwc,
-        "NOISE": kind, "CHANNELS": geom.channels,
+        "NOISE": kind, "CHANNELS": channels,
     }  # fmt: skip
-    return Launch(_p_sample_kernel, geom.grid, values, flags | tile_constants(geom.groups, aligned))
+    grid = launch_grid(batch, groups, repeat)
+    return Launch(_p_sample_kernel, grid, values, flags | tile_constants(groups, aligned))

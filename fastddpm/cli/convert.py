@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fastddpm.checks import DTYPES
+
 DESCRIPTION = """Convert a model of another library: a diffusers folder (DDPMPipeline or UNet2DModel), a checkpoint of
 OpenAI's improved-diffusion or guided-diffusion, of latent-diffusion, of Ho et al.'s code in PyTorch, or one of
 denoising-diffusion-pytorch. Nothing in a checkpoint is executed: files that hold more than tensors are refused. Its
@@ -23,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("source", type=Path, help="a folder, or a .pt, .pth, .ckpt, .bin or .safetensors file")
     parser.add_argument("destination", type=Path, help="a folder that holds no model yet")
     parser.add_argument("--layout", choices=("flat", "pipeline"), default="flat", help="pipeline: as DDPMPipeline's")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to store (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="to store (default: float32)")
     parser.add_argument("--config", type=Path, help="config.json, for a .pt with the weights of a UNet2DModel")
     parser.add_argument(
         "--weights",

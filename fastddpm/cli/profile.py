@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastddpm.checks import DTYPES
+from fastddpm.cli.parser import COMPILE, positive
+
 if TYPE_CHECKING:
     from fastddpm.diagnostics.profile import Breakdown, Part, RangedSampler
 
 WIDTH = 80
-_COMPILE: Mapping[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 DESCRIPTION = """Run a sampling loop under torch.profiler, write a Chrome trace (open it in chrome://tracing or
 ui.perfetto.dev) with the ranges fastddpm::step, fastddpm::unet and fastddpm::p_sample, and print where its time
 went."""
@@ -24,12 +26,10 @@ def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
     parser = subparsers.add_parser("profile", help="show where a sampling loop's time goes", description=DESCRIPTION)
     parser.add_argument("--model", default="digits", help="shipped model, directory, or cifar10 for a random network")
-    parser.add_argument("--batch", type=_positive, default=16, help="default: 16")
-    parser.add_argument("--steps", type=_positive, default=10, help="default: 10")
+    parser.add_argument("--batch", type=positive, default=16, help="default: 16")
+    parser.add_argument("--steps", type=positive, default=10, help="default: 10")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, ... (default: ddpm)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the network")
     parser.add_argument(
@@ -38,13 +38,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--trace", type=Path, default=Path("trace.json"), help="default: trace.json")
     parser.add_argument("--ranges-only", action="store_true", help="for nsys and ncu: NVTX ranges, no torch.profiler")
     parser.add_argument("--json", action="store_true", help="print the breakdown as JSON")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,14 +76,13 @@ def _sampler(args: argparse.Namespace, model: Any) -> RangedSampler:
     from fastddpm.sampling.sample import diffusion_of, shape_of
     from fastddpm.tables.by_name import make_table
 
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return RangedSampler(
         model,
         make_table(args.sampler, diffusion_of(model), steps=args.steps),
         shape_of(model),
-        device=device,
+        device=args.device,
         dtype=getattr(torch, args.dtype),
-        compile=_COMPILE[args.compile],
+        compile=COMPILE[args.compile],
         cuda_graph=args.cuda_graph,
         samples_ahead=args.batch,
     )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.checks import printable
+from fastddpm.checks import integer, one_of, printable
 from fastddpm.data import datasets as data
 from fastddpm.files.arrays import read_arrays
 from fastddpm.noise.seeds import as_word
@@ -32,10 +32,8 @@ def draw(name: str, n: int, seed: int = 0) -> Tensor:
     Raises:
         ValueError: the name is unknown, n is not positive, or the seed is out of range.
     """
-    if name not in DATA_SETS:
-        raise ValueError(f"unknown points {name!r}; choose one of {', '.join(DATA_SETS)}")
-    if n < 1:
-        raise ValueError(f"the number of points must be at least 1, got {n}")
+    one_of("points", name, DATA_SETS)
+    n = integer("the number of points", n, 1)
     generator = np.random.Generator(np.random.Philox(key=as_word(seed, "seed", 1 << 64)))
     return torch.from_numpy(DATA_SETS[name](generator, n).astype(np.float32))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fastddpm.checks import one_of
 from fastddpm.errors import BackendUnavailable
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
@@ -135,7 +136,7 @@ def compile_launch(launch: Any, arch: str) -> Compiled:
 def check_arch(arch: str) -> None:
     """Raise ValueError for what is no name of an architecture."""
     if not re.fullmatch(r"sm_\d+|gfx\w+", arch):
-        raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(ARCHITECTURES)}")
+        one_of("architecture", arch, ARCHITECTURES)
 
 
 def _target(arch: str) -> Any:

@@ -13,13 +13,13 @@ from fastddpm import ops
 from fastddpm.checks import one_of
 from fastddpm.errors import SamplingError
 from fastddpm.noise.v1 import STREAM_REVERSE, STREAM_X_T, resolve_seeds
+from fastddpm.ops.checks import DTYPES
 from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import COLUMN
 
 Seeds = int | Sequence[int] | Tensor
 Draw = Callable[[Tensor], Tensor]
-FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Seeding(TypedDict, total=False):
@@ -175,7 +175,7 @@ def fuses(*tensors: Tensor) -> bool:
     """Tell whether fused operations take these tensors; float64 and gradients go through the original's own."""
     # A step that returns x_0 as well cannot be differentiated.
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not differentiated and all(tensor.dtype in FUSED_DTYPES for tensor in tensors)
+    return not differentiated and all(tensor.dtype in DTYPES for tensor in tensors)
 
 
 def draws_randomly(model: nn.Module) -> bool:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from fastddpm.checks import integer
+
 
 def as_word(value: object, name: str, stop: int = 1 << 32) -> int:
     """``value`` as an int in [0, stop); bools and floats are refused rather than converted."""
-    if isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r} ({type(value).__name__})") from None
-    if not 0 <= number < stop:
-        raise ValueError(f"{name} must be in 0 .. 2**{stop.bit_length() - 1} - 1, got {number}")
-    return number
+    return integer(name, value, 0, stop - 1)
 
 
 def _words(values: Iterable[int] | Tensor, name: str, stop: int) -> list[int]:

@@ -9,6 +9,7 @@ import logging
 
 import torch
 
+from fastddpm.checks import one_of
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine.caches import triton
 
@@ -22,8 +23,7 @@ _NO_CPU = "Triton has no CPU backend"
 
 def check_backend(backend: str) -> None:
     """Raise ValueError for a name that is no backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    one_of("backend", backend, BACKENDS)
 
 
 @functools.lru_cache(maxsize=256)

@@ -18,11 +18,10 @@ from fastddpm.machine import hardware, torch_compile
 from fastddpm.machine.caches import inductor
 from fastddpm.machine.devices import resolve_device
 from fastddpm.ops.backend import use_triton
+from fastddpm.ops.checks import DTYPES
 from fastddpm.sampling.model import Model, device_of, dtype_of, null_class_of, num_labels_of
 
 logger = logging.getLogger("fastddpm")
-
-NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Parameters x pixels x network calls after which compilation has repaid itself on a CPU. On two Zen 3 cores compiling
 # 35.7 M parameters takes some 45 s (220 s where Winograd's transforms come in, at batch 16) and saves 40 (34) ms per
@@ -158,7 +157,7 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
     Raises:
         ValueError: the network cannot run in it; the state is float32 in any case.
     """
-    if dtype not in NETWORK_DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}; pass dtype=torch.float32")
     return dtype
 

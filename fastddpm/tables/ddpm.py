@@ -122,6 +122,7 @@ def log_variance_coefficients(schedule: Schedule, variance_type: str) -> tuple[T
     Raises:
         ValueError: the type is unknown.
     """
+    one_of("variance_type", variance_type, VARIANCE_TYPES)
     log_beta, log_beta_tilde = schedule.betas.log(), schedule.posterior_log_variance_clipped
     zero = torch.zeros_like(log_beta)
     if variance_type == "fixed_small":
@@ -130,10 +131,8 @@ def log_variance_coefficients(schedule: Schedule, variance_type: str) -> tuple[T
         return torch.cat([log_beta_tilde[:1], log_beta[1:]]), zero
     if variance_type == "learned":
         return zero, zero + 1.0
-    if variance_type == "learned_range":
-        # log sigma^2 = f log beta + (1 - f) log beta_tilde with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
-        return 0.5 * (log_beta + log_beta_tilde), 0.5 * (log_beta - log_beta_tilde)
-    raise ValueError(f"unknown variance_type {variance_type!r}; choose one of {', '.join(VARIANCE_TYPES)}")
+    # log sigma^2 = f log beta + (1 - f) log beta_tilde with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+    return 0.5 * (log_beta + log_beta_tilde), 0.5 * (log_beta - log_beta_tilde)
 
 
 def _std_coefficients(schedule: Schedule, variance_type: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastddpm.checks import number, one_of
 from fastddpm.schedules.diffusion import check_clip_range
 from fastddpm.schedules.schedule import Schedule
 
@@ -137,8 +138,7 @@ def loss_rows(
     signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
     one, zero = torch.ones_like(signal), torch.zeros_like(signal)
     targets = {"epsilon": (one, zero), "x_0": (zero, one), "v": (signal, -noise)}
-    if prediction_type not in targets:
-        raise ValueError(f"unknown prediction_type {prediction_type!r}; choose one of {', '.join(targets)}")
+    one_of("prediction_type", prediction_type, targets)
     snr = signal**2 / noise**2
     gamma = check_weighting(weighting, gamma)
     weight = one
@@ -154,16 +154,12 @@ def check_weighting(weighting: str, gamma: float | None) -> float | None:
     Raises:
         ValueError: the weighting is unknown, takes no gamma, or gamma is not a positive number.
     """
-    if weighting not in LOSS_WEIGHTINGS:
-        raise ValueError(f"unknown loss weighting {weighting!r}; choose one of {', '.join(LOSS_WEIGHTINGS)}")
-    usual = LOSS_WEIGHTINGS[weighting]
+    usual = LOSS_WEIGHTINGS[one_of("loss weighting", weighting, LOSS_WEIGHTINGS)]
     if gamma is None:
         return usual
     if usual is None:
         raise ValueError(f"the {weighting} weighting has no gamma, got {gamma!r}; use min-snr or p2")
-    if not 0.0 < gamma < float("inf"):
-        raise ValueError(f"gamma must be positive and finite, got {gamma!r}")
-    return gamma
+    return number("gamma", gamma, gt=0)
 
 
 def q_step_rows(schedule: Schedule) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import ops
+from fastddpm.checks import one_of
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.seeds import as_word, resolve_seeds
 from fastddpm.schedules.diffusion import LEARNED
@@ -91,10 +92,8 @@ def ddpm_loss(
         TypeError: x_0 or the model's output has another dtype.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-    if variance_type is not None and variance_type not in LEARNED:
-        raise ValueError(f"variance_type must be one of {', '.join(LEARNED)}, or None; got {variance_type!r}")
+    one_of("reduction", reduction, ("mean", "none"))
+    one_of("trained variance_type", variance_type, (*LEARNED, None))
     device = x_0.device
     tables = _tables(schedule, prediction_type, variance_type, weighting, gamma, device)
     key, ids = resolve_seeds(seed=seed, sample_ids=sample_ids, batch=len(x_0))

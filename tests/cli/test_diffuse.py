@@ -73,7 +73,7 @@ def test_diffuse_refuses_to_overwrite(
     [
         (["--steps", "0"], "num_timesteps must lie in 1..1000000, got 0"),
         (["--steps", "-3"], "num_timesteps must lie in 1..1000000, got -3"),
-        (["--schedule", "cosin"], "unknown beta_schedule 'cosin'; choose one of linear"),
+        (["--schedule", "cosin"], "unknown beta_schedule 'cosin' (did you mean 'cosine'?); choose one of linear"),
         (["--schedule", "linear_rescaled"], "use the cosine schedule for so few steps"),
         (["--data", "nothing.npy"], "no data at 'nothing.npy'; give swiss-roll"),
         (["--data", "wide.npy"], "wide.npy: points must be numbers [N, 2]"),
@@ -83,7 +83,7 @@ def test_diffuse_refuses_to_overwrite(
         (["--out", "empty.png/a.png"], "empty.png is no folder that can be written to; choose another --out"),
         (["--show", "0"], "must be an integer >= 1, got 0"),
         (["--train-steps", "0"], "must be an integer >= 1, got 0"),
-        (["--seed", "-1"], "seed must be in"),
+        (["--seed", "-1"], "seed must be an integer >= 0 and <= 2"),
         (["--model", "digits", "--data", "two-moons"], "--model goes with images, and two-moons are points"),
         (["--model", "digits", "--schedule", "cosine"], "a model brings its own schedule"),
         (["--measure", "--data", "points.npy"], "--measure needs data to draw anew"),

@@ -84,6 +84,17 @@ def test_floats_and_signed_integers_ask_for_their_range_and_keep_their_values(tm
             load_data(str(tmp_path), value_range=(0.25, 0.5))
 
 
+def test_a_tiff_of_fractional_sizes_is_refused_by_name(tmp_path: Path) -> None:
+    content = bytearray(tiff(GREY16, "<", 16, 1))
+    # The type of StripOffsets, the sixth entry, becomes RATIONAL.
+    entry = 8 + GREY16.nbytes + 2 + 5 * 12
+    assert struct.unpack_from("<HH", content, entry) == (273, 4)
+    struct.pack_into("<H", content, entry + 2, 5)
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tif: not a usable image"):
+        load_data(str(tmp_path))
+
+
 def test_12_bits_in_16_are_asked_about(tmp_path: Path) -> None:
     values = GREY16 // 16
     (tmp_path / "a.png").write_bytes(png(values))

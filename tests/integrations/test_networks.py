@@ -133,6 +133,14 @@ def test_what_cannot_be_decided_is_asked_and_answered_by_a_prefix(
         read(tmp_path / "a.pt", config=config, prefix="c")
 
 
+def test_more_networks_than_are_kept_in_a_file_are_refused(tmp_path: Path) -> None:
+    names = ("time_embedding.linear_1.weight", "conv_in.weight")
+    state = {f"{i}.{name}": torch.zeros(1) for i in range(65) for name in names}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="65 networks; at most 64"):
+        read(tmp_path / "a.pt")
+
+
 def test_safetensors_outside_a_folder_are_read(tmp_path: Path, last: State, config: Path) -> None:
     save_file({**prefixed(last, "unet."), "step": torch.tensor([3])}, tmp_path / "checkpoint.safetensors")
     model = read(tmp_path / "checkpoint.safetensors", config=config).model

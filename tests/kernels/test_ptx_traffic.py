@@ -11,6 +11,7 @@ from fastddpm.kernels import p_sample as p_sample_kernel
 from fastddpm.kernels import tiles
 
 from fastddpm.diagnostics.step_cases import StepCase, make_counter, make_rows, step_case
+from fastddpm.diagnostics.variants import p_sample_variant
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import triton_backend
@@ -186,9 +187,9 @@ def test_elements_beyond_two_to_the_31_in_one_sample(n: int) -> None:
     """The first and the last program, those on both sides of element 2**31, and the last of the grid."""
     counter = make_counter(1, True, torch.Generator().manual_seed(1))
     rows, row = make_rows(1, True, torch.Generator().manual_seed(2))
-    shape = p_sample_kernel.geometry(1, n, 1, False, n % 4 == 0)
-    size = 4 * tiles.TILE * shape.repeat
-    middle, last, end = 2**31 // size, (n - 1) // size, shape.grid[1] * shape.grid[2] - 1
+    launch = p_sample_variant("huge", step_case("clip", shape=(1, n))).launch
+    size = 4 * tiles.TILE * launch.arguments["repeat"]
+    middle, last, end = 2**31 // size, (n - 1) // size, launch.grid[1] * launch.grid[2] - 1
     programs = sorted({0, middle - 1, middle, last, end})
     windows = [slice(p * size, min((p + 1) * size, n)) for p in programs if p <= last]
     x, m, out = filled(n, windows, seed=3), filled(n, windows, seed=4), filled(n, [])

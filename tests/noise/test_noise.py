@@ -195,8 +195,8 @@ def test_resolve_seeds_numbers_the_samples_of_one_seed() -> None:
 BAD_SEEDS = {
     "negative": ({"seeds": [-1]}, r"seeds\[0\] .* got -1"),
     "2**64": ({"seeds": [0, 2**64]}, r"seeds\[1\] .* got 18446744073709551616"),
-    "float": ({"seeds": [1.0]}, r"seeds\[0\] must be an integer, got 1.0"),
-    "bool": ({"seed": True, "batch": 1}, "seed must be an integer, got True"),
+    "float": ({"seeds": [1.0]}, r"seeds\[0\] must be an integer .*, got 1.0"),
+    "bool": ({"seed": True, "batch": 1}, "seed must be an integer .*, got True"),
     "string": ({"seeds": "12"}, "sequence of integers"),
     "number for a sequence": ({"seeds": 3}, "sequence of integers"),
     "float tensor": ({"seeds": torch.tensor([1.5])}, r"got 1.5"),

@@ -52,10 +52,10 @@ def test_randn_tells_seeds_ids_steps_and_streams_apart() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seed": -1}, "seed must be in"),
-        ({"seed": 0, "step": 2**32}, "step must be in"),
+        ({"seed": -1}, "seed must be an integer >= 0 and <= 2"),
+        ({"seed": 0, "step": 2**32}, "step must be an integer >= 0 and <= 2"),
         ({"seed": 0, "step": 0.5}, "step must be an integer"),
-        ({"seed": 0, "stream": -1}, "stream must be in"),
+        ({"seed": 0, "stream": -1}, "stream must be an integer >= 0 and <= 2"),
         ({}, "exactly one"),
         ({"seeds": [1]}, "1 seeds or sample ids for a batch of 2"),
     ],

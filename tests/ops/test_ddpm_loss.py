@@ -162,8 +162,8 @@ def test_weights_are_finite_at_zero_terminal_snr() -> None:
     [
         ("minsnr", None, "choose one of uniform, min-snr, p2"),
         ("uniform", 5.0, "has no gamma"),
-        ("p2", -1.0, "positive and finite"),
-        ("min-snr", math.nan, "positive and finite"),
+        ("p2", -1.0, "gamma must be a finite number > 0"),
+        ("min-snr", math.nan, "gamma must be a finite number > 0"),
     ],
 )
 def test_weighting_refuses(weighting: str, gamma: float | None, message: str) -> None:
@@ -262,12 +262,12 @@ def test_ddpm_loss_with_a_learned_variance_is_the_hybrid_loss(variance: str) -> 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "reduction": ({"reduction": "sum"}, ValueError, "'mean' or 'none'"),
+    "reduction": ({"reduction": "sum"}, ValueError, "unknown reduction 'sum'; choose one of mean, none"),
     "variance": ({"variance_type": "fixed_small"}, ValueError, "learned, learned_range"),
     "prediction": ({"prediction_type": "noise"}, ValueError, "epsilon, x_0, v"),
     "ids": ({"sample_ids": [1, 2, 3]}, ValueError, "batch of 2"),
-    "seed": ({"seed": -1}, ValueError, "seed must be in"),
-    "step": ({"step": 2**32}, ValueError, "step must be in"),
+    "seed": ({"seed": -1}, ValueError, "seed must be an integer >= 0 and <= 2"),
+    "step": ({"step": 2**32}, ValueError, "step must be an integer >= 0 and <= 2"),
     "t": ({"t": torch.tensor([1.0, 2.0])}, ValueError, "int64"),
     "learned": ({"variance_type": "learned", "prediction_type": "v"}, ValueError, "twice|expected"),
 }

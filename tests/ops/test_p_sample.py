@@ -216,7 +216,7 @@ REFUSED = {
     "out shape": ({"out": torch.zeros(2, 3, 4)}, ValueError, "out has shape"),
     "out dtype": ({"out": torch.zeros(2, 3, 4, 4, dtype=torch.float16)}, ValueError, "use low_out"),
     "expanded out": ({"out": torch.zeros(1, 3, 4, 4).expand(2, 3, 4, 4)}, ValueError, "out overlaps itself"),
-    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    "backend": ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; choose one of auto"),
 }
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from fastddpm.checks import integer
 from fastddpm.integrations.diffusers.fused import FusedScheduler
 from fastddpm.integrations.diffusers.loop import draw_like
-from fastddpm.integrations.diffusers.rows import LEARNED, ddpm_rows
+from fastddpm.integrations.diffusers.rows import ddpm_rows
 from fastddpm.integrations.shared import Draw, fuses
+from fastddpm.schedules.diffusion import LEARNED
 from fastddpm.tables.table import Table
 
 

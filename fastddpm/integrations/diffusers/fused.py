@@ -13,7 +13,7 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.integrations.diffusers import timesteps as at
 from fastddpm.integrations.diffusers.rows import PREDICTION_TYPES, by_timestep, dynamic_rows, q_rows
-from fastddpm.integrations.shared import FUSED_DTYPES
+from fastddpm.ops.checks import DTYPES
 from fastddpm.tables.table import COLUMN, Table
 
 _CPU = torch.device("cpu")
@@ -259,7 +259,7 @@ class FusedScheduler(NamedAsOriginal, ABC):
         shape = torch.broadcast_shapes(x.shape, y.shape, (len(index), *[1] * (max(x.dim(), y.dim()) - 1)))
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(dtype).expand(shape), y.to(dtype).expand(shape)
-        if dtype in FUSED_DTYPES:
+        if dtype in DTYPES:
             return ops.q_sample(x, self.table(kind, x.device), index, y)  # type: ignore[return-value]
         # Float64, as diffusers mixes it.
         alpha_bar = self.alphas_cumprod.to(device=x.device, dtype=x.dtype)

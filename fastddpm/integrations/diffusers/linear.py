@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastddpm.checks import integer
 from fastddpm.integrations.diffusers.fused import NamedAsOriginal
-from fastddpm.integrations.diffusers.rows import LEARNED
 from fastddpm.integrations.shared import fuses
+from fastddpm.schedules.diffusion import LEARNED
 from fastddpm.tables.table import COLUMN, HISTORY, Table, make_rows
 
 # Places of a unit vector: x_t, the output (or what it was converted to), older x_0 from the newest on, and what noise

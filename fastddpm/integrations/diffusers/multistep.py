@@ -14,8 +14,8 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.integrations.diffusers.linear import OLDER, LinearScheduler, M, X, Z, one_row, unit
 from fastddpm.integrations.diffusers.loop import draw_like
-from fastddpm.integrations.diffusers.rows import LEARNED
 from fastddpm.integrations.shared import Draw
+from fastddpm.schedules.diffusion import LEARNED
 from fastddpm.tables.table import COLUMN
 
 

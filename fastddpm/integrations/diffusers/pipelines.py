@@ -19,13 +19,13 @@ from fastddpm.integrations.diffusers.native_unet import native_unet, shares_para
 from fastddpm.integrations.diffusers.schedulers import FAST_FORM, fast_scheduler
 from fastddpm.integrations.kept_samplers import KeptSamplers
 from fastddpm.integrations.shared import (
-    FUSED_DTYPES,
     NoiseSource,
     Seeds,
     check_options,
     look_through,
     replay,
 )
+from fastddpm.ops.checks import DTYPES
 from fastddpm.sampling.model import Model, null_class_of
 from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.sampler import Sampler, StepResult
@@ -183,7 +183,7 @@ class WholeLoop(NamedAsOriginal):
             type(scheduler) in FAST_FORM.values()
             and scheduler.fits_a_table
             and device.type in ("cpu", "cuda")
-            and self.unet.dtype in FUSED_DTYPES
+            and self.unet.dtype in DTYPES
             and getattr(self.unet.config, "class_embed_type", None) is None
             and not hasattr(self.unet, "_hf_hook")
         )

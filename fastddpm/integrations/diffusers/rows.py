@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastddpm.schedules.diffusion import LEARNED
 from fastddpm.tables.table import COLUMN, K
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-LEARNED = ("learned", "learned_range")
 
 # x_0 = (x_t - eps) / 0 at zero terminal SNR is +-inf, to be clipped. A power of two times (x_t - eps) has the sign of
 # that and is clipped to the same bound, while inf * x_t - inf * eps would be NaN.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastddpm import ops
+from fastddpm.checks import one_of
 from fastddpm.integrations.kept_samplers import KeptSamplers
 from fastddpm.integrations.lucidrains import tables
 from fastddpm.integrations.shared import look_through, require
@@ -75,8 +76,7 @@ class DiffusionProcess(nn.Module):
             objective in tables.OBJECTIVES,
             f"unknown objective {objective!r}; choose one of {', '.join(tables.OBJECTIVES)}",
         )
-        if beta_schedule not in tables.SCHEDULES:
-            raise ValueError(f"unknown beta schedule {beta_schedule!r}; choose one of {', '.join(tables.SCHEDULES)}")
+        one_of("beta schedule", beta_schedule, tables.SCHEDULES)
         betas = tables.SCHEDULES[beta_schedule](timesteps, **(schedule_fn_kwargs or {}))
         self.model = model
         self.channels: Any = network.channels

@@ -19,7 +19,7 @@ from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops.operators import pack
 from fastddpm.ops.twins import Flags
-from fastddpm.tables.table import loss_rows
+from fastddpm.tables.table import COLUMNS, loss_rows
 
 OUTPUTS = ("out", "x0_out", "low_out", "history")
 
@@ -189,6 +189,7 @@ def test_constants_of_kernels_and_twins_agree() -> None:
         (step._exp_poly, p_sample.EXP_POLY),
     ):
         assert constants.value in twin.__code__.co_consts
+    assert p_sample.Row._fields == COLUMNS
     assert kernel.SQRT_HALF_BITS.value == noise_v1.SQRT_HALF_BITS
     assert tuple(m.value for m in (kernel.PHILOX_M0, kernel.PHILOX_M1)) == noise_v1.PHILOX_M
     assert tuple(w.value for w in (kernel.PHILOX_W0, kernel.PHILOX_W1)) == noise_v1.PHILOX_W
