@@ -21,6 +21,10 @@ from fastddpm.checks import printable
 
 COMMANDS = ("sample", "train", "eval", "steps", "diffuse", "convert", "inspect", "verify", "bench", "profile", "env")
 
+COMPLETION = """shell completion:
+  pip install 'fastddpm[complete]'
+  eval "$(register-python-argcomplete fastddpm)\""""
+
 # How the library's messages name what is an option of the command line.
 _KEYWORD = re.compile(r"\b(device|dtype|backend|compile|spacing|sampler|steps)=['\"]?(?:torch\.)?([\w:+.-]+\w)['\"]?")
 _SWITCH = {"True": "on", "False": "off"}
@@ -85,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser with every subcommand attached."""
     from fastddpm.cli.parser import Parser
 
-    parser = Parser(prog="fastddpm", description="Sample denoising diffusion models, fast.")
+    parser = Parser(prog="fastddpm", description="Sample denoising diffusion models, fast.", epilog=COMPLETION)
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     for name in COMMANDS:
@@ -105,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _lines_on_stderr():
             parser = build_parser()
+            if "_ARGCOMPLETE" in os.environ:
+                # A shell asks what could follow.
+                importlib.import_module("argcomplete").autocomplete(parser)
             args = parser.parse_args(argv)
             if args.command is None:
                 parser.error(f"which command? {', '.join(COMMANDS)}")

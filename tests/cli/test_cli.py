@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import sys
+import types
 import warnings
 from collections.abc import Callable
 
 import pytest
 
+from fastddpm import cli
 from fastddpm.cli import COMMANDS, env, main
 from fastddpm.tables.names import listing
 
@@ -79,6 +82,34 @@ def test_verbose_prints_what_is_decided(
     assert main(["env", "--verbose"]) == 0
     assert capsys.readouterr().err == "fastddpm: info: compile='auto': uncompiled\n"
     assert logging.getLogger("fastddpm").level == logging.NOTSET
+
+
+def test_main_heeds_sigterm_before_anything_is_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> argparse.ArgumentParser:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError
+
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    assert main(["env"]) == 143
+    assert capsys.readouterr().err == "fastddpm: terminated\n"
+
+
+def test_main_completes_for_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Completed(Exception):  # noqa: N818 - argcomplete ends the process here
+        pass
+
+    def autocomplete(parser: argparse.ArgumentParser) -> None:
+        raise Completed(parser.prog)
+
+    module = types.ModuleType("argcomplete")
+    module.autocomplete = autocomplete  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "argcomplete", module)
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    monkeypatch.setenv("FASTDDPM_TRACEBACK", "1")
+    with pytest.raises(Completed, match="fastddpm"):
+        main(["sa"])
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
