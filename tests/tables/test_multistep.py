@@ -118,6 +118,18 @@ def test_ipndm_is_adams_bashforth(final):
     assert_same_states(ipndm_table(SCHEDULE, **options), lambda x: papers.ipndm(x_0_model, x, levels, ts))
 
 
+@pytest.mark.parametrize("build", [unipc_table, sa_solver_table, dpm_solver_table])
+def test_a_solver_starts_from_zero_terminal_snr(build):
+    # lambda is -inf there: no polynomial goes through that estimate, and no correction is for the step from it.
+    table = build(SCHEDULE.zero_terminal_snr(), order=3, steps=9, prediction_type="v")
+    later = table.rows64[:, [7, 12, 13]]
+    assert (later[:2] == 0).all()
+    assert (later[2:-1].abs().sum(dim=1) > 0).all()
+    for eps in (deis_table, ipndm_table, heun_table):
+        with pytest.raises(ValueError, match=r"need.* signal at every level.*use unipc"):
+            eps(SCHEDULE.zero_terminal_snr(), steps=9, prediction_type="v")
+
+
 def test_heun_is_two_rows_a_step():
     options, levels, ts = path(6, "zero", "karras")
     table = heun_table(SCHEDULE, **options)
