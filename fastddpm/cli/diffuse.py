@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastddpm.checks import printable
 from fastddpm.cli.parser import add_machine, add_outdir, add_output, examples
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _waiting_for(args: argparse.Namespace, settings: RecordingSettings) -> str:
 
 def _announce(args: argparse.Namespace, what: str) -> None:
     if not args.quiet:
-        print(f"fastddpm: {what} ...", file=sys.stderr, flush=True)
+        print(printable(f"fastddpm: {what} ..."), file=sys.stderr, flush=True)
 
 
 def _measured(args: argparse.Namespace, settings: RecordingSettings, sampler: Sampler) -> dict[str, float]:
