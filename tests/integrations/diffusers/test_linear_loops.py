@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
@@ -16,6 +18,7 @@ from fastddpm.integrations.diffusers import (
     FastEulerDiscreteScheduler,
     FastUniPCMultistepScheduler,
 )
+from fastddpm.integrations.diffusers.schedulers import FAST_FORM
 from tests.integrations.diffusers.cases import quiet, tiny_unet
 
 TO_SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
@@ -76,3 +79,14 @@ def test_seeds_work_wherever_a_step_is_linear() -> None:
     thresholded = quiet(FastDDPMPipeline(tiny_unet(), FastDPMSolverMultistepScheduler(thresholding=True)))
     with pytest.raises(ValueError, match="pass a generator"):
         thresholded(seeds=[1], num_inference_steps=3)
+
+
+@pytest.mark.parametrize("original", FAST_FORM, ids=lambda original: original.__name__)
+def test_seeds_leave_every_global_generator_alone(original: Any) -> None:
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()
+
+    before = states()
+    fast = quiet(fastddpm.accelerate(DDPMPipeline(tiny_unet(), original())))
+    fast(seeds=[1, 2], num_inference_steps=3, output_type="pt")
+    assert states() == before
