@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import sampling_options
 from fastddpm.cli.parser import examples, positive
-from fastddpm.noise.seed_ranges import format_seeds, parse_seeds
+from fastddpm.noise.seeds import format_seeds, parse_seeds
 
 if TYPE_CHECKING:
     from fastddpm.sampling.sample import Run

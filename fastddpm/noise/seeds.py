@@ -1,4 +1,4 @@
-"""Seeds and sample ids: checked, never wrapped, and laid out as the key and sample word of noise-v1."""
+"""Seeds and sample ids: checked, never wrapped, laid out as key and sample word of noise-v1; lists of seeds as text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from fastddpm.checks import integer
+
+# No run writes more files than this; "0-99999999999" is a slip of the pen, and would fill the memory.
+MAX_SEEDS = 10_000_000
 
 
 def as_word(value: object, name: str, stop: int = 1 << 32) -> int:
@@ -62,3 +65,40 @@ def resolve_seeds(
         raise ValueError(f"{len(keys)} seeds or sample ids for a batch of {batch}")
     signed = [k - (1 << 64) if k >> 63 else k for k in keys]
     return torch.tensor(signed, dtype=torch.int64, device="cpu"), torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read a list of seeds such as "0-15,20".
+
+    Raises:
+        ValueError: the text is no such list, a seed is 2^64 or more, or there are more than `MAX_SEEDS`.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not _is_seed(first) or (dash and not _is_seed(last)):
+            raise ValueError(f"{part.strip()!r} is no seed and no range of seeds; write for example 0-15,20")
+        low, high = int(first), int(last if dash else first)
+        if high < low:
+            raise ValueError(f"the range {part.strip()!r} runs backwards")
+        if high >= 2**64:
+            raise ValueError(f"seed {high} is out of range; seeds are 0 to 2^64 - 1")
+        if len(seeds) + high - low + 1 > MAX_SEEDS:
+            raise ValueError(f"{text!r} asks for more than {MAX_SEEDS} seeds")
+        seeds.extend(range(low, high + 1))
+    return seeds
+
+
+def _is_seed(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def format_seeds(seeds: Iterable[int]) -> str:
+    """Write seeds as `parse_seeds` reads them, neighbours joined to ranges, order kept."""
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)

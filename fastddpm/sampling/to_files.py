@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastddpm.files.run_folder import config_hash
-from fastddpm.noise.seed_ranges import format_seeds
+from fastddpm.noise.seeds import format_seeds
 from fastddpm.noise.v1 import NOISE_VERSION
 from fastddpm.sampling.outputs import Outputs
 from fastddpm.sampling.sample import Run

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastddpm.files import images
-from fastddpm.noise.seed_ranges import format_seeds, parse_seeds
+from fastddpm.noise.seeds import format_seeds, parse_seeds
 
 
 def test_to_uint8_matches_diffusers() -> None:
