@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.checks import DTYPES
+from fastddpm.cli.parser import examples
 
 DESCRIPTION = """Convert a model of another library: a diffusers folder (DDPMPipeline or UNet2DModel), a checkpoint of
 OpenAI's improved-diffusion or guided-diffusion, of latent-diffusion, of Ho et al.'s code in PyTorch, or one of
@@ -18,10 +19,22 @@ EPILOG = """denoising-diffusion-pytorch's own Unet is another architecture, so t
 (--schedule-only); sample it through fastddpm.integrations.lucidrains. Checkpoints of OpenAI and of Ho et al. do not
 say how they were trained: repeat the flags of the training script, which default to those of improved-diffusion."""
 
+EXAMPLES = examples(
+    "fastddpm convert ddpm-cifar10-32 converted",
+    "fastddpm convert ema_0.9999_050000.pt converted --num-heads 4 --image-size 64",
+    "fastddpm sample --model converted",
+)
+
 
 def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
-    parser = subparsers.add_parser("convert", help="convert a model", description=DESCRIPTION, epilog=EPILOG)
+    parser = subparsers.add_parser(
+        "convert",
+        usage="%(prog)s SOURCE DESTINATION [options]",
+        help="convert a model",
+        description=DESCRIPTION,
+        epilog=f"{EPILOG}\n\n{EXAMPLES}",
+    )
     parser.add_argument("source", type=Path, help="a folder, or a .pt, .pth, .ckpt, .bin or .safetensors file")
     parser.add_argument("destination", type=Path, help="a folder that holds no model yet")
     parser.add_argument("--layout", choices=("flat", "pipeline"), default="flat", help="pipeline: as DDPMPipeline's")

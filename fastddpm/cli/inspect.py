@@ -7,6 +7,8 @@ import json
 import textwrap
 from typing import TYPE_CHECKING
 
+from fastddpm.cli.parser import examples
+
 if TYPE_CHECKING:
     from fastddpm.diagnostics.gpus import Gpu
     from fastddpm.diagnostics.inspect import Report
@@ -26,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="compile every kernel without a GPU and print what it costs",
         description="Compile every kernel variant, without a GPU, and print registers, spills, access widths, executed "
         "instructions and bytes per element, and the roofline they imply.",
+        epilog=examples("fastddpm inspect p_sample", "fastddpm inspect --gpu 'H100 SXM' --json"),
     )
     parser.add_argument("--arch", action="append", metavar="ARCH", help="sm_75, sm_80, sm_90 (default), sm_100, ...")
     parser.add_argument("--gpu", metavar="NAME", help="GPU whose data sheet the roofline uses, such as 'H100 SXM'")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.checks import DTYPES
-from fastddpm.cli.parser import COMPILE, positive
+from fastddpm.cli.parser import COMPILE, examples, positive
 
 if TYPE_CHECKING:
     from fastddpm.diagnostics.profile import Breakdown, Part, RangedSampler
@@ -21,10 +21,14 @@ DESCRIPTION = """Run a sampling loop under torch.profiler, write a Chrome trace 
 ui.perfetto.dev) with the ranges fastddpm::step, fastddpm::unet and fastddpm::p_sample, and print where its time
 went."""
 
+EXAMPLES = examples("fastddpm profile", "fastddpm profile --model cifar10 --batch 64 --dtype bfloat16 --trace t.json")
+
 
 def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
-    parser = subparsers.add_parser("profile", help="show where a sampling loop's time goes", description=DESCRIPTION)
+    parser = subparsers.add_parser(
+        "profile", help="show where a sampling loop's time goes", description=DESCRIPTION, epilog=EXAMPLES
+    )
     parser.add_argument("--model", default="digits", help="shipped model, directory, or cifar10 for a random network")
     parser.add_argument("--batch", type=positive, default=16, help="default: 16")
     parser.add_argument("--steps", type=positive, default=10, help="default: 10")

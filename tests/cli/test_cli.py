@@ -152,7 +152,7 @@ def test_usage_errors_name_what_was_probably_meant(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("convert", "inspect", "bench", "profile")])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_examples_at_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
