@@ -9,7 +9,8 @@ import torch
 
 from fastddpm.errors import FastDDPMError, ModelOutputError, SamplingError
 from fastddpm.sampling.options import Options
-from fastddpm.sampling.request import Request, StepKey
+from fastddpm.sampling.request import Request
+from fastddpm.sampling.step_key import StepKey
 
 
 def is_oom(error: BaseException) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastddpm.machine.torch_compile import Compiled
+from fastddpm.machine.torch_compile import Compiled, own_code
 from fastddpm.sampling.model import Model
 from fastddpm.unet.inference import UNetForms, is_plain
 from fastddpm.unet.unet import UNet
+
+# Compiled codes that are kept for other batch sizes than those of the steps in use.
+MAX_NETWORKS = 8
 
 
 class Network(Protocol):
@@ -35,13 +39,24 @@ class Network(Protocol):
 
 
 class ModelNetwork:
-    """Any model that keeps the contract model(x, t, **kwargs) -> tensor, or an object with `.sample`."""
+    """Any model that keeps the contract model(x, t, **kwargs) -> tensor, or an object with `.sample`.
+
+    Args:
+        model: the model.
+        compile_model: run it through torch.compile.
+        strict: raise where that fails, instead of running uncompiled.
+        dynamic: whether sizes are left open, see torch.compile.
+    """
 
     memory_format = torch.contiguous_format
     shares_weights = True
 
-    def __init__(self, model: Model, *, compile_model: bool, strict: bool) -> None:
-        self._call = Compiled(model, strict=strict) if compile_model else model
+    def __init__(self, model: Model, *, compile_model: bool, strict: bool, dynamic: bool | None = None) -> None:
+        # Of its own: Dynamo does not look again at hooks of what it has compiled.
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return model(*args, **kwargs)
+
+        self._call = Compiled(own_code(call), strict=strict, dynamic=dynamic) if compile_model else model
 
     def load(self, class_labels: Tensor | None) -> None:
         """Nothing to do: labels reach the model as a keyword argument."""
@@ -66,5 +81,9 @@ def sampling_networks(
     own_form = getattr(model, "sampling_networks", None)
     if own_form is not None:
         return own_form(timesteps, compile_model=compile_model, strict=strict)
+    if compile_model and timesteps.device.type == "cuda":
+        # Where the batch size is left open, Inductor gives up its channels-last layouts.
+        make = functools.partial(ModelNetwork, model, compile_model=True, strict=strict, dynamic=False)
+        return functools.lru_cache(MAX_NETWORKS)(lambda batch: make())
     shared = ModelNetwork(model, compile_model=compile_model, strict=strict)
     return lambda batch: shared

@@ -19,6 +19,7 @@ from fastddpm.machine.caches import inductor
 from fastddpm.machine.devices import resolve_device
 from fastddpm.ops.backend import use_triton
 from fastddpm.ops.checks import DTYPES
+from fastddpm.sampling.changes import modules_of
 from fastddpm.sampling.model import Model, device_of, dtype_of, null_class_of, num_labels_of
 
 logger = logging.getLogger("fastddpm")
@@ -127,7 +128,7 @@ def resolve_options(
         uses_triton=use_triton(backend, device),
         compiles=decide_compile(compile, device, model, sizes, samples_ahead * steps),
         strict_compile=compile is True,
-        uses_graph=decide_graph(cuda_graph, device),
+        uses_graph=decide_graph(cuda_graph, device, model),
         strict_graph=cuda_graph is True,
         check_finite=check_finite,
         frozen=frozen,
@@ -162,18 +163,24 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def decide_graph(choice: bool | str, device: torch.device) -> bool:
-    """Resolve cuda_graph="auto": on CUDA.
+def decide_graph(choice: bool | str, device: torch.device, model: Model) -> bool:
+    """Resolve cuda_graph="auto": on CUDA, unless the model replays graphs of its own.
 
     Raises:
         ValueError: choice is none of "auto", True, False, or True on another device.
     """
     one_of("cuda_graph", choice, ("auto", True, False))
     if not isinstance(choice, bool):
-        return device.type == "cuda"
+        return device.type == "cuda" and not _replays_graphs(model)
     if choice and device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device, got {device}; use cuda_graph='auto'")
     return choice
+
+
+def _replays_graphs(model: Model) -> bool:
+    """Whether torch.compile(mode="reduce-overhead"), or another mode with CUDA graphs, was applied to a part of it."""
+    compiled = [part for part in (model, *modules_of(model)) if hasattr(part, "get_compiler_config")]
+    return any((part.get_compiler_config() or {}).get("triton.cudagraphs") for part in compiled)
 
 
 def decide_compile(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import numpy as np
@@ -14,50 +13,12 @@ from torch import Tensor
 from fastddpm.checks import integer, nearest, number
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling.options import Options
+from fastddpm.sampling.step_key import COUNTER, GIVEN, NONE, StepKey, global_settings, spec_of
 from fastddpm.tables.table import COLUMN, Table
 
 Noise = Tensor | Callable[[int], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
 Labels = int | Sequence[int] | Tensor
-
-COUNTER, GIVEN, NONE = "counter", "given", "none"
-
-
-@dataclass(frozen=True)
-class StepKey:
-    """Everything about a request that is not in a buffer of its step; requests of equal keys share one step.
-
-    Attributes:
-        batch: B, samples per step.
-        noise: where z comes from: "counter" (seeds), "given" (a buffer that the caller fills) or "none".
-        guided: two predictions per sample, and m = m_u + w (m_c - m_u).
-        labels: the model is given class_labels.
-        x0_out: the estimate of x_0 is kept.
-        check_finite: each sample's first step with a NaN or Inf is recorded.
-        kwargs: the model's further keyword arguments, where code is compiled or captured with them: (name, value), or
-            (name, `TensorSpec`) for tensors and floats.
-    """
-
-    batch: int
-    noise: str = COUNTER
-    guided: bool = False
-    labels: bool = False
-    x0_out: bool = False
-    check_finite: bool = False
-    kwargs: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def network_batch(self) -> int:
-        """Rows of the network's input: 2B with guidance, the conditional half first."""
-        return 2 * self.batch if self.guided else self.batch
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a tensor among the model's keyword arguments."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -181,7 +142,8 @@ def resolve_request(
         labels=labels is not None,
         x0_out=x0_out,
         check_finite=options.check_finite,
-        kwargs=tuple((name, _spec(name, value)) for name, value in sorted(kwargs.items()) if options.bakes_values),
+        kwargs=tuple((name, spec_of(name, value)) for name, value in sorted(kwargs.items()) if options.bakes_values),
+        settings=global_settings(options.device) if options.uses_graph else (),
     )
     return Request(key, seed_of, sample_id, x_T, draw if stochastic else None, labels, w, kwargs, source == "seeds")
 
@@ -281,18 +243,3 @@ def _model_kwargs(model_kwargs: Mapping[str, Any] | None, B: int, guided: bool) 
         if guided and isinstance(value, Tensor) and value.dim() > 0 and len(value) == B:
             kwargs[name] = torch.cat([value, value])
     return kwargs
-
-
-def _spec(name: str, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return TensorSpec(tuple(value.shape), value.dtype)
-    if isinstance(value, Real) and not isinstance(value, Integral):
-        return TensorSpec((), torch.float32)
-    try:
-        hash(value)
-    except TypeError:
-        raise ValueError(
-            f"model_kwargs[{name!r}] is a {type(value).__name__}; pass tensors and hashable values only, or "
-            "compile=False and cuda_graph=False"
-        ) from None
-    return value

@@ -15,7 +15,8 @@ from fastddpm.noise import v1 as noise
 from fastddpm.sampling.model import unwrap
 from fastddpm.sampling.network import Network
 from fastddpm.sampling.options import Options
-from fastddpm.sampling.request import COUNTER, GIVEN, Request, StepKey, TensorSpec
+from fastddpm.sampling.request import Request
+from fastddpm.sampling.step_key import COUNTER, GIVEN, StepKey, TensorSpec
 from fastddpm.tables.table import COLUMN, K, Table
 
 

@@ -21,8 +21,8 @@ from fastddpm.sampling.errors import explain, explain_cuda, is_oom
 from fastddpm.sampling.model import Model, place
 from fastddpm.sampling.network import Network, sampling_networks
 from fastddpm.sampling.options import Options
-from fastddpm.sampling.request import StepKey
 from fastddpm.sampling.step import StaticStep
+from fastddpm.sampling.step_key import StepKey
 from fastddpm.tables.table import Table
 
 logger = logging.getLogger("fastddpm")

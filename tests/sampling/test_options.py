@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastddpm.machine import hardware, torch_compile
-from fastddpm.sampling.options import REPAYS_AFTER, decide_compile, note_emulation, weight_uses
+from fastddpm.sampling.options import REPAYS_AFTER, decide_compile, decide_graph, note_emulation, weight_uses
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SHAPE = (3, 8, 8)
@@ -85,6 +85,14 @@ def test_compile_auto_on_a_cpu_weighs_the_work_ahead(
     assert decide_compile(True, CPU, model, SHAPE, 0)
     assert not decide_compile(False, CPU, model, SHAPE, 10**18)
     assert weight_uses(lambda x, t: x, SHAPE) == 0
+
+
+@pytest.mark.parametrize(("mode", "captured"), [("default", True), ("reduce-overhead", False), ("max-autotune", False)])
+def test_graph_auto_leaves_models_that_replay_their_own_alone(mode: str, captured: bool) -> None:
+    net = nn.Linear(2, 2)
+    compiled = torch.compile(net, mode=mode)
+    for model in (compiled, nn.Sequential(compiled), torch.compile(net.forward, mode=mode), lambda x, t: compiled(x)):
+        assert decide_graph("auto", CUDA, model) == captured
 
 
 def test_compile_auto_on_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:

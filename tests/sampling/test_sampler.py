@@ -472,6 +472,21 @@ def test_replayed_steps_equal_the_plain_loop(case: str, rows: str) -> None:
         assert len(model.seen) - runs <= 1
 
 
+def test_graph_follows_autocast() -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 3, 3, padding=1)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return model(x).float()
+
+    loop, tape = sampler(predict), with_tape(sampler(predict))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = loop.sample(seeds=[1])
+        assert torch.equal(tape.sample(seeds=[1]), low)
+    assert torch.equal(tape.sample(seeds=[1]), loop.sample(seeds=[1]))
+    assert not torch.equal(tape.sample(seeds=[1]), low)
+
+
 def test_model_that_cannot_be_captured_falls_back_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     def reads(x: Tensor, t: Tensor) -> Tensor:
         return x * (0.5 if t[0].item() > 20 else 0.25)

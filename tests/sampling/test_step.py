@@ -21,8 +21,8 @@ from fastddpm.machine import torch_compile
 from fastddpm.sampling import options as sampling_options
 from fastddpm.sampling.network import ModelNetwork, sampling_networks
 from fastddpm.sampling.options import Options
-from fastddpm.sampling.request import StepKey, TensorSpec
 from fastddpm.sampling.step import StaticStep
+from fastddpm.sampling.step_key import StepKey, TensorSpec
 from fastddpm.unet.inference import UNetInference
 
 TABLE = ddpm_table(Schedule.linear(50, 1e-3, 0.2), steps=4)
@@ -202,6 +202,42 @@ def test_model_compiles_once_for_all_timesteps_seeds_and_labels(monkeypatch: pyt
         assert torch.equal(compiled.sample(**call), eager.sample(**call))
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="fake CUDA tensors need a CUDA build of PyTorch")
+def test_models_compile_on_cuda_with_the_batch_size_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor lays out channels last only where no size is symbolic."""
+    shapes: list[tuple[Any, ...]] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        shapes.append(tuple(next(tensor for tensor in inputs if tensor.dim() == 4 and tensor.shape[1] == 3).shape))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, **options, backend=backend))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        timesteps = torch.zeros(4, device="cuda", dtype=torch.int64)
+    networks = sampling_networks(lambda x, t: 0.5 * x, timesteps, compile_model=True, strict=True)
+    for batch in (2, 3, 2):
+        networks(batch)(torch.zeros(batch, *SHAPE), torch.zeros(batch), torch.zeros(1), {})
+    assert shapes == [(2, *SHAPE), (3, *SHAPE)]
+    assert all(type(size) is int for shape in shapes for size in shape)
+
+
+def test_compiled_model_follows_a_hook_that_is_added_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, **options, backend="eager"))
+    monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: False)
+    model = Small().eval()
+    nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
+    compiled = Sampler(model, TABLE, SHAPE, compile=True)
+    before = compiled.sample(seeds=[1])
+    handle = model.register_forward_hook(lambda module, args, output: 0.5 * output)
+    after = compiled.sample(seeds=[1])
+    assert torch.equal(after, Sampler(model, TABLE, SHAPE, compile=False).sample(seeds=[1]))
+    assert not torch.equal(after, before)
+    handle.remove()
+    assert torch.equal(compiled.sample(seeds=[1]), before)
 
 
 def test_model_that_does_not_compile_runs_uncompiled_with_one_warning(
