@@ -1,12 +1,13 @@
 """Yardsticks that tell solvers apart: networks in closed form, and the error of every sampler against its calls.
 
-`python -m tests.tables.yardsticks` prints the table of docs/samplers.md.
+`python -m tests.tables.yardsticks FILE.png` prints the table of docs/samplers.md, and draws its plot.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -24,7 +25,7 @@ from tests.tables.float64 import execute_table64
 
 SCHEDULE = Schedule.linear()
 CONFIG = DiffusionConfig(clip_range=None)
-CALLS = (5, 8, 10, 20, 50)
+CALLS = (3, 5, 8, 10, 20, 50)
 
 
 class Mixture:
@@ -130,6 +131,28 @@ def lines() -> Iterator[str]:
         yield f"| {what} | {'- | ' * (len(CALLS) + 1)}{value:.3f} | {value:.3f} |"
 
 
+def draw_plot(path: str) -> None:
+    """Draw error against calls of the deterministic samplers, both axes logarithmic."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    calls = (3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50)
+    for name in ("euler", "heun", "dpm++2m", "dpm++3m", "unipc2", "unipc3", "deis", "ipndm"):
+        errors = [ode_error(with_calls(name, c, spacing="logsnr"), photographs()) for c in calls]
+        axes.loglog(calls, errors, marker=".", label=name)
+    axes.set(xlabel="network calls", ylabel="distance to the converged solution", ylim=(3e-5, 3))
+    axes.set_xticks(calls, [str(c) for c in calls])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2, fontsize="small")
+    figure.savefig(path)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print("\n".join(lines()))
+    print("\n".join(lines()), flush=True)
+    for file in sys.argv[1:]:
+        draw_plot(file)
