@@ -116,6 +116,14 @@ class Sampler:
         vars(self).update(state)
         self._steps = StepPool(self.model, self.table, self.options, self.reverse_step)
 
+    def __repr__(self) -> str:
+        options = self.options
+        how = [str(options.device), str(options.dtype).removeprefix("torch.")]
+        how += ["triton" if options.uses_triton else "torch", "compiled" if options.compiles else "uncompiled"]
+        how += ["CUDA graph"] if options.uses_graph else []
+        model = type(self.model).__name__
+        return f"Sampler({model}, {self.table.name!r} of {len(self.table)} steps, shape {self.shape}, {', '.join(how)})"
+
     @staticmethod
     def reverse_step(step: StaticStep) -> None:
         """The body of Algorithm 2's loop, which an engine captures once: x_{t-1} ~ p_theta(x_{t-1} | x_t)."""

@@ -69,6 +69,17 @@ class UNet(nn.Module):
         if zero_init:
             self._zero_residual_branches()
 
+    def __repr__(self) -> str:
+        config, count = self.config, sum(p.numel() for p in self.parameters())
+        size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
+        classes = f"{config.num_class_embeds} class embeddings" if config.num_class_embeds else "no classes"
+        shape = f"x [B, {config.in_channels}, {', '.join('?' if n is None else str(n) for n in size)}]"
+        widths = "-".join(map(str, config.block_out_channels))
+        trained = (
+            f", predicts {self.diffusion.prediction_type}, T = {self.diffusion.num_timesteps}" if self.diffusion else ""
+        )
+        return f"UNet({shape}, {count / 1e6:.2f} M parameters, widths {widths}, {classes}{trained})"
+
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the weights."""
