@@ -32,7 +32,7 @@ def _given(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def _eps(case: Case) -> Tensor:
-    """The noise that the gate has everybody add: that of `ddpm_loss` with seed 0 and step 0."""
+    """The noise that every provider adds at the gate: that of `ddpm_loss` with seed 0 and step 0."""
     return randn(case.full_shape, seed=0, stream=noise.STREAM_TRAIN)
 
 

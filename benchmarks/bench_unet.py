@@ -117,7 +117,7 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
 
 
 def needs_network(case: Case) -> str | None:
-    """Say if the network is not there."""
+    """Return why the network cannot be had; None if it can."""
     return networks.unavailable(case.network)
 
 

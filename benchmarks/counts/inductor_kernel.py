@@ -3,7 +3,7 @@
 The yardstick for the fused step's instruction count. The step is traced under FakeTensorMode on "cuda", lowered by
 Inductor for a stub device, and the Triton source it writes is compiled as `compile_offline` compiles ours. All of it
 is Inductor's inside, which moves between releases: tried with torch 2.14 (a CUDA build; a CPU build has no such
-tensors). Whatever breaks raises `BackendUnavailable` with what happened, and the report says so.
+tensors). Whatever breaks raises `BackendUnavailable` with what happened, which the report shows.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measure(arch: str = "sm_90", shape: tuple[int, ...] = (64, 3, 32, 32)) -> In
     """Return Inductor's best configuration for the step, by instructions executed.
 
     Raises:
-        BackendUnavailable: this torch or Triton does not lend itself to it; the message says why.
+        BackendUnavailable: this torch or Triton cannot be asked; the message has the reason.
     """
     gpu = default_gpu(arch)
     if gpu is None or not arch.startswith("sm_"):
@@ -196,18 +196,18 @@ def _compile(name: str, source: str, arch: str, block: int, warps: int) -> Induc
 
 
 def _load(path: Path, name: str) -> tuple[dict[str, Any], Any]:
-    """Import a generated kernel without its launcher: what its decorator was told, and the jitted function."""
-    told: dict[str, Any] = {}
+    """Import a generated kernel without its launcher: what its decorator was given, and the jitted function."""
+    given: dict[str, Any] = {}
 
     def pointwise(**arguments: Any) -> Any:
-        told.update(arguments["triton_meta"])
+        given.update(arguments["triton_meta"])
         return lambda function: function
 
     heuristics = importlib.import_module("torch._inductor.runtime.triton_heuristics")
     helpers = importlib.import_module("torch._inductor.runtime.triton_helpers")
     with mock.patch.object(heuristics, "pointwise", pointwise), mock.patch.object(helpers, "set_driver_to_gpu"):
         module = _import(path)
-    return told, getattr(module, name)
+    return given, getattr(module, name)
 
 
 def _import(path: Path) -> ModuleType:

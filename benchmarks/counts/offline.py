@@ -1,4 +1,4 @@
-"""What can be said of the GPU path without a GPU: instructions executed and bytes moved per element, from SASS.
+"""What can be counted of the GPU path without a GPU: instructions executed and bytes moved per element, from SASS.
 
 Counts of compiled code, not times: what binds on a real device, and whether two kernels tie, the CUDA part must show.
 """

@@ -35,7 +35,7 @@ def measure(device: str, rounds: int, *, smoke: bool = False) -> dict[str, Any]:
     target = torch.empty_like(source)
     n = 128 if smoke else _MATRIX[device]
     runners = [_Timed("copy", make_clock(lambda: target.copy_(source), device, small=False, smoke=smoke))]
-    # A processor that emulates bfloat16 would take minutes to say how slow it is.
+    # A processor that emulates bfloat16 would take minutes.
     low = device == "cuda" or machine.cpu()["native_bfloat16"]
     for dtype in (torch.float32, torch.bfloat16) if low else (torch.float32,):
         a = torch.randn(n, n, device=device).to(dtype)

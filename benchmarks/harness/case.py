@@ -1,4 +1,4 @@
-"""What a benchmark measures, and by whom."""
+"""What a benchmark measures: cases, and the providers that are compared."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Provider:
         return not_installed(self.needs) or self.skips(case) or self._emulated(case)
 
     def _emulated(self, case: Case) -> str | None:
-        """A network in a type that the processor lacks takes twenty times as long, and says nothing."""
+        """A network in a type that the processor lacks takes twenty times as long, and shows nothing."""
         runs = case.device != "cpu" or case.network in ("", "tiny")
         if runs or self.dtype != "bfloat16" or machine.cpu()["native_bfloat16"]:
             return None
@@ -157,7 +157,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A thing to measure, with all who can do it.
+    """A thing to measure, with every implementation of it.
 
     Attributes:
         name: the stem of its benchmark.

@@ -96,7 +96,7 @@ def _graphed(run: Callable[[], Any]) -> tuple[Callable[[], Any], bool]:
 
 
 def _waits(run: Callable[[], Any]) -> bool:
-    """Whether a call waits for the device. To try a capture would tell too, but not leave torch.randn usable."""
+    """Whether a call waits for the device. A capture would show it too, but leave torch.randn unusable."""
     try:
         with synchronisation_raises():
             run()

@@ -1,4 +1,4 @@
-"""Interleaved rounds A B C A B C, and what may be said about them.
+"""Interleaved rounds A B C A B C, and what they allow to conclude.
 
 A machine's speed drifts by more than the differences worth knowing, so that two numbers compare only where they were
 taken next to each other: each round times every runner once, and a ratio is the median of the rounds' own ratios.
@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 MIN_ROUNDS = 7
-# A spread beyond which a result says more about the machine than about the code.
+# A spread beyond which a result depends more on the machine than on the code.
 NOISY = 0.10
 
 

@@ -1,4 +1,4 @@
-"""Gates: what a provider must have computed before anybody looks at its time."""
+"""Gates: what a provider must have computed before it is timed."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def counter(case: Case, stream: int, step: int = 0) -> Counter:
 
 
 def twin_only(case: Case) -> str | None:
-    """Say where there is no eager twin to measure: on CUDA a kernel runs."""
+    """Return why there is no eager twin to measure; None where there is one."""
     return None if case.device == "cpu" else "a kernel runs on CUDA"
 
 

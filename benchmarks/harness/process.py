@@ -46,7 +46,7 @@ class ProcessRunner:
         return self._ask("evaluate")
 
     def warm(self) -> str:
-        """Make the stopwatch ready, and say what it measures."""
+        """Make the stopwatch ready; return what it measures."""
         return self._ask("warm")
 
     def time(self) -> float:
@@ -61,7 +61,7 @@ class ProcessRunner:
             raise WorkerError(f"{self.name}: {error}") from error
 
     def peak_memory_mb(self) -> float | None:
-        """Peak memory since `warm`, without Python and its libraries; None where the system does not say."""
+        """Peak memory since `warm`, without Python and its libraries; None where the system does not count it."""
         return self._ask("peak_memory_mb")
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ class LocalRunner:
             return self._work.evaluate()
 
     def warm(self) -> str:
-        """Make the stopwatch ready, and say what it measures."""
+        """Make the stopwatch ready; return what it measures."""
         self._clock = make_clock(self._work.run, self.case.device, small=not self.case.network, smoke=self._smoke)
         return self._clock.how
 

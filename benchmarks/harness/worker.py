@@ -46,7 +46,7 @@ def serve(connection: Connection, benchmark: str, provider: str, case: Case, thr
 
 
 class MeasuredRunner(LocalRunner):
-    """A runner with a process to itself, which can tell how much memory its provider takes."""
+    """A runner with a process to itself, which can measure the memory that its provider takes."""
 
     def __init__(self, provider: Provider, case: Case) -> None:
         # Memory is what a provider takes beyond its libraries. The compiler's come with a custom operator, diffusers or
@@ -84,7 +84,7 @@ class MeasuredRunner(LocalRunner):
 
 
 def resident_mb() -> float | None:
-    """Resident memory of this process in MB; None where the system does not say."""
+    """Resident memory of this process in MB; None where the system does not count it."""
     return _status("VmRSS")
 
 
@@ -98,7 +98,7 @@ def reset_peak() -> bool:
 
 
 def peak_mb() -> float | None:
-    """The most resident memory since `reset_peak`, in MB; None where the system does not say."""
+    """The most resident memory since `reset_peak`, in MB; None where the system does not count it."""
     return _status("VmHWM")
 
 

@@ -91,7 +91,7 @@ def by_case(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def case_section(rows: Sequence[Row]) -> str:
-    """One case: a table of those who were timed, and why the others were not."""
+    """One case: a table of the providers that were timed, and why the others were not."""
     case = rows[0]["case"]
     timed = [row for row in rows if row["checked"]]
     columns = _loop_columns(timed) if case["network"] else _op_columns(timed)

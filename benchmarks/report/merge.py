@@ -52,7 +52,7 @@ def merge(runs: Sequence[Results]) -> dict[str, Any]:
     """
     if len(runs) == 1:
         return dict(runs[0])
-    # A run that only counted says nothing of the machine at rest.
+    # The load of a run that only counted is no measure of the others.
     timed = [run for run in runs if run["rows"]] or list(runs)
     first = timed[0]
     for run in timed:
