@@ -44,7 +44,7 @@ def _scheduler_step(case: Case, form: Form) -> Call:
 
 def _pipeline(case: Case, form: Form) -> Call:
     diffusers: Any = importlib.import_module("diffusers")
-    unet: Any = networks.build_diffusers(case.network).to(case.device)
+    unet: Any = networks.build_diffusers(case.network, case.device)
     networks.fix_labels(unet, networks.labels(case.network, case.batch, case.device))
     scheduler = getattr(diffusers, case.original.replace("Pipeline", "Scheduler"))(
         num_train_timesteps=T, prediction_type="v_prediction"

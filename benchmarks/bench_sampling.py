@@ -69,7 +69,7 @@ def _diffusers(
 ) -> Prepared:
     """DDPMPipeline or DDIMPipeline; tuned: its documented fast settings (dtype, channels_last, torch.compile)."""
     diffusers: Any = importlib.import_module("diffusers")
-    unet: Any = networks.build_diffusers(case.network).to(case.device, dtype)
+    unet: Any = networks.build_diffusers(case.network, case.device, dtype)
     networks.fix_labels(unet, networks.labels(case.network, case.batch, case.device))
     if tuned:
         unet.to(memory_format=torch.channels_last)

@@ -89,7 +89,7 @@ def _pytorch(case: Case, *, compiled: bool = False) -> Prepared:
 def _diffusers(case: Case, *, low: bool = False) -> Prepared:
     """The loop body of its example, train_unconditional.py; its --mixed_precision bf16 is autocast."""
     diffusers: Any = importlib.import_module("diffusers")
-    model = networks.build_diffusers(case.network).to(case.device)
+    model = networks.build_diffusers(case.network, case.device)
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=inputs.T)
     x_0, t = _given(case)
     labels = _labels(case)

@@ -41,8 +41,8 @@ def _input(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _module(case: Case, model: Any, dtype: torch.dtype = torch.float32, *, frozen: bool = False) -> Prepared:
-    """A module, eager as it is, or compiled."""
-    model, x = model.to(case.device, dtype), _input(case, dtype)
+    """A module, already on its device and in its dtype; eager as it is, or compiled."""
+    x = _input(case, dtype)
     labels = networks.labels(case.network, case.batch, case.device)
     kwargs = {} if labels is None else {"class_labels": labels}
     if frozen:
@@ -52,19 +52,19 @@ def _module(case: Case, model: Any, dtype: torch.dtype = torch.float32, *, froze
 
 
 def _pytorch(case: Case) -> Prepared:
-    return _module(case, networks.build(case.network))
+    return _module(case, networks.build(case.network).to(case.device))
 
 
 def _compiled(case: Case, dtype: torch.dtype) -> Prepared:
-    return _module(case, networks.build(case.network), dtype, frozen=True)
+    return _module(case, networks.build(case.network).to(case.device, dtype), dtype, frozen=True)
 
 
 def _diffusers(case: Case) -> Prepared:
-    return _module(case, networks.build_diffusers(case.network))
+    return _module(case, networks.build_diffusers(case.network, case.device))
 
 
 def _tuned(case: Case, dtype: torch.dtype) -> Prepared:
-    return _module(case, networks.build_diffusers(case.network), dtype, frozen=True)
+    return _module(case, networks.build_diffusers(case.network, case.device, dtype), dtype, frozen=True)
 
 
 def _openvino(case: Case, precision: str) -> Prepared:

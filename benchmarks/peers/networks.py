@@ -67,14 +67,15 @@ def build(name: str) -> UNet:
         return UNet(config(name), zero_init=False).eval()
 
 
-def build_diffusers(name: str) -> nn.Module:
+def build_diffusers(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same network as diffusers' UNet2DModel, with the same weights."""
     ours = build(name)
     diffusers = importlib.import_module("diffusers")
     values = {key: value for key, value in ours.config.to_dict().items() if key != "null_class"}
     model = diffusers.UNet2DModel(**values)
     model.load_state_dict(ours.state_dict())
-    return model.eval()
+    # Its own `to` warns of every dtype, float32 included.
+    return nn.Module.to(model.eval(), device, dtype)
 
 
 def labels(name: str, batch: int, device: str = "cpu") -> Tensor | None:

@@ -407,3 +407,10 @@ def test_benchmarks_ignore_what_other_libraries_warn_of(tmp_path: Path, monkeypa
         warnings.simplefilter("always")
         assert main(["bench", "randn", "--smoke", "--outdir", str(tmp_path)]) == 1
     assert not shown
+
+
+def test_progress_has_no_lines_of_other_libraries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "sampling", "--case", "ddim", "--provider", "diffusers", "--smoke", "--device", "cpu"]
+    assert main([*command, "--outdir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if not line.startswith(("measuring this machine", "sampling-tiny-", "wrote "))] == []
