@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -204,7 +204,9 @@ def _compile_ahead(cases: Sequence[StepCase], device: torch.device) -> None:
         return
     import triton
 
-    with torch.cuda.device(device), ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+    # Older releases of Triton compile one after the other.
+    mode = getattr(triton, "AsyncCompileMode", nullcontext)
+    with torch.cuda.device(device), ThreadPoolExecutor(os.cpu_count()) as pool, mode(pool):
         for case in cases:
             p_sample_variant(str(case), case).launch.compile()
 
