@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastddpm.unet.unet import UNet as UNet
     from fastddpm.unet.unet import UNetConfig as UNetConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "BackendUnavailable": "errors",
