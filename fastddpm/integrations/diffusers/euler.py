@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from fastddpm import ops
-from fastddpm.integrations.diffusers.linear import LinearScheduler, M, X, Z, unit, weights
+from fastddpm.integrations.diffusers.linear import LinearScheduler, M, X, unit, weights
 from fastddpm.integrations.diffusers.loop import draw_like
 from fastddpm.integrations.shared import Draw
 from fastddpm.tables.table import make_rows
@@ -22,7 +22,7 @@ class _EulerScheduler(LinearScheduler):
 
     def respond(self, timestep: Any) -> tuple[Tensor, Any]:
         """Return the row of the next step, and a copy that has taken it."""
-        e_x, e_m, zero = unit(X), unit(M), torch.zeros(1, 1, Z + 1)
+        e_x, e_m, zero = unit(X), unit(M), torch.zeros_like(unit(X))
         (x_prev, x_0), taken = self.take(timestep, {}, e_m, e_x, generator=torch.Generator().manual_seed(0))
         # What the step adds where there is nothing else is its deviation times this draw.
         (noise, _), _ = self.take(timestep, {}, zero, zero, generator=torch.Generator().manual_seed(0))

@@ -49,7 +49,7 @@ class LinearStep(NamedTuple):
 
 def unit(place: int) -> Tensor:
     """Return a unit vector as a state [1, 1, 6]."""
-    e = torch.zeros(1, 1, Z + 1)
+    e = torch.zeros(1, 1, Z + 1, dtype=torch.float32, device="cpu")
     e[..., place] = _LENGTH
     return e
 
@@ -125,18 +125,19 @@ class LinearScheduler(NamedAsOriginal, ABC):
         """Write the run that set_timesteps chose as a `Table`; quiet_end leaves out the last step's noise."""
         run, rows64 = copy.copy(self), []
         # The state that the corrector replaced, in terms of (x_t, x_0, older x_0) of the step.
-        last = torch.zeros(len(_STATE), dtype=torch.float64)
+        last = torch.zeros(len(_STATE), dtype=torch.float64, device="cpu")
         for t in self.timesteps:
             step = run.next_step(t, torch.device("cpu"))
             rows = step.rows.double()
             first, predictor = rows[0].clone(), rows[-1, _STATE]
-            x_t = torch.eye(len(_STATE), dtype=torch.float64)[0]
+            x_t, others = torch.zeros_like(predictor), predictor.clone()
+            x_t[0], others[0] = 1.0, 0.0
             if len(rows) == 2:
                 x_t = first[_STATE] + first[COLUMN["sigma"]] * last
                 first[COLUMN["sigma"]] = 0.0
-            first[_STATE] = predictor[0] * x_t + predictor.where(torch.arange(len(_STATE)) > 0, 0.0)
-            # x_prev = w x_t + sum, solved for x_t; there, every x_0 is one step older.
-            last = torch.cat([torch.ones(1), torch.zeros(1), -predictor[1:-1]]).double() / predictor[0]
+            first[_STATE] = predictor[0] * x_t + others
+            # x_prev = w x_t + others, solved for x_t; in the next step's terms, where every x_0 is one step older.
+            last = torch.cat([predictor.new_tensor([1.0, 0.0]), -predictor[1:-1]]) / predictor[0]
             rows64.append(first)
             run.remember(t, unit(M), unit(X))
             vars(run).update(step.after)

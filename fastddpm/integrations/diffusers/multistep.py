@@ -61,7 +61,7 @@ class _MultistepScheduler(LinearScheduler):
         corrected = take(e[Z])[1].last_sample
         if corrected is e[X]:
             return predictor, taken
-        predictor[0, [COLUMN["a"], COLUMN["b"]]] = torch.tensor([0.0, 1.0])
+        predictor[0, COLUMN["a"]], predictor[0, COLUMN["b"]] = 0.0, 1.0
         return torch.cat([one_row(x_0, corrected), predictor]), taken
 
     def advance(self, model_output: Tensor, timestep: Any, x_t: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, UniPCMultistepScheduler
 
 import fastddpm
 from fastddpm.integrations.diffusers import (
@@ -90,3 +90,19 @@ def test_seeds_leave_every_global_generator_alone(original: Any) -> None:
     fast = quiet(fastddpm.accelerate(DDPMPipeline(tiny_unet(), original())))
     fast(seeds=[1, 2], num_inference_steps=3, output_type="pt")
     assert states() == before
+
+
+# diffusers' own UniPC fails there: it solves a float64 system for a float32 right side.
+@pytest.mark.parametrize(
+    "original", [kind for kind in FAST_FORM if kind is not UniPCMultistepScheduler], ids=lambda kind: kind.__name__
+)
+def test_default_dtype_changes_nothing(original: Any) -> None:
+    fast = quiet(fastddpm.accelerate(DDPMPipeline(tiny_unet(), original(prediction_type="v_prediction"))))
+    expected = fast(seeds=[1, 2], num_inference_steps=3, output_type="pt").images
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = quiet(fastddpm.accelerate(DDPMPipeline(fast.unet, original(prediction_type="v_prediction"))))
+        images = again(seeds=[1, 2], num_inference_steps=3, output_type="pt").images
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
