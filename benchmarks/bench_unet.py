@@ -14,6 +14,7 @@ from fastddpm.benchmarks.peers import networks, openvino
 from fastddpm.benchmarks.peers.networks import compile_frozen
 from torch import Tensor
 
+from fastddpm.machine.building import Want
 from fastddpm.sampling import model as network
 from fastddpm.sampling.network import sampling_networks
 
@@ -77,7 +78,7 @@ def _fastddpm(case: Case, dtype: torch.dtype) -> Prepared:
     """The network as the sampler calls it."""
     timesteps = loop_gate.timesteps(case).to(case.device)
     model = network.place(networks.build(case.network), torch.device(case.device), dtype)
-    form = sampling_networks(model, timesteps, compile_model=True, strict=True)(case.batch)
+    form = sampling_networks(model, timesteps, want=Want.NOW, strict=True)(case.batch)
     labels = networks.labels(case.network, case.batch, case.device)
     form.load(labels)
     kwargs = {} if labels is None else {"class_labels": labels}

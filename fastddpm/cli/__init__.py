@@ -19,7 +19,10 @@ from typing import Any
 from fastddpm import __version__
 from fastddpm.checks import printable
 
-COMMANDS = ("sample", "train", "eval", "steps", "diffuse", "convert", "inspect", "verify", "bench", "profile", "env")
+COMMANDS = (
+    *("sample", "train", "eval", "steps", "diffuse", "convert", "inspect", "verify", "bench", "profile"),
+    *("compile", "cache", "env"),
+)
 
 COMPLETION = """shell completion:
   pip install 'fastddpm[complete]'

@@ -125,7 +125,7 @@ def _result(
 
     directory = args.outdir / f"guidance-{planned.guidance:g}"
     outputs = Outputs(directory, "npz", planned.seeds, planned.labels, planned.batches, planned.batches)
-    config = describe(model, planned, sampler=args.sampler, classes=None, file_format="npz")
+    config = describe(model, planned, outputs, sampler=args.sampler, classes=None, overwrite=args.overwrite)
     outputs.folder.begin(config, resume=args.resume, overwrite=args.overwrite)
     drawn = draw_missing(planned, outputs, quiet=args.quiet)
     speed = _speed(directory / SPEED, drawn)

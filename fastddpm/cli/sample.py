@@ -80,8 +80,10 @@ def run(args: argparse.Namespace) -> int:
         shared=world > 1,
     )
     with outputs.folder.locked():
+        if world == 1:  # before the network is compiled
+            outputs.folder.refuse_unless_free(resume=args.resume, overwrite=args.overwrite)
         classes = args.classes if args.classes != [None] else "none"
-        config = describe(model, planned, sampler=args.sampler, classes=classes, file_format=args.format)
+        config = describe(model, planned, outputs, sampler=args.sampler, classes=classes, overwrite=args.overwrite)
         outputs.folder.begin(config, resume=args.resume, overwrite=args.overwrite)
         started = time.perf_counter()
         drawn = draw_missing(planned, outputs, quiet=args.quiet)
@@ -114,18 +116,17 @@ def _report(args: argparse.Namespace, planned: Run, drawn: list[tuple[int, float
         "images_per_second": rate,
         "device": str(sampler.device),
         "backend": "triton" if sampler.options.uses_triton else "torch",
-        "compiled": sampler.options.compiles,
+        "compiled": planned.settle(),
         "seeds": format_seeds(planned.seeds),
         "outdir": str(args.outdir),
     }
     if args.json:
         print(json.dumps(summary))
     elif not args.quiet:
-        compiling = " with compilation" if sampler.options.compiles and drawn else ""
-        speed = "" if rate is None or (compiling and len(drawn) == 1) else f"{rate:.3g} images/s, "
+        speed = "" if rate is None else f"{rate:.3g} images/s, "
         print(
-            f"{images} images, {summary['steps']} steps, {seconds:.1f} s{compiling}, {speed}"
-            f"{summary['device']}, {summary['backend']}, {'' if sampler.options.compiles else 'not '}compiled, "
+            f"{images} images, {summary['steps']} steps, {seconds:.1f} s, {speed}"
+            f"{summary['device']}, {summary['backend']}, {'' if summary['compiled'] else 'not '}compiled, "
             f"seeds {summary['seeds']}"
         )
 

@@ -41,6 +41,9 @@ def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
         parser.add_argument(f"--{name}", type=kind, help=text)
     add_outdir(parser, outdir)
     add_machine(parser, "dtype", "device", "backend", "compile")
+    parser.add_argument(
+        "--compiled", metavar="FILE", help="run the network with a file of `fastddpm compile`: native code, so trust it"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="complete an interrupted run of the same arguments")
     existing.add_argument("--overwrite", action="store_true", help="replace what is in the directory")
@@ -80,6 +83,7 @@ def plan(
             dtype=None if args.dtype is None else getattr(torch, args.dtype),
             backend=args.backend,
             compile=COMPILE[args.compile],
+            compiled=args.compiled,
         )
     except TypeError as error:
         for name in given:

@@ -51,7 +51,7 @@ def environment(prefixes: tuple[str, ...]) -> dict[str, str]:
 
 def compiles() -> dict[str, Any]:
     """What torch.compile and Triton need: a C++ compiler, caches that can be written."""
-    found = (caches.triton(), caches.inductor())
+    found = (caches.triton(), caches.inductor(), caches.packages())
     return {
         "cpp_compiler": has_cpp_compiler(),
         "triton": has_triton(),

@@ -84,7 +84,8 @@ class KeptSamplers:
 
     @staticmethod
     def _repays(sampler: Sampler, drawn: int, options: Mapping[str, Any]) -> bool:
-        """Whether an uncompiled sampler would now be made compiled."""
-        if sampler.options.compiles or options.get("compile", "auto") != "auto" or "samples_ahead" in options:
+        """Whether a sampler made now would want compiled code more."""
+        if options.get("compile", "auto") != "auto" or "samples_ahead" in options:
             return False
-        return weigh(sampler.device, sampler.model, sampler.shape, drawn * len(sampler.table))[0]
+        want, _ = weigh(sampler.device, sampler.model, sampler.shape, drawn * len(sampler.table))
+        return want > sampler.options.want

@@ -1,6 +1,6 @@
-"""Where torch.compile and Triton keep compiled code.
+"""Where torch.compile, Triton and this library keep compiled code.
 
-What lies there is loaded and executed: whoever can write to such a folder can run code as its owner. Both defaults are
+What lies there is loaded and executed: whoever can write to such a folder can run code as its owner. The defaults are
 folders of the user; a shared one belongs to nobody.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cache:
-    """One of the two caches.
+    """One of the three caches.
 
     Attributes:
         variable: environment variable that moves it.
@@ -50,18 +50,25 @@ def triton() -> Cache:
     )
 
 
+def packages() -> Cache:
+    """The cache of compiled networks, see `packages`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return _look("FASTDDPM_CACHE_DIR", lambda: Path(base or os.path.expanduser("~/.cache")) / "fastddpm")
+
+
 def _look(variable: str, default: Callable[[], Path]) -> Cache:
     path = Path(os.environ.get(variable) or default())
     # The nearest thing that exists; below a file nothing can be made.
     existing = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-    return Cache(variable, path, writable, path.is_dir() and _is_open(path.stat()))
+    return Cache(variable, path, writable, path.is_dir() and is_open(path.stat()))
 
 
-def _is_open(folder: os.stat_result) -> bool:
+def is_open(entry: os.stat_result) -> bool:
+    """Tell whether a file or folder is another user's, or its group or everybody may write to it."""
     # Windows has no such ids, and Triton's caches are on Linux.
-    foreign = hasattr(os, "geteuid") and folder.st_uid != os.geteuid()
-    return foreign or bool(folder.st_mode & 0o022)
+    foreign = hasattr(os, "geteuid") and entry.st_uid != os.geteuid()
+    return foreign or bool(entry.st_mode & 0o022)
 
 
 def _user() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -66,6 +67,14 @@ def cpu() -> dict[str, Any]:
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "native_bfloat16": bool(present & {"avx512_bf16", "amx_bf16", "bf16"}),
     }
+
+
+def instruction_set() -> str:
+    """Name the instructions that code compiled for this processor may use: what matters, and a hash of everything."""
+    info, known = _cpuinfo(), cpu()
+    flags = info.get("flags", info.get("Features", platform.processor()))
+    digest = hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:8]
+    return " ".join([known["architecture"], *known["flags"], f"({digest})"])
 
 
 def _cpuinfo() -> dict[str, str]:

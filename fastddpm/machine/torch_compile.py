@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import importlib.util
 import logging
 import os
 import shutil
-import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +25,6 @@ class Compiled:
     Args:
         function: the function or module.
         strict: raise where torch.compile fails; else warn once and go on uncompiled.
-        constant: the function runs on a CPU, and its weights and the sizes of its arguments never change. oneDNN then
-            packs the weights once, and one call into C++ runs the whole graph.
         dynamic: whether sizes are left open, see torch.compile.
         name: what the function is, for the warning.
 
@@ -42,13 +37,12 @@ class Compiled:
         function: Callable[..., Any],
         *,
         strict: bool,
-        constant: bool = False,
         dynamic: bool | None = None,
         name: str = "the model",
     ) -> None:
         self._eager = function
-        self._call: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False if constant else dynamic)
-        self._strict, self._freeze, self._name = strict, constant, name
+        self._call: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=dynamic)
+        self._strict, self._name = strict, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is self._eager:
@@ -56,23 +50,14 @@ class Compiled:
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
-            return self._compile_and_call(*args, **kwargs)
+            return self._call(*args, **kwargs)
         except (TorchDynamoException, FailOnRecompileLimitHit, BackendUnavailable) as error:
             reason = f"torch.compile failed: {_explain(error)}"
             if self._strict:
                 raise BackendUnavailable(reason) from error
             logger.warning("%s runs uncompiled: %s", self._name, reason)
-            self._call, self._freeze = self._eager, False
+            self._call = self._eager
             return self._eager(*args, **kwargs)
-
-    def _compile_and_call(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._freeze:
-            return self._call(*args, **kwargs)
-        with _constant():
-            result = self._call(*args, **kwargs)
-        self._freeze = False
-        _give_back_memory()
-        return result
 
 
 def own_code(function: Any) -> Callable[..., Any]:
@@ -95,33 +80,6 @@ def _explain(error: Exception) -> str:
     # The first line says who raised, the second what.
     cache = inductor()
     return f"{' '.join(lines[:2])}; if {cache.path} is damaged, remove it or set {cache.variable} to another folder"
-
-
-def _give_back_memory() -> None:
-    """Free what compiling left behind: graphs that refer to themselves, and second copies of the packed weights."""
-    gc.collect()
-    if sys.platform == "linux":
-        # glibc keeps freed memory for later, and there will be no second compilation. Other C libraries lack this.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
-def _constant() -> contextlib.AbstractContextManager[Any]:
-    """Treat the weights of what compiles inside as constants, and have C++ call the kernels.
-
-    Called from Python, each of a network's hundred kernels and more costs 10 to 20 us on top. Options of torch.compile
-    would be too late: Dynamo asks for `freezing` as well.
-    """
-    from torch._inductor import config
-
-    settings = {"freezing": True, "cpp_wrapper": True}
-    for name in settings:
-        if not hasattr(config, name):
-            raise BackendUnavailable(
-                f"torch {torch.__version__} has no Inductor setting `{name}`; use torch 2.10 to 2.14"
-            )
-    return config.patch(settings)
 
 
 def named_kernels() -> contextlib.AbstractContextManager[Any]:

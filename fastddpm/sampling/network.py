@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fastddpm.errors import BackendUnavailable
+from fastddpm.machine.building import Want
 from fastddpm.machine.torch_compile import Compiled, own_code
 from fastddpm.sampling.model import Model
-from fastddpm.unet.inference import UNetForms, is_plain
+from fastddpm.unet.forms import is_plain
+from fastddpm.unet.inference import UNetForms
 from fastddpm.unet.unet import UNet
 
 # Compiled codes that are kept for other batch sizes than those of the steps in use.
@@ -25,7 +29,10 @@ class Network(Protocol):
     strict)`, with timesteps [R] on the model's device, which returns a function: rows of x -> Network. Every step has
     its own network, because it holds the labels of a run. One that knows its timesteps by row may set `reads_t` to
     False: t is then not looked up for it, and holds nothing. One that keeps nothing made from weights may set
-    `shares_weights` to True: their bytes are then not compared before each run.
+    `shares_weights` to True: their bytes are then not compared before each run. One whose code another process compiles
+    sets `compiles_step` to False, for compiling the rest of a step would take seconds of this one; and it has a method
+    `settle(x, compiled)`, which decides for all later runs whether compiled code runs (None: by what is there), makes
+    it ready, and returns the decision.
     """
 
     memory_format: torch.memory_format
@@ -66,24 +73,30 @@ class ModelNetwork:
 
 
 def sampling_networks(
-    model: Model, timesteps: Tensor, *, compile_model: bool, strict: bool
+    model: Model, timesteps: Tensor, *, want: Want, strict: bool, compiled: Path | None = None
 ) -> Callable[[int], Network]:
     """Return what makes a model's networks for sampling: rows of x -> Network.
 
     Args:
         model: on its device and in its dtype, see `model.place`; not changed.
         timesteps: [R], what the rows of the table ask for, on the model's device.
-        compile_model: run it through torch.compile.
-        strict: raise where that fails, instead of running uncompiled.
+        want: how much compiled code is wanted.
+        strict: raise where it is wanted now and cannot be had, instead of running uncompiled.
+        compiled: a package to take it from.
+
+    Raises:
+        BackendUnavailable: the model is no `UNet`, and a package was given.
     """
     if isinstance(model, UNet) and is_plain(model):
-        return UNetForms(model, timesteps, compile_model=compile_model, strict=strict)
+        return UNetForms(model, timesteps, want=want, strict=strict, file=compiled)
+    if compiled is not None:
+        raise BackendUnavailable(f"compiled={str(compiled)!r} is for a fastddpm.UNet, not for {type(model).__name__}")
     own_form = getattr(model, "sampling_networks", None)
     if own_form is not None:
-        return own_form(timesteps, compile_model=compile_model, strict=strict)
-    if compile_model and timesteps.device.type == "cuda":
+        return own_form(timesteps, compile_model=want is Want.NOW, strict=strict)
+    if want is Want.NOW and timesteps.device.type == "cuda":
         # Where the batch size is left open, Inductor gives up its channels-last layouts.
         make = functools.partial(ModelNetwork, model, compile_model=True, strict=strict, dynamic=False)
         return functools.lru_cache(MAX_NETWORKS)(lambda batch: make())
-    shared = ModelNetwork(model, compile_model=compile_model, strict=strict)
+    shared = ModelNetwork(model, compile_model=want is Want.NOW, strict=strict)
     return lambda batch: shared

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from fastddpm.checks import integer, one_of
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import hardware, torch_compile
+from fastddpm.machine.building import Want
 from fastddpm.machine.caches import inductor
 from fastddpm.machine.devices import resolve_device
 from fastddpm.ops.backend import use_triton
@@ -28,6 +31,17 @@ logger = logging.getLogger("fastddpm")
 # 35.7 M parameters takes some 45 s (220 s where Winograd's transforms come in, at batch 16) and saves 40 (34) ms per
 # 32x32 sample and step: 1,100 to 6,400 of them, 4e13 to 2.4e14. Counting operations exactly would itself take seconds.
 REPAYS_AFTER = 2e14
+# After half a minute of work on such a processor a caller will probably do the same again: compile in the background.
+BACKGROUND_AFTER = 1e13
+# Work of a second, which is what finding compiled code takes.
+LOOKS_AFTER = 3e11
+
+_HOW = {
+    Want.NEVER: "uncompiled",
+    Want.IF_FOUND: "uncompiled, unless its code was kept",
+    Want.FOR_LATER: "uncompiled until its code is there, which is built for later calls",
+    Want.NOW: "compiled",
+}
 
 
 class SamplerArguments(TypedDict, total=False):
@@ -42,6 +56,7 @@ class SamplerArguments(TypedDict, total=False):
     check_finite: bool
     frozen: bool
     samples_ahead: int
+    compiled: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -55,8 +70,9 @@ class Options:
         convert_to: what its weights are converted to, None where nothing was asked for.
         backend: "auto", "triton" or "torch", for the fused step.
         uses_triton: what `backend` comes to on this device.
-        compiles: the model runs through torch.compile.
-        strict_compile: raise where torch.compile fails, instead of running uncompiled.
+        want: how much compiled code is wanted.
+        strict_compile: raise where it is wanted now and cannot be had, instead of running uncompiled.
+        compiled: a package to take it from.
         uses_graph: steps are replayed as CUDA graphs.
         strict_graph: raise where a step cannot be captured, instead of running it in the loop.
         check_finite: record each sample's first step with a NaN or Inf.
@@ -71,14 +87,20 @@ class Options:
     convert_to: torch.dtype | None
     backend: str
     uses_triton: bool
-    compiles: bool
+    want: Want
     strict_compile: bool
+    compiled: Path | None
     uses_graph: bool
     strict_graph: bool
     check_finite: bool
     frozen: bool
     null_class: int | None
     num_labels: int | None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a model that is compiled in this process is."""
+        return self.want is Want.NOW
 
     @property
     def bakes_values(self) -> bool:
@@ -100,6 +122,7 @@ def resolve_options(
     check_finite: bool,
     frozen: bool,
     samples_ahead: int,
+    compiled: str | os.PathLike[str] | None,
 ) -> Options:
     """Check the arguments of `Sampler` and decide what they leave open.
 
@@ -107,7 +130,8 @@ def resolve_options(
         model: the network.
         shape: one sample's shape.
         steps: rows of the table.
-        device, dtype, compile, cuda_graph, backend, null_class, check_finite, frozen, samples_ahead: see `Sampler`.
+        device, dtype, compile, cuda_graph, backend, null_class, check_finite, frozen, samples_ahead, compiled: see
+            `Sampler`.
 
     Raises:
         ValueError: an option is unknown, or does not fit the device.
@@ -126,8 +150,9 @@ def resolve_options(
         convert_to=convert_to,
         backend=backend,
         uses_triton=use_triton(backend, device),
-        compiles=decide_compile(compile, device, model, sizes, samples_ahead * steps),
+        want=decide_compile(compile, device, model, sizes, samples_ahead * steps),
         strict_compile=compile is True,
+        compiled=None if compiled is None else Path(compiled),
         uses_graph=decide_graph(cuda_graph, device, model),
         strict_graph=cuda_graph is True,
         check_finite=check_finite,
@@ -185,8 +210,8 @@ def _replays_graphs(model: Model) -> bool:
 
 def decide_compile(
     choice: bool | str, device: torch.device, model: Model, shape: tuple[int, ...], calls_ahead: int
-) -> bool:
-    """Resolve compile="auto": always on CUDA, on a CPU when the work ahead repays the compilation; logged at INFO.
+) -> Want:
+    """Resolve compile="auto": always on CUDA, on a CPU as the work ahead repays it; logged at INFO.
 
     The decision depends on the model, the amount of work and what is installed, not on measured time, so that the same
     run decides the same again.
@@ -206,23 +231,31 @@ def decide_compile(
         raise BackendUnavailable(f"compile=True: {reason}")
     one_of("compile", choice, ("auto", True, False))
     if isinstance(choice, bool):
-        return choice
-    decision, reason = weigh(device, model, shape, calls_ahead)
-    logger.info("compile='auto': the model runs %s (%s)", "compiled" if decision else "uncompiled", reason)
-    return decision
+        return Want.NOW if choice else Want.NEVER
+    want, reason = weigh(device, model, shape, calls_ahead)
+    logger.info("compile='auto': the model runs %s (%s)", _HOW[want], reason)
+    return want
 
 
-def weigh(device: torch.device, model: Model, shape: tuple[int, ...], calls_ahead: int) -> tuple[bool, str]:
-    """Decide whether to compile for an amount of work, arguments as in `decide_compile`; return that and the reason."""
-    if (reason := inductor().why_unusable()) is not None:
-        return False, reason
+def weigh(device: torch.device, model: Model, shape: tuple[int, ...], calls_ahead: int) -> tuple[Want, str]:
+    """Decide how much to compile for an amount of work, arguments as in `decide_compile`; return that and the reason.
+
+    On a CPU nobody waits longer for compiled code than for what it saves.
+    """
     if device.type == "cuda":
-        installed = torch_compile.has_triton()
-        return installed, f"Triton is {'' if installed else 'not '}installed"
-    if device.type != "cpu" or not torch_compile.has_cpp_compiler():
-        return False, f"no C++ compiler was found for {device}"
+        reason = inductor().why_unusable() or (None if torch_compile.has_triton() else "Triton is not installed")
+        return (Want.NOW, "on CUDA") if reason is None else (Want.NEVER, reason)
+    if device.type != "cpu":
+        return Want.NEVER, f"nothing is compiled for {device}"
     work = calls_ahead * weight_uses(model, shape)
-    return work >= REPAYS_AFTER, f"{work:.1e} parameters x pixels ahead, repaid after about {REPAYS_AFTER:.0e}"
+    steps = ((REPAYS_AFTER, Want.NOW), (BACKGROUND_AFTER, Want.FOR_LATER), (LOOKS_AFTER, Want.IF_FOUND))
+    want = next((want for least, want in steps if work >= least), Want.NEVER)
+    reason = f"{work:.1e} parameters x pixels ahead, repaid after about {REPAYS_AFTER:.0e}"
+    if want is Want.NOW and (missing := inductor().why_unusable()) is not None:
+        return Want.IF_FOUND, missing
+    if want > Want.IF_FOUND and not torch_compile.has_cpp_compiler():
+        return Want.IF_FOUND, f"no C++ compiler was found for {device}"
+    return want, reason
 
 
 def weight_uses(model: Model, shape: tuple[int, ...]) -> int:

@@ -20,7 +20,7 @@ from fastddpm.machine.devices import resolve_device
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import model as net
 from fastddpm.sampling.options import SamplerArguments, check_shape
-from fastddpm.sampling.request import Generators, Labels, Noise, given_batch, refuse_unknown
+from fastddpm.sampling.request import Generators, Labels, Noise, RequestArguments, given_batch, refuse_unknown
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.tables.by_name import make_table
@@ -111,7 +111,9 @@ def sample(
         sampler_options=sampler_options,
         **options,
     )
-    with tqdm(total=run.total_steps, unit="step", disable=not progress) as bar:
+    if not drawn:
+        run.settle()
+    with tqdm(total=run.total_steps, desc="sampling", unit="step", disable=not progress) as bar:
 
         def after(result: StepResult[None]) -> None:
             bar.update()
@@ -135,7 +137,7 @@ def sample(
         return out
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """A sampler, and what it is to draw.
 
@@ -156,36 +158,44 @@ class Run:
     batches: list[range]
     x_T: Tensor | None = None  # noqa: N815
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _compiled: bool | None = field(default=None, init=False, repr=False)
 
     @property
     def total_steps(self) -> int:
         """Steps of all batches together."""
         return len(self.batches) * len(self.sampler.table)
 
+    def settle(self, compiled: bool | None = None) -> bool:
+        """Decide once for all batches whether the network runs compiled, see `Sampler.settle`, and return that."""
+        if self._compiled is None and self.batches:
+            self._compiled = self.sampler.settle(compiled, **self._arguments(list(self.batches[0])))
+        return bool(self._compiled)
+
     def draw(self, batch: range, callback: Callable[[StepResult[None]], None] | None = None) -> Tensor:
         """Draw the samples of one batch, float32 [len(batch), ...]."""
         indices = list(batch)
-        if self.sampler.options.compiles or self.sampler.options.uses_graph:
+        if self.settle() or self.sampler.options.uses_graph:
             # Another size would mean another compilation or capture; the last seed fills the place.
             indices += indices[-1:] * (len(self.batches[0]) - len(indices))
-
-        def rows(value: Any) -> Any:
-            whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.seeds)
-            return value[indices] if whole else value
 
         def after(result: StepResult[None]) -> None:
             if callback is not None:
                 callback(result._replace(x_t=result.x_t[: len(batch)]))
 
-        x = self.sampler.sample(
-            seeds=[self.seeds[i] for i in indices],
-            class_labels=None if self.labels is None else [self.labels[i] for i in indices],
-            guidance=self.guidance,
-            x_T=rows(self.x_T),
-            model_kwargs={name: rows(value) for name, value in self.model_kwargs.items()},
-            callback=after,
-        )
-        return x[: len(batch)]
+        return self.sampler.sample(callback=after, **self._arguments(indices))[: len(batch)]
+
+    def _arguments(self, indices: list[int]) -> RequestArguments:
+        def rows(value: Any) -> Any:
+            given = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.seeds)
+            return value[indices] if given else value
+
+        return {
+            "seeds": [self.seeds[i] for i in indices],
+            "class_labels": None if self.labels is None else [self.labels[i] for i in indices],
+            "guidance": self.guidance,
+            "x_T": rows(self.x_T),
+            "model_kwargs": {name: rows(value) for name, value in self.model_kwargs.items()},
+        }
 
 
 def plan_run(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor
 
+from fastddpm.machine.building import Want
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.errors import explain, raise_if_bad
 from fastddpm.sampling.model import Model
@@ -57,14 +59,18 @@ class Sampler:
         shape: one sample's shape: (C, H, W), or (D,) for points.
         device: where to sample; default the model's.
         dtype: what the network runs in: float32, bfloat16 or float16; default the model's.
-        compile: run the model through torch.compile(fullgraph=True). "auto" compiles on CUDA, and on the CPU when
-            `samples_ahead` make work of `options.REPAYS_AFTER`; it falls back with a warning, True raises.
+        compile: run the model compiled, as one graph. A `UNet` on a CPU is compiled in a process of its own, once:
+            its code is kept for later processes (`fastddpm cache`). True waits for that and raises where it fails.
+            "auto" compiles on CUDA; on a CPU it uses what is there, builds in the background for later calls when
+            `samples_ahead` are half a minute's work, and waits for it when they repay that (`options.REPAYS_AFTER`).
         cuda_graph: replay the step as a CUDA graph. "auto" tries on CUDA and falls back with a warning, True raises.
         backend: "auto", "triton" or "torch", for the fused step.
         null_class: the label that means "no class", for guidance; default the model's.
         check_finite: raise SamplingError when a sample has a NaN or Inf, naming step and sample.
         frozen: promise that weights are not changed in place, which saves reading them at the start of each call.
         samples_ahead: how many samples the caller means to draw; only compile="auto" asks.
+        compiled: a file that `fastddpm compile` wrote, to run the network with. It is native code: use no file from
+            somebody whose programs you would not run.
 
     Raises:
         ValueError: an option is unknown, or does not fit the device.
@@ -86,6 +92,7 @@ class Sampler:
         check_finite: bool = False,
         frozen: bool = False,
         samples_ahead: int = 1,
+        compiled: str | os.PathLike[str] | None = None,
     ) -> None:
         self.model, self.table = model, table
         self.options = resolve_options(
@@ -101,6 +108,7 @@ class Sampler:
             check_finite=check_finite,
             frozen=frozen,
             samples_ahead=samples_ahead,
+            compiled=compiled,
         )
         self.shape, self.device = self.options.shape, self.options.device
         self._steps = StepPool(model, table, self.options, self.reverse_step)
@@ -234,6 +242,23 @@ class Sampler:
         request = self._request("warmup", arguments, x0_out=return_x0)
         with self._steps.turn(), self._steps.lend(request.key) as (step, engine):
             next(self._loop(step, engine, request), None)
+
+    def settle(self, compiled: bool | None = None, **arguments: Unpack[RequestArguments]) -> bool:
+        """Make ready what a `sample` with these arguments needs, and decide for this sampler's life how it runs.
+
+        What is compiled in the background is used from the next call on; after this call it is not.
+
+        Args:
+            compiled: the decision, where compile="auto" leaves it open; None decides by what is there.
+            **arguments: as in `sample`.
+
+        Returns:
+            Whether the network runs compiled.
+        """
+        request = self._request("settle", arguments, x0_out=False)
+        with self._steps.turn(), self._steps.lend(request.key) as (step, _):
+            fixed = self.options.strict_compile or self.options.want is Want.NEVER
+            return step.settle(None if fixed else compiled)
 
     def refresh(self) -> None:
         """Take the model anew at the next call: with ``frozen``, needed after weights were changed in place."""

@@ -65,7 +65,8 @@ class StaticStep:
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
         # compiled twin of the draw needs none.
         twin = options.device.type == "cpu" and not options.uses_triton
-        self._draws_ahead = options.compiles and twin and key.noise == COUNTER and math.prod(shape) % 2 == 0
+        self._compiled = options.compiles and getattr(network, "compiles_step", True)
+        self._draws_ahead = self._compiled and twin and key.noise == COUNTER and math.prod(shape) % 2 == 0
         self.z = buffer(B, *shape) if key.noise == GIVEN or self._draws_ahead else None
         self.first_bad = buffer(B, dtype=torch.int64) if key.check_finite else None
         self.kwargs = {
@@ -104,10 +105,15 @@ class StaticStep:
             x0_out=self.x0,
             low_out=self.x_in[: self.key.batch],
             backend=self.options.backend,
-            compiled=self.options.compiles,
+            compiled=self._compiled,
         )
         if self.first_bad is not None:
             self._record_non_finite(self.first_bad)
+
+    def settle(self, compiled: bool | None) -> bool:
+        """Whether the network runs compiled, from now on; see `Network`."""
+        settle = getattr(self.network, "settle", None)
+        return self.options.compiles if settle is None else settle(self.x_in, compiled)
 
     def next_row(self) -> None:
         """Go on to the next row of the table."""

@@ -141,8 +141,9 @@ class StepPool:
             self._networks = sampling_networks(
                 placed,
                 self._table.timesteps.to(options.device),
-                compile_model=options.compiles,
+                want=options.want,
                 strict=options.strict_compile,
+                compiled=options.compiled,
             )
         network = self._networks(key.network_batch)
         self._watch.copies |= not getattr(network, "shares_weights", False)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastddpm.files.run_folder import config_hash
+from fastddpm.machine.packages import weights_digest
 from fastddpm.noise.seeds import format_seeds
 from fastddpm.noise.v1 import NOISE_VERSION
 from fastddpm.sampling.outputs import Outputs
@@ -23,21 +24,28 @@ from fastddpm.tables.table import Table
 from fastddpm.unet.unet import UNet
 
 
-def describe(model: UNet, planned: Run, *, sampler: str, classes: Any, file_format: str) -> dict[str, Any]:
+def describe(
+    model: UNet, planned: Run, outputs: Outputs, *, sampler: str, classes: Any, overwrite: bool
+) -> dict[str, Any]:
     """Return everything that decides the bytes of a run's output, for its manifest.
+
+    Compiled code is used where it is there when the run begins, or where the run that this one goes on with used it.
 
     Args:
         model: the network.
         planned: the run.
+        outputs: where it goes.
         sampler: name of the sampler.
         classes: the classes asked for, as JSON.
-        file_format: see `Outputs`.
+        overwrite: start again.
     """
+    earlier = None if overwrite else outputs.folder.read()
+    compiled = planned.settle(None if earlier is None else earlier["config"].get("compile"))
     options, table = planned.sampler.options, planned.sampler.table
     return {
         "noise": NOISE_VERSION,
         "model": config_hash(dataclasses.asdict(model.config)),
-        "weights": model_digest(model),
+        "weights": weights_digest(model),
         "sampler": sampler,
         "steps": len(table),
         "table": table_digest(table),
@@ -49,18 +57,9 @@ def describe(model: UNet, planned: Run, *, sampler: str, classes: Any, file_form
         "dtype": str(options.dtype).removeprefix("torch."),
         "device": options.device.type,
         "backend": "triton" if options.uses_triton else "torch",
-        "compile": options.compiles,
-        "format": file_format,
+        "compile": compiled,
+        "format": outputs.format,
     }
-
-
-def model_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_raw_bytes(tensor))
-    return digest.hexdigest()
 
 
 def table_digest(table: Table) -> str:
@@ -86,9 +85,8 @@ def draw_missing(planned: Run, outputs: Outputs, *, quiet: bool) -> list[tuple[i
     todo = [batch for batch in outputs.mine if not outputs.complete(batch)]
     total = len(todo) * len(planned.sampler.table)
     drawn = []
-    with tqdm(total=total, unit="step", file=sys.stderr, disable=quiet or not sys.stderr.isatty()) as bar:
-        if todo and planned.sampler.options.compiles:
-            bar.set_description_str("compiling once, then sampling")
+    silent = quiet or not sys.stderr.isatty()
+    with tqdm(total=total, desc="sampling", unit="step", file=sys.stderr, disable=silent) as bar:
         for batch in todo:
             started = time.perf_counter()
             x = planned.draw(batch, lambda _: bar.update() and None)
@@ -100,7 +98,7 @@ def draw_missing(planned: Run, outputs: Outputs, *, quiet: bool) -> list[tuple[i
 
 
 def images_per_second(drawn: Sequence[tuple[int, float]]) -> float | None:
-    """Return the rate of the median batch; the first, which may wait for a compilation, counts only if it is alone."""
+    """Return the rate of the median batch; the first, which warms up, counts only if it is alone."""
     rates = [n / seconds for n, seconds in drawn[1:] or drawn]
     return statistics.median(rates) if rates else None
 

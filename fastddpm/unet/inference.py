@@ -1,35 +1,41 @@
 """The UNet as a sampler wants it: same weights, same output to rounding, less work per step.
 
 What does not depend on x_t (the time embedding and its projections in every residual block) is computed once per run
-and looked up by row and label; q, k and v are one projection; images and weights are channels last; and where the
-network is compiled on a CPU, weights are constants that oneDNN packs, groups are normalised channel by channel, pixels
-are convolved before they are upsampled, 3x3 convolutions with enough of them run by Winograd's algorithm, and a large
-batch runs in slices whose activations stay in the cache.
+and looked up by row and label; images and weights are channels last; and where compiled code is wanted on a CPU, it
+comes from a package whose weights are constants that oneDNN has packed, and a large batch runs in slices whose
+activations stay in the cache.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastddpm.errors import BackendUnavailable
+from fastddpm.files.run_folder import config_hash
+from fastddpm.machine import packages
+from fastddpm.machine.building import Job, Want, build, obtain
 from fastddpm.machine.torch_compile import Compiled, own_code
-from fastddpm.unet import winograd
-from fastddpm.unet.blocks import Attention, ResnetBlock, Upsample, timestep_embedding
-from fastddpm.unet.group_norm import ChannelsLastGroupNorm
-from fastddpm.unet.subpixel import SubpixelUpsample
+from fastddpm.unet.blocks import timestep_embedding
+from fastddpm.unet.forms import (
+    inference_form,
+    use_channels_last,
+    use_channels_last_norms,
+    use_subpixels,
+    use_winograd,
+)
 from fastddpm.unet.unet import UNet
 
-# From this product of channels and 4x4 tiles on, Winograd's transforms and its fourfold weights cost less than its
-# fewer products save. In the network of google/ddpm-cifar10-32, half of it (16 tiles of 256 channels: 16x16 at batch 1,
-# 8x8 at batch 4) would gain another 6 % for another 120 MB and more.
-MIN_TILE_CHANNELS = 64 * 128
-MIN_CHANNELS = 64
+logger = logging.getLogger("fastddpm")
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
 
 # What the first activation of a slice takes per thread. Slices of 2 and 4 MB were slower, and so were halves of it.
 SLICE_BYTES = 1 << 20
@@ -42,48 +48,116 @@ class UNetForms:
         unet: the network in eval mode, on its device and in its dtype; not changed. Its weights are taken when the
             first image arrives.
         timesteps: [R], what the rows of the table ask for.
-        compile_model: run it through torch.compile.
-        strict: raise where that fails, instead of running uncompiled.
+        want: how much a run wants compiled code; asked again at each.
+        strict: raise where it is wanted now and cannot be had, instead of running uncompiled.
+        file: a package to take it from, instead of the cache.
     """
 
-    def __init__(self, unet: UNet, timesteps: Tensor, *, compile_model: bool, strict: bool) -> None:
+    def __init__(self, unet: UNet, timesteps: Tensor, *, want: Want, strict: bool, file: Path | None = None) -> None:
         self.unet, self.timesteps = unet, timesteps
-        self._compile_model, self._strict = compile_model, strict
-        self._denoise: dict[torch.Size, Callable[..., Tensor]] = {}
+        self.want, self._strict, self._file = want, strict, file
+        self._compiled: dict[torch.Size, Denoise] = {}
 
     def __call__(self, batch: int) -> UNetInference:
         """Return a network for `batch` rows of x."""
         return UNetInference(self, batch)
 
-    def denoise(self, x: Tensor, time: Tensor) -> Tensor:
-        """`UNet.denoise` in the form for x's shape, given the blocks' time projections side by side."""
-        if x.shape not in self._denoise:
-            self.unet.check_image(x)
-            self._denoise[x.shape] = self._build(x)
-        return self._denoise[x.shape](x, time)
+    def insist(self, compiled: bool) -> None:
+        """From now on run compiled code, waiting for it or raising where there is none; or run none."""
+        self.want, self._strict = (Want.NOW if compiled else Want.NEVER), True
+        if not compiled:
+            self._compiled.clear()
 
-    def _build(self, x: Tensor) -> Callable[..., Tensor]:
-        constant = self._compile_model and x.device.type == "cpu"
-        if constant and x.dtype == torch.float32:
-            rows = slice_rows(x, self.unet.config.block_out_channels[0])
-            if rows < len(x):
-                return functools.partial(in_slices, self.denoise, rows)
+    def choose(self, x: Tensor) -> tuple[Denoise, bool]:
+        """Return `UNet.denoise` in the form for a run over x, which takes the blocks' time projections side by side.
+
+        Returns:
+            The form, and whether it is compiled.
+        """
+        self.unet.check_image(x)
+        part = self._slice(x)
+        if part.shape not in self._compiled:
+            compiled = self._compile(part)
+            if compiled is None:
+                return self._uncompiled, False
+            self._compiled[part.shape] = compiled
+        form = self._compiled[part.shape]
+        return (form if len(part) == len(x) else functools.partial(in_slices, form, len(part))), True
+
+    @functools.cached_property
+    def _uncompiled(self) -> Denoise:
         form = inference_form(self.unet)
-        if constant:
-            # oneDNN lays the weights out itself.
-            use_channels_last_norms(form)
-            use_winograd(form, x.shape[0], x.shape[2], x.shape[3])
-            use_subpixels(form)
-        else:
-            use_channels_last(form)
-        widths = time_widths(self.unet)
+        use_channels_last(form)
+        return Form(form)
 
-        def denoise(x: Tensor, time: Tensor) -> Tensor:
-            return form.denoise(x, time.split(widths, dim=1))
+    def _slice(self, x: Tensor) -> Tensor:
+        """As much of x as compiled code takes at a time."""
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return x
+        return x[: slice_rows(x, self.unet.config.block_out_channels[0])]
 
-        if not self._compile_model:
-            return denoise
-        return Compiled(own_code(denoise), strict=self._strict, constant=constant)
+    def _compile(self, x: Tensor) -> Denoise | None:
+        if self._file is not None:
+            return packages.load(self._file, self._identity(x))
+        if self.want is Want.NEVER:
+            return None
+        if x.device.type != "cpu":
+            form = self._uncompiled
+            return Compiled(own_code(lambda x, time: form(x, time)), strict=self._strict)
+        try:
+            return obtain(self._identity(x), self.want, lambda: self.job(x))
+        except BackendUnavailable as error:
+            if self._strict:
+                raise
+            logger.warning("the model runs uncompiled: %s", error)
+            self.want = Want.IF_FOUND
+            return None
+
+    def build(self, x: Tensor, out: Path | None = None) -> Path:
+        """Build compiled code for x, into a file or the cache, and return where it is.
+
+        Raises:
+            BackendUnavailable: it cannot be built.
+        """
+        self.unet.check_image(x)
+        part = self._slice(x)
+        identity = self._identity(part)
+        build(identity, lambda: self.job(part), out)
+        return packages.path_of(identity) if out is None else out
+
+    def _identity(self, x: Tensor) -> dict[str, str]:
+        return packages.identify(
+            network=config_hash(self.unet.config.to_dict())[:16],
+            weights=self._weights[:16],
+            shape="x".join(map(str, x.shape)),
+            dtype=str(x.dtype).removeprefix("torch."),
+            code=packages.source_digest(Path(__file__).parent, Path(packages.__file__).parent)[:16],
+        )
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        return packages.weights_digest(self.unet)
+
+    def job(self, x: Tensor) -> Job:
+        """Return what compiled code for x is made of: the form, and arguments to try it with."""
+        form = inference_form(self.unet)
+        use_channels_last_norms(form)
+        use_winograd(form, x.shape[0], x.shape[2], x.shape[3])
+        use_subpixels(form)
+        like = torch.zeros_like(x)
+        return Form(form), (like, like.new_zeros(len(x), sum(time_widths(self.unet))))
+
+
+class Form(nn.Module):
+    """A network from `inference_form`, given x and the blocks' time projections side by side."""
+
+    def __init__(self, form: UNet) -> None:
+        super().__init__()
+        self.form, self.widths = form, time_widths(form)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """[B, C, H, W] and [B, sum of the widths] -> [B, C_out, H, W]."""
+        return self.form.denoise(x, time.split(self.widths, dim=1))
 
 
 class UNetInference:
@@ -91,6 +165,7 @@ class UNetInference:
 
     memory_format = torch.channels_last
     reads_t = False
+    compiles_step = False
 
     def __init__(self, forms: UNetForms, batch: int) -> None:
         self._forms, self._batch = forms, batch
@@ -105,10 +180,12 @@ class UNetInference:
         self._slot = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self._index = torch.zeros_like(self._slot)
         self._labels: Tensor | None = None
+        self._denoise: Denoise | None = None
 
     @torch.no_grad()
     def load(self, class_labels: Tensor | None) -> None:
         """Compute every block's time projection for all rows and the labels of the next run."""
+        self._denoise = None
         labels = self._in_use(class_labels)
         if self._labels is not None and torch.equal(labels, self._labels):
             return
@@ -122,9 +199,20 @@ class UNetInference:
         unknown = kwargs.keys() - {"class_labels"}
         if unknown:
             raise TypeError(f"the UNet takes class_labels only, got {', '.join(sorted(unknown))} in model_kwargs")
+        if self._denoise is None:
+            self._denoise, _ = self._forms.choose(x)
         torch.add(self._slot, row, alpha=self._slots, out=self._index)
         torch.index_select(self._table.flatten(0, 1), 0, self._index, out=self._time)
-        return self._forms.denoise(x, self._time)
+        return self._denoise(x, self._time)
+
+    def settle(self, x: Tensor, compiled: bool | None) -> bool:
+        """Decide for all later runs, see `network.Network`."""
+        if compiled is not None:
+            self._forms.insist(compiled)
+        self._denoise, compiled = self._forms.choose(x)
+        if not compiled:
+            self._forms.insist(False)
+        return compiled
 
     def _in_use(self, class_labels: Tensor | None) -> Tensor:
         config = self._forms.unet.config
@@ -154,7 +242,7 @@ def slice_rows(x: Tensor, channels: int) -> int:
     return min(range(wanted // 2 + 1, 2 * wanted + 1), key=lambda rows: (-len(x) % rows, abs(rows - wanted)))
 
 
-def in_slices(denoise: Callable[[Tensor, Tensor], Tensor], rows: int, x: Tensor, time: Tensor) -> Tensor:
+def in_slices(denoise: Denoise, rows: int, x: Tensor, time: Tensor) -> Tensor:
     """Denoise a batch `rows` images at a time; the last slice repeats some of the one before if it has to."""
     parts = []
     for start in range(0, len(x), rows):
@@ -194,125 +282,3 @@ def time_table(unet: UNet, timesteps: Tensor, labels: Tensor) -> Tensor:
     if unet.class_embedding is not None:
         temb = temb + unet.class_embedding.weight.float()[labels]
     return torch.cat([linear(r.time_emb_proj, r.act(temb)) for r in unet.resnets()], dim=-1).to(unet.dtype)
-
-
-def is_plain(unet: UNet) -> bool:
-    """Whether a network is what its class says, so that the inference form computes the same.
-
-    It is not with dropout active, with hooks, or with layers or methods that somebody replaced.
-    """
-    return not any(module.training for module in unet.modules()) and all(map(_is_original, unet.modules()))
-
-
-def _is_original(module: nn.Module) -> bool:
-    return (
-        type(module).__module__ in _ORIGIN
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
-
-
-_ORIGIN = {cls.__module__ for cls in (UNet, Attention, nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Embedding)} | {
-    cls.__module__ for cls in (nn.Dropout, nn.ModuleList)
-}
-
-
-class MergedAttention(Attention):
-    """Self-attention whose q, k and v come from one matrix multiplication."""
-
-    def __init__(self, attention: Attention) -> None:
-        nn.Module.__init__(self)
-        self.heads, self.output_scale_factor = attention.heads, attention.output_scale_factor
-        self.group_norm, self.to_out = attention.group_norm, attention.to_out
-        parts = (attention.to_q, attention.to_k, attention.to_v)
-        self.to_qkv = nn.Linear(parts[0].in_features, 3 * parts[0].out_features, device="meta")
-        self.to_qkv.weight = _constant(torch.cat([part.weight for part in parts]))
-        self.to_qkv.bias = _constant(torch.cat([part.bias for part in parts]))
-
-    def project(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """[B, HW, C] -> q, k and v."""
-        # As one matrix: PyTorch would multiply the tokens of a channels-last image by a copy of the weights per image.
-        return self.to_qkv(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).chunk(3, dim=2)
-
-
-class ShiftedResnetBlock(ResnetBlock):
-    """A residual block whose second normalisation takes the time projection, a number per channel, as it is."""
-
-    def __init__(self, block: ResnetBlock) -> None:
-        nn.Module.__init__(self)
-        vars(self).update(vars(block))
-
-    def norm_shifted(self, h: Tensor, time: Tensor) -> Tensor:
-        """The second normalisation, of [B, C, H, W] plus [B, C]."""
-        return self.norm2(h, time)
-
-
-def inference_form(unet: UNet) -> UNet:
-    """Return a copy for inference with one projection for q, k and v, which shares all other weights."""
-    tensors = [*unet.parameters(), *unet.buffers()]
-    form = copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors})
-    for parent in list(form.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Attention):
-                setattr(parent, name, MergedAttention(child))
-    return form
-
-
-def use_channels_last(form: UNet) -> None:
-    """Give the convolutions of a network from `inference_form` channels-last weights of their own."""
-    for module in form.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight = _constant(module.weight.contiguous(memory_format=torch.channels_last))
-
-
-def use_channels_last_norms(form: UNet) -> None:
-    """Replace the normalisations of a network from `inference_form` by `ChannelsLastGroupNorm`."""
-    for parent in list(form.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.GroupNorm):
-                setattr(parent, name, ChannelsLastGroupNorm(child))
-            elif isinstance(child, ResnetBlock):
-                setattr(parent, name, ShiftedResnetBlock(child))
-
-
-def use_winograd(form: UNet, batch: int, height: int, width: int) -> None:
-    """Replace the convolutions of a network for images [batch, C, height, width] that are faster by Winograd's method.
-
-    Args:
-        form: from `inference_form`; changed in place.
-        batch, height, width: of the input.
-    """
-    deepest = len(form.down_blocks) - 1
-    levels = [*enumerate(form.down_blocks), (deepest, form.mid_block)]
-    levels += [(deepest - i, block) for i, block in enumerate(form.up_blocks)]
-    for level, block in levels:
-        h, w = height >> level, width >> level
-        for parent in list(block.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, Upsample) and _pays(child.conv, batch, 2 * h, 2 * w):
-                    setattr(parent, name, winograd.WinogradUpsample(child.conv))
-                elif isinstance(child, nn.Conv2d) and not isinstance(parent, Upsample) and _pays(child, batch, h, w):
-                    setattr(parent, name, winograd.WinogradConv2d(child))
-
-
-def use_subpixels(form: UNet) -> None:
-    """Replace what upsampling a network from `inference_form` has left by `SubpixelUpsample`."""
-    for parent in list(form.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Upsample):
-                setattr(parent, name, SubpixelUpsample(child.conv))
-
-
-def _pays(conv: nn.Conv2d, batch: int, height: int, width: int) -> bool:
-    """Whether Winograd's method is faster for an output [batch, C, height, width]."""
-    tile = winograd.TILE
-    tiles = batch * (height // tile) * (width // tile)
-    channels = min(conv.in_channels, conv.out_channels)
-    whole = height % tile == 0 and width % tile == 0
-    enough = channels >= MIN_CHANNELS and tiles * channels >= MIN_TILE_CHANNELS
-    return winograd.fits(conv) and whole and enough
-
-
-def _constant(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -20,7 +20,6 @@ from fastddpm.cli import build_parser, main
 from fastddpm.cli.profile import _commands, command
 from fastddpm.diagnostics import profile as profiling
 from fastddpm.machine import torch_compile
-from fastddpm.machine.torch_compile import Compiled, named_kernels
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.step import StaticStep
 from fastddpm.schedules.schedule import Schedule
@@ -63,15 +62,6 @@ def test_breakdown_without_a_loop_raises() -> None:
         torch.ones(1).add(1)
     with pytest.raises(ValueError, match="no sampling steps"):
         profiling.breakdown(empty)
-
-
-def test_named_kernels_are_those_of_constant_code_too() -> None:
-    call, x = Compiled(lambda x: x.cumsum(0) * 2, strict=True, constant=True), torch.ones(8)
-    with named_kernels():
-        call(x)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        call(x)
-    assert any("cpp_fused" in event.key for event in profiled.key_averages())
 
 
 def test_profile_names_the_kernels_of_a_compiled_network(monkeypatch: pytest.MonkeyPatch) -> None:

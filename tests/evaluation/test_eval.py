@@ -26,7 +26,7 @@ from fastddpm.evaluation import classifier_training, fid, report
 from fastddpm.evaluation import model_card as card
 from fastddpm.evaluation.classifier import Classifier, save_classifier
 from fastddpm.files import images
-from fastddpm.sampling.to_files import model_digest
+from fastddpm.machine.packages import weights_digest
 from fastddpm.training.folder import LOG
 from fastddpm.training.likelihood import bits_per_dim
 from tests.tiny import tiny_unet
@@ -332,7 +332,7 @@ def test_card_takes_the_numbers_between_its_markers(evaluated: Path, tmp_path: P
 
 def test_card_of_the_digits_is_about_the_weights_that_ship() -> None:
     page = Path(fastddpm.__file__).parent / "models" / "digits" / "README.md"
-    assert f"Weights {model_digest(fastddpm.load('digits'))[:16]}." in page.read_text(encoding="utf-8")
+    assert f"Weights {weights_digest(fastddpm.load('digits'))[:16]}." in page.read_text(encoding="utf-8")
 
 
 def test_card_refuses_other_weights(evaluated: Path) -> None:

@@ -107,9 +107,9 @@ def draw_by_diffusers(batch: int) -> None:
 def test_every_drop_in_counts_batch_and_steps(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
 
-    def decide(choice: Any, device: Any, model: Any, shape: Any, calls_ahead: int) -> bool:
+    def decide(choice: Any, device: Any, model: Any, shape: Any, calls_ahead: int) -> options.Want:
         counted.append(calls_ahead)
-        return False
+        return options.Want.NEVER
 
     monkeypatch.setattr(options, "decide_compile", decide)
     draw(3)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastddpm.machine import hardware, torch_compile
+from fastddpm.machine.building import Want
 from fastddpm.sampling.options import REPAYS_AFTER, decide_compile, decide_graph, note_emulation, weight_uses
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -74,16 +75,18 @@ def test_compile_auto_on_a_cpu_weighs_the_work_ahead(
     model = nn.Linear(9, 11)
     enough = math.ceil(REPAYS_AFTER / (110 * 64))
     monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: True)
-    assert not decide_compile("auto", CPU, model, SHAPE, enough - 1)
-    assert "runs uncompiled" in caplog.text
+    assert decide_compile("auto", CPU, model, SHAPE, enough - 1) is Want.FOR_LATER
+    assert "runs uncompiled until" in caplog.text
     caplog.clear()
-    assert decide_compile("auto", CPU, model, SHAPE, enough)
+    assert decide_compile("auto", CPU, model, SHAPE, enough) is Want.NOW
     assert "runs compiled" in caplog.text
+    assert decide_compile("auto", CPU, model, SHAPE, enough // 100) is Want.IF_FOUND
+    assert decide_compile("auto", CPU, model, SHAPE, 1) is Want.NEVER
     monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: False)
-    assert not decide_compile("auto", CPU, model, SHAPE, enough)
+    assert decide_compile("auto", CPU, model, SHAPE, enough) is Want.IF_FOUND
     assert "no C++ compiler" in caplog.text
-    assert decide_compile(True, CPU, model, SHAPE, 0)
-    assert not decide_compile(False, CPU, model, SHAPE, 10**18)
+    assert decide_compile(True, CPU, model, SHAPE, 0) is Want.NOW
+    assert decide_compile(False, CPU, model, SHAPE, 10**18) is Want.NEVER
     assert weight_uses(lambda x, t: x, SHAPE) == 0
 
 
@@ -98,4 +101,5 @@ def test_graph_auto_leaves_models_that_replay_their_own_alone(mode: str, capture
 def test_compile_auto_on_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for installed in (True, False):
         monkeypatch.setattr(torch_compile, "has_triton", lambda installed=installed: installed)
-        assert decide_compile("auto", CUDA, nn.Linear(9, 11), SHAPE, 1) == installed
+        decided = decide_compile("auto", CUDA, nn.Linear(9, 11), SHAPE, 1)
+        assert decided is (Want.NOW if installed else Want.NEVER)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
 from fastddpm.machine import torch_compile
+from fastddpm.machine.building import Want
 from fastddpm.sampling import options as sampling_options
 from fastddpm.sampling.network import ModelNetwork, sampling_networks
 from fastddpm.sampling.options import Options
@@ -115,7 +116,7 @@ def test_step_with_our_unet_on_cuda_reads_nothing_back(learned: bool, monkeypatc
     device = torch.device("cuda:0")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), device:
         unet = UNet(config).eval()
-        networks = sampling_networks(unet, table.timesteps.to(device), compile_model=False, strict=True)
+        networks = sampling_networks(unet, table.timesteps.to(device), want=Want.NEVER, strict=True)
         key = StepKey(2, guided=True, labels=True)
         step = StaticStep(key, networks(key.network_batch), table, options("cuda:0"))
         Sampler.reverse_step(step)  # Makes the network's form for this size.
@@ -159,7 +160,7 @@ def allocations(run: Callable[[], None]) -> list[int]:
 )
 def test_compiled_step_takes_no_memory_beyond_the_network(key: str, dtype: torch.dtype) -> None:
     network = ModelNetwork(Small(), compile_model=False, strict=False)
-    step = StaticStep(KEYS[key], network, TABLE, options("cpu", dtype, compiles=True))
+    step = StaticStep(KEYS[key], network, TABLE, options("cpu", dtype, want=Want.NOW))
     m = torch.ones_like(step.x_in)
     step.network = lambda x, t, row, kwargs: m  # type: ignore[assignment]
     with torch.inference_mode():
@@ -217,7 +218,7 @@ def test_models_compile_on_cuda_with_the_batch_size_fixed(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, **options, backend=backend))
     with FakeTensorMode(allow_non_fake_inputs=True):
         timesteps = torch.zeros(4, device="cuda", dtype=torch.int64)
-    networks = sampling_networks(lambda x, t: 0.5 * x, timesteps, compile_model=True, strict=True)
+    networks = sampling_networks(lambda x, t: 0.5 * x, timesteps, want=Want.NOW, strict=True)
     for batch in (2, 3, 2):
         networks(batch)(torch.zeros(batch, *SHAPE), torch.zeros(batch), torch.zeros(1), {})
     assert shapes == [(2, *SHAPE), (3, *SHAPE)]

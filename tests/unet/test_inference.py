@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ast
-import gc
 import logging
 import re
-import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,23 +15,28 @@ from torch import Tensor, nn
 from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import torch_compile
-from fastddpm.machine.torch_compile import Compiled
+from fastddpm.machine.building import Job, Want
+from fastddpm.machine.torch_compile import Compiled, own_code
 from fastddpm.sampling.network import ModelNetwork, sampling_networks
+from fastddpm.unet import forms as unet_forms
 from fastddpm.unet import inference as unet_inference
-from fastddpm.unet.inference import (
+from fastddpm.unet.forms import (
     ShiftedResnetBlock,
-    UNetForms,
-    UNetInference,
-    in_slices,
     inference_form,
     is_plain,
-    slice_rows,
-    time_table,
-    time_widths,
     use_channels_last,
     use_channels_last_norms,
     use_subpixels,
     use_winograd,
+)
+from fastddpm.unet.inference import (
+    Denoise,
+    UNetForms,
+    UNetInference,
+    in_slices,
+    slice_rows,
+    time_table,
+    time_widths,
 )
 from tests.sampling.test_sampler import with_tape
 from tests.unet.test_unet import SMALL, VARIANTS, random_inputs, relative_l2, small_unet
@@ -46,7 +48,7 @@ SHAPE = (2, 16, 16)
 
 
 def network_of(model: UNet, timesteps: Tensor, batch: int) -> Any:
-    return sampling_networks(model, timesteps, compile_model=False, strict=True)(batch)
+    return sampling_networks(model, timesteps, want=Want.NEVER, strict=True)(batch)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +77,8 @@ def test_form_matches_the_unet_at_every_row(config: UNetConfig) -> None:
 @pytest.mark.parametrize("name", ["small", "scale-shift", "padding-0", "mid-scale"])
 @torch.no_grad()
 def test_winograd_form_matches_the_unet(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", 1)
-    monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(unet_forms, "MIN_TILE_CHANNELS", 1)
+    monkeypatch.setattr(unet_forms, "MIN_CHANNELS", 1)
     model = small_unet(**VARIANTS[name])
     x, t, labels = random_inputs(model.config)
     form = inference_form(model)
@@ -190,14 +192,18 @@ def test_refresh_and_noticed_changes_rebuild_the_form() -> None:
     assert torch.equal(sampler.sample(seeds=[1]), first)
 
 
-def test_programs_of_a_size_share_one_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._dynamo.testing import CompileCounter
+def test_steps_of_a_size_share_one_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No t, seed or label is part of it."""
+    built = []
 
-    counter, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, **{**kwargs, "backend": counter}))
-    # The fused step stays eager: its compilation has tests of its own.
-    monkeypatch.setattr(torch_compile, "has_cpp_compiler", lambda: False)
-    torch._dynamo.reset()
+    def obtain(identity: dict[str, str], want: Want, job: Callable[[], Job]) -> Denoise:
+        assert want is Want.NOW
+        built.append(identity["shape"])
+        form, (x, _) = job()
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        return form
+
+    monkeypatch.setattr(unet_inference, "obtain", obtain)
     model = small_unet(out_channels=2, **CONDITIONAL)
     compiled = Sampler(model, TABLE, SHAPE, compile=True)
     eager = Sampler(model, TABLE, SHAPE, compile=False)
@@ -210,7 +216,7 @@ def test_programs_of_a_size_share_one_compiled_graph(monkeypatch: pytest.MonkeyP
     ):
         got, want = compiled.sample(**call), eager.sample(**call)
         assert relative_l2(got[0], want[0]) < TOLERANCE
-    assert counter.frame_count == 1
+    assert built == ["2x2x16x16"]
 
 
 def one_level_unet(channels: int) -> UNet:
@@ -231,35 +237,20 @@ def one_level_unet(channels: int) -> UNet:
     return UNet(config, zero_init=False).eval()
 
 
-@pytest.mark.parametrize("least", [10**9, pytest.param(1, marks=pytest.mark.slow)], ids=["direct", "winograd"])
-def test_form_compiles_with_inductor_and_constant_weights(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
-    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", least)
-    monkeypatch.setattr(unet_inference, "MIN_CHANNELS", 4)
-    model = one_level_unet(4)
-    x, t, _ = random_inputs(model.config, batch=2)
-    network = sampling_networks(model, t, compile_model=True, strict=True)(2)
-    network.load(None)
-    with torch.no_grad():
-        eps = network(x.contiguous(memory_format=torch.channels_last), t, torch.tensor([1]), {})
-        assert relative_l2(eps, model(x, t[1])) < TOLERANCE
-    assert not torch._inductor.config.freezing
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_compiled_winograd_form_keeps_channels_innermost(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Or its loops are scalar: Inductor chooses layouts of its own, and takes dimensions of 1 for channels."""
     utils = pytest.importorskip("torch._inductor.utils", reason="generated code cannot be read in this torch")
-    monkeypatch.setattr(unet_inference, "MIN_TILE_CHANNELS", 1)
-    # Python that calls the kernels can be read; C++ has the same layouts.
-    monkeypatch.setattr(torch_compile, "_constant", lambda: torch._inductor.config.patch(freezing=True))
+    monkeypatch.setattr(unet_forms, "MIN_TILE_CHANNELS", 1)
     model = one_level_unet(channels := 64)
     x, t, _ = random_inputs(model.config, batch=batch)
-    network = sampling_networks(model, t, compile_model=True, strict=True)(batch)
-    network.load(None)
-    x_in = x.contiguous(memory_format=torch.channels_last)
-    _, codes = utils.run_and_get_code(network, x_in, t, torch.tensor([0]), {})
+    forms = UNetForms(model, t, want=Want.NEVER, strict=True)
+    form, example = forms.job(x.contiguous(memory_format=torch.channels_last))
+    # Python that calls the kernels can be read; a package's C++ has the same layouts.
+    with torch._inductor.config.patch(freezing=True):
+        _, codes = utils.run_and_get_code(torch.compile(form, fullgraph=True, dynamic=False), *example)
     found = re.findall(r"empty_strided_cpu\((\([^)]*\)), (\([^)]*\))", "".join(codes))
     layouts = {(ast.literal_eval(size), ast.literal_eval(stride)) for size, stride in found}
     activations = {layout for layout in layouts if torch.Size(layout[0]).numel() >= batch * channels * 64}
@@ -300,13 +291,17 @@ def test_slices_have_a_mebibyte_a_thread_or_what_divides_the_batch(
 
 
 def test_compiled_float32_batches_share_the_form_of_their_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def obtain(identity: dict[str, str], want: Want, job: Callable[[], Job]) -> Denoise:
+        built.append(identity["shape"])
+        return job()[0]
+
     monkeypatch.setattr(unet_inference, "SLICE_BYTES", 1)
-    monkeypatch.setattr(unet_inference, "Compiled", lambda function, **options: function)
+    monkeypatch.setattr(unet_inference, "obtain", obtain)
     model = small_unet()
     timesteps = torch.tensor([5])
-    forms = UNetForms(model, timesteps, compile_model=True, strict=True)
-    built = []
-    monkeypatch.setattr(unet_inference, "use_winograd", lambda form, *size: built.append(size))
+    forms = UNetForms(model, timesteps, want=Want.NOW, strict=True)
     x, _, _ = random_inputs(model.config, batch=4)
     for batch in (4, 2):
         network = forms(batch)
@@ -314,7 +309,7 @@ def test_compiled_float32_batches_share_the_form_of_their_slices(monkeypatch: py
         with torch.no_grad():
             eps = network(x[:batch], timesteps.expand(batch), torch.tensor([0]), {})
             assert relative_l2(eps, model(x[:batch], timesteps.expand(batch))) < TOLERANCE
-    assert built == [(1, 16, 16)]
+    assert built == ["1x2x16x16"]
 
 
 def hooked(model: UNet) -> None:
@@ -350,18 +345,6 @@ def test_form_refuses_what_the_unet_refuses() -> None:
         Sampler(small_unet(), TABLE, SHAPE, compile=False).sample(seeds=[1], model_kwargs={"shift": 1})
 
 
-def test_torch_without_freezing_is_a_clear_error(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    import torch._inductor
-
-    monkeypatch.setattr(torch._inductor, "config", SimpleNamespace())
-    with pytest.raises(BackendUnavailable, match="no Inductor setting `freezing`"):
-        Compiled(torch.neg, strict=True, constant=True)(torch.ones(2))
-    assert Compiled(torch.neg, strict=False, constant=True)(torch.ones(1)).item() == -1.0
-    assert "no Inductor setting `freezing`" in caplog.text
-
-
 def test_form_is_not_taken_with_a_part_in_training() -> None:
     model = small_unet(out_channels=2, dropout=0.5).eval()
     sampler = Sampler(model, TABLE, SHAPE, compile=False)
@@ -379,15 +362,14 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **options, backend="eager"))
 
 
-def test_any_number_of_sizes_and_samplers_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_of_one_text_compile_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     without_compiler(monkeypatch)
-    model, options = small_unet(out_channels=2), {"compile": True, "dtype": torch.bfloat16}
+
+    def times(factor: float) -> Callable[[Tensor], Tensor]:
+        return Compiled(own_code(lambda x: x * factor), strict=True)
+
     with torch._dynamo.config.patch(recompile_limit=1):
-        for batch in (1, 2, 3):
-            assert Sampler(model, TABLE, SHAPE, **options).sample(seeds=range(batch)).shape == (batch, *SHAPE)
-        sampler = Sampler(model, TABLE, SHAPE, **options)
-        for batch in (1, 2, 3):
-            assert sampler.sample(seeds=range(batch)).shape == (batch, *SHAPE)
+        assert [times(factor)(torch.ones(1)).item() for factor in (1.0, 2.0, 3.0)] == [1.0, 2.0, 3.0]
 
 
 def test_model_of_too_many_forms_runs_uncompiled(
@@ -411,16 +393,6 @@ def test_model_of_too_many_forms_runs_uncompiled(
     assert "the model runs uncompiled" in caplog.text
 
 
-def test_constant_function_is_run_by_one_call_into_cpp() -> None:
-    utils = pytest.importorskip("torch._inductor.utils", reason="generated code cannot be read in this torch")
-    x = torch.arange(6.0)
-    for constant in (True, False):
-        call = Compiled(lambda x: torch.cumsum(x, 0) * 2, strict=True, constant=constant)
-        result, code = utils.run_and_get_code(call, x)
-        assert torch.equal(result, x.cumsum(0) * 2)
-        assert ("cpp_wrapper" in "".join(code)) == constant
-
-
 def test_compile_failure_says_what_the_compiler_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("out of registers")
@@ -440,27 +412,3 @@ def test_compile_failure_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     with caplog.at_level(logging.WARNING, logger="fastddpm"):
         assert [call(torch.ones(1)).item() for _ in range(2)] == [-1.0, -1.0]
     assert len(caplog.records) == 1
-
-
-def test_compiling_a_network_leaves_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cycle:
-        pass
-
-    left: list[weakref.ref[Cycle]] = []
-
-    def compile_(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            cycle = Cycle()
-            cycle.itself = cycle  # type: ignore[attr-defined]
-            left.append(weakref.ref(cycle))
-            return function(*args)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    gc.disable()
-    try:
-        Compiled(torch.neg, strict=True, constant=True)(torch.ones(2))
-        assert [ref() for ref in left] == [None]
-    finally:
-        gc.enable()

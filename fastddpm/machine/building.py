@@ -1,0 +1,228 @@
+"""Build packages with torch.export and AOTInductor, in a process of its own.
+
+Only that process imports the compiler and holds its memory. A lock keeps two of them from building the same package;
+the system releases it when one is killed, and the next removes what was left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastddpm.errors import BackendUnavailable
+from fastddpm.files.atomic import write_files
+from fastddpm.machine import caches, packages
+from fastddpm.machine.packages import Code
+from fastddpm.machine.torch_compile import has_cpp_compiler
+
+logger = logging.getLogger("fastddpm")
+
+
+class Want(enum.IntEnum):
+    """How much a run wants compiled code."""
+
+    NEVER = 0
+    IF_FOUND = 1
+    FOR_LATER = 2  # if found; else built in the background, for a later run
+    NOW = 3  # built if need be, while the run waits
+
+
+Job = tuple[nn.Module, tuple[Tensor, ...]]
+"""A network that can be pickled, and its arguments: their shapes, dtypes and strides are those of all later calls."""
+
+_background: dict[Path, _Build] = {}
+_guard = threading.Lock()
+
+
+def obtain(identity: Mapping[str, str], want: Want, job: Callable[[], Job]) -> Code | None:
+    """Return a package's code from the cache, built first where that is wanted; None where there is none yet.
+
+    Args:
+        identity: see `packages.identify`.
+        want: how much it is wanted.
+        job: makes what a build needs.
+
+    Raises:
+        BackendUnavailable: it is wanted now, and it cannot be built.
+    """
+    if want is Want.NEVER:
+        return None
+    code = packages.find(identity)
+    if code is None and want is Want.NOW:
+        return build(identity, job)
+    if code is None and want is Want.FOR_LATER:
+        _build_in_background(identity, job)
+    return code
+
+
+def build(identity: Mapping[str, str], job: Callable[[], Job], out: Path | None = None) -> Code:
+    """Build a package into the cache, or into a file, wait for it and load it.
+
+    Raises:
+        BackendUnavailable: it cannot be built.
+    """
+    reason = why_not(to_cache=out is None)
+    if reason is None:
+        logger.info("compiling the network: half a minute or more, once; later processes find it")
+        reason = _Build(identity, job(), out=out, waits=True).wait()
+    if reason is None:
+        code = packages.find(identity) if out is None else packages.load(out, identity)
+        if code is not None:
+            return code
+        reason = f"{packages.path_of(identity)} is not as it was written"
+    raise BackendUnavailable(f"the network cannot be compiled: {reason}")
+
+
+def why_not(*, to_cache: bool = True) -> str | None:
+    """Return why nothing can be built here; None where it can."""
+    cache = caches.packages()
+    if to_cache and cache.others_can_write:
+        return f"others can write to {cache.path}: set {cache.variable} to a folder of yours"
+    if to_cache and (reason := cache.why_unusable()) is not None:
+        return reason
+    return None if has_cpp_compiler() else "no C++ compiler was found; set CXX to one"
+
+
+def _build_in_background(identity: Mapping[str, str], job: Callable[[], Job]) -> None:
+    """Start a build that outlives this process, once; warn once where it has failed."""
+    path = packages.path_of(identity)
+    with _guard:
+        if path in _background:
+            reason = _background[path].failure()
+            if reason is not None:
+                logger.warning("the model runs uncompiled: %s", reason)
+        elif (reason := why_not()) is not None:
+            logger.info("the model runs uncompiled: %s", reason)
+        else:
+            logger.info("building compiled code in the background, for later calls; compile=False turns it off")
+            _background[path] = _Build(identity, job(), out=None, waits=False)
+
+
+class _Build:
+    """A process that builds a package."""
+
+    def __init__(self, identity: Mapping[str, str], job: Job, *, out: Path | None, waits: bool) -> None:
+        packages.path_of(identity).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._log: IO[bytes] | None = tempfile.TemporaryFile()  # noqa: SIM115  read when the process has ended
+        with tempfile.TemporaryFile() as order:
+            torch.save({"identity": dict(identity), "job": job, "out": out, "waits": waits}, order)
+            order.seek(0)
+            self._process = subprocess.Popen(
+                # -P: Python would look for modules in the current folder first.
+                [sys.executable, "-P", "-m", "fastddpm.machine.building"],
+                stdin=order,
+                stdout=subprocess.DEVNULL,
+                stderr=self._log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                # Ctrl-C at a terminal ends what a run waits for, not what it does not.
+                start_new_session=not waits,
+            )
+
+    def wait(self) -> str | None:
+        """Wait for its end, with a clock on a terminal, and return why it failed; None where it has not."""
+        silent = not sys.stderr.isatty()
+        try:
+            with tqdm(desc="compiling the network, once", bar_format="{desc}: {elapsed}", disable=silent) as bar:
+                while self._process.poll() is None:
+                    bar.refresh()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._process.wait(timeout=1)
+        finally:
+            self._process.kill()
+        return self.failure()
+
+    def failure(self) -> str | None:
+        """Return why it failed, the first time that this is known."""
+        status, log = self._process.poll(), self._log
+        if status is None or log is None:
+            return None
+        with log:
+            self._log = None
+            log.seek(0)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+        if status == 0:
+            return None
+        return lines[-1] if status > 0 and lines else f"the process that builds it ended with status {status}"
+
+
+def main() -> None:
+    """Build what the parent process has written to standard input."""
+    import filelock
+
+    order = torch.load(sys.stdin.buffer, weights_only=False)  # from the process that started this one
+    identity, out = order["identity"], order["out"]
+    torch.set_num_threads(int(identity["threads"]))
+    if not order["waits"] and hasattr(os, "nice"):
+        os.nice(19)
+    path = packages.path_of(identity)
+    with (
+        contextlib.suppress(filelock.Timeout),
+        filelock.FileLock(path.with_suffix(packages.LOCK)).acquire(timeout=-1 if order["waits"] else 0),
+    ):
+        if out is not None:
+            write_files({out: compile_package(order["job"], identity, path.with_suffix(packages.WORK))})
+        elif not packages.is_whole(path):
+            packages.store(path, compile_package(order["job"], identity, path.with_suffix(packages.WORK)))
+
+
+@torch.no_grad()
+def compile_package(job: Job, identity: Mapping[str, str], folder: Path) -> bytes:
+    """Compile a network, its weights as constants, and return the package.
+
+    Args:
+        job: the network, which is changed, and its arguments.
+        identity: written into the package.
+        folder: for intermediate files; removed.
+    """
+    from torch._inductor.package import package_aoti
+
+    module, example = job
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    settings: dict[str, Any] = {
+        "freezing": True,
+        # Kernels are named in a profile; otherwise this costs nothing.
+        "cpp.enable_kernel_profile": True,
+        "aot_inductor.package": True,
+        # Apart from Inductor's cache, which keeps what it has found out about the processor: ten seconds.
+        "aot_inductor.output_path": str(folder),
+        "aot_inductor.metadata": {packages.METADATA: json.dumps(dict(identity))},
+    }
+    try:
+        _make_constant(module)
+        graph = torch.export.export(module, example, strict=False).module(check_guards=False)
+        files = torch._inductor.aot_compile(graph, example, options=settings)
+        package = folder / f"model{packages.SUFFIX}"
+        package_aoti(str(package), files)  # type: ignore[arg-type]  # a list where "package" is set
+        return package.read_bytes()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_constant(module: nn.Module) -> None:
+    """Turn parameters into buffers that are saved: AOTInductor freezes no others."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                del part._parameters[name]
+                part.register_buffer(name, parameter.detach())
+        part._non_persistent_buffers_set.clear()
+
+
+if __name__ == "__main__":
+    main()

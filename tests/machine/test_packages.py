@@ -1,0 +1,278 @@
+"""Compiled networks are kept, found again, and never run where anything about them is wrong; images come out anyway."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import filelock
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
+from fastddpm.errors import BackendUnavailable
+from fastddpm.machine import building, packages
+from fastddpm.sampling import options
+
+SHAPE = (3, 8, 8)
+SEEDS = [1, 2]
+CONFIG = {
+    "sample_size": 8,
+    "block_out_channels": (4,),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "norm_num_groups": 2,
+    "add_attention": False,
+    "attention_head_dim": None,
+}
+
+
+def unet(seed: int = 0) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(UNetConfig(**CONFIG), zero_init=False).eval()  # type: ignore[arg-type]
+
+
+def sampler(model: UNet | None = None, **given: Any) -> Sampler:
+    return Sampler(model or unet(), ddpm_table(Schedule.linear_rescaled(50), steps=3), SHAPE, **given)
+
+
+def uncompiled() -> Tensor:
+    return sampler(compile=False).sample(seeds=SEEDS)
+
+
+def agrees(images: Tensor) -> bool:
+    """Within rounding, and not by running uncompiled."""
+    expected = uncompiled()
+    return bool((images - expected).norm() < 1e-5 * expected.norm()) and not torch.equal(images, expected)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package that a process built which is gone."""
+    out = tmp_path_factory.mktemp("built") / "model.pt2"
+    code = f"""
+import sys, torch
+from pathlib import Path
+from tests.machine.test_packages import SHAPE, unet
+from fastddpm.machine.building import Want
+from fastddpm.unet.inference import UNetForms
+forms = UNetForms(unet(), torch.arange(1), want=Want.NEVER, strict=True)
+forms.build(torch.zeros(2, *SHAPE).contiguous(memory_format=torch.channels_last), Path({str(out)!r}))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    return out
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("FASTDDPM_CACHE_DIR", str(folder))
+    monkeypatch.setattr(building, "_background", {})
+    yield folder
+    for build in building._background.values():
+        build._process.kill()
+
+
+@pytest.fixture
+def kept(cache: Path, built: Path) -> Path:
+    """The package, in the cache."""
+    path = packages.path_of(packages.identity_of(built))
+    packages.store(path, built.read_bytes())
+    return path
+
+
+@pytest.fixture
+def eager_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """compile="auto" builds in the background whatever the work."""
+    monkeypatch.setattr(options, "BACKGROUND_AFTER", 0)
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What would have been built."""
+    asked: list[str] = []
+
+    class Build:
+        _process = SimpleNamespace(kill=lambda: None)
+
+        def __init__(self, identity: dict[str, str], job: Any, **rest: Any) -> None:
+            asked.append(identity["shape"])
+
+        def failure(self) -> None:
+            return None
+
+    monkeypatch.setattr(building, "_Build", Build)
+    return asked
+
+
+@pytest.mark.slow
+def test_package_is_found_by_another_process_without_a_compiler(kept: Path) -> None:
+    code = """
+import sys, torch
+from tests.machine.test_packages import agrees, sampler, SEEDS
+assert agrees(sampler(compile=True).sample(seeds=SEEDS))
+print("torch._dynamo" in sys.modules, "torch._inductor" in sys.modules)
+"""
+    environment = {**os.environ, "PATH": "", "CXX": ""}
+    root = Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert found.stdout == "False False\n", found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eager_to_compile")
+def test_package_is_used_from_the_next_call_on_and_never_within_a_run(
+    cache: Path, built: Path, builds: list[str]
+) -> None:
+    one, path = sampler(), packages.path_of(packages.identity_of(built))
+    steps = one.steps(seeds=SEEDS)
+    next(steps)
+    assert builds == ["2x3x8x8"]
+    settled = sampler()
+    assert not settled.settle(seeds=SEEDS)
+    packages.store(path, built.read_bytes())
+    *_, last = steps
+    assert torch.equal(last.x_t, uncompiled())
+    assert agrees(one.sample(seeds=SEEDS))
+    assert torch.equal(settled.sample(seeds=SEEDS), uncompiled())
+    assert sampler().settle(seeds=SEEDS)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eager_to_compile")
+def test_package_with_a_flipped_byte_is_not_run(kept: Path, builds: list[str]) -> None:
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.write_bytes(content)
+    assert torch.equal(sampler().sample(seeds=SEEDS), uncompiled())
+    assert builds == ["2x3x8x8"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eager_to_compile")
+def test_package_for_another_processor_is_not_run(
+    kept: Path, built: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "instruction_set", lambda: "s390x vector")
+    assert torch.equal(sampler().sample(seeds=SEEDS), uncompiled())
+    # Not even from the place where that processor's would be.
+    identity = packages.identity_of(built) | {"processor": "s390x vector"}
+    packages.store(packages.path_of(identity), built.read_bytes())
+    assert torch.equal(sampler().sample(seeds=SEEDS), uncompiled())
+    assert builds == ["2x3x8x8"]
+    with pytest.raises(BackendUnavailable, match=r"compiled for processor .* instead of s390x vector"):
+        sampler(compiled=built).sample(seeds=SEEDS)
+
+
+@pytest.mark.slow
+def test_named_file_runs_and_is_checked(cache: Path, built: Path, tmp_path: Path) -> None:
+    assert agrees(sampler(compiled=built).sample(seeds=SEEDS))
+    with pytest.raises(BackendUnavailable, match="compiled for weights"):
+        sampler(unet(1), compiled=built).sample(seeds=SEEDS)
+    with pytest.raises(BackendUnavailable, match="shape 2x3x8x8 instead of 3x3x8x8"):
+        sampler(compiled=built).sample(seeds=[1, 2, 3])
+    other = tmp_path / "other.pt2"
+    other.write_bytes(b"PK")
+    with pytest.raises(BackendUnavailable, match="no package that `fastddpm compile` has written"):
+        sampler(compiled=other).sample(seeds=SEEDS)
+    with pytest.raises(BackendUnavailable, match=r"is for a fastddpm\.UNet, not for Identity"):
+        Sampler(nn.Identity(), ddpm_table(Schedule.linear(50)), SHAPE, compiled=built).sample(seeds=SEEDS)
+
+
+@pytest.mark.slow
+def test_cache_that_others_can_write_is_not_used(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path, mode in ((kept.parent, 0o777), (kept, 0o666)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        assert packages.find(packages.identity_of(kept)) is None
+        path.chmod(before)
+    assert "others can write to it: set FASTDDPM_CACHE_DIR" in caplog.text
+    assert packages.find(packages.identity_of(kept)) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eager_to_compile")
+def test_cache_that_cannot_be_written_is_read(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    access, folder = os.access, str(kept.parent)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != folder and access(path, mode))
+    assert agrees(sampler(compile=True).sample(seeds=SEEDS))
+    packages.remove(kept)
+    assert torch.equal(sampler().sample(seeds=SEEDS), uncompiled())
+    with pytest.raises(BackendUnavailable, match="set FASTDDPM_CACHE_DIR to a folder that can be written"):
+        sampler(compile=True).sample(seeds=SEEDS)
+
+
+@pytest.mark.usefixtures("cache", "eager_to_compile")
+def test_without_a_compiler_images_are_drawn_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "has_cpp_compiler", lambda: False)
+    assert torch.equal(sampler().sample(seeds=SEEDS), uncompiled())
+    with pytest.raises(BackendUnavailable, match="no C\\+\\+ compiler was found"):
+        sampler(compile=True).sample(seeds=SEEDS)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eager_to_compile")
+def test_killed_build_leaves_nothing_that_is_used(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = sampler()
+    assert torch.equal(one.sample(seeds=SEEDS), uncompiled())
+    ((path, build),) = building._background.items()
+    while not path.with_suffix(packages.WORK).exists():
+        assert build._process.poll() is None
+        time.sleep(0.1)
+    with pytest.raises(filelock.Timeout):
+        filelock.FileLock(path.with_suffix(packages.LOCK)).acquire(timeout=0)
+    build._process.send_signal(signal.SIGKILL)
+    build._process.wait()
+    assert not path.exists()
+    for _ in range(2):
+        assert torch.equal(one.sample(seeds=SEEDS), uncompiled())
+    assert caplog.text.count("the process that builds it ended with status -9") == 1
+    with filelock.FileLock(path.with_suffix(packages.LOCK)).acquire(timeout=0):
+        pass
+
+
+@pytest.mark.slow
+def test_two_builders_build_once(kept: Path) -> None:
+    identity, job = packages.identity_of(kept), (nn.Identity(), (torch.zeros(1),))
+    before = kept.stat().st_ino
+    with filelock.FileLock(kept.with_suffix(packages.LOCK)):
+        # Building what does not run would fail.
+        assert building._Build(identity, job, out=None, waits=False).wait() is None
+        second = building._Build(identity, job, out=None, waits=True)
+    assert second.wait() is None
+    assert kept.stat().st_ino == before
+
+
+def test_package_is_its_owners_alone_whatever_the_umask(cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        packages.store(cache / "a.pt2", b"code")
+    finally:
+        os.umask(before)
+    assert packages.is_whole(cache / "a.pt2")
+
+
+def test_oldest_packages_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "MAX_BYTES", 20)
+    paths = [cache / f"{name}.pt2" for name in "abcd"]
+    for age, path in zip((0, 30, 20, 10), paths, strict=True):
+        packages.store(path, bytes(9))
+        os.utime(path, (time.time() - age, time.time() - age))
+    assert packages.stored() == [paths[3], paths[0]]
+    packages.store(paths[1], bytes(99))
+    assert packages.stored() == [paths[1]]
+
+
+def test_failing_build_says_why(cache: Path) -> None:
+    with pytest.raises(BackendUnavailable, match=r"cannot be compiled: .*reduction dim"):
+        building.build({"threads": "1"}, lambda: (nn.Linear(2, 2), (torch.zeros(1, 3),)))
