@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import sampling_options
 from fastddpm.cli.parser import examples, positive
-from fastddpm.noise.seeds import format_seeds, parse_seeds
 
 if TYPE_CHECKING:
     from fastddpm.sampling.sample import Run
@@ -106,6 +105,7 @@ def _plan(args: argparse.Namespace, model: UNet) -> Run:
 
 
 def _report(args: argparse.Namespace, planned: Run, drawn: list[tuple[int, float]], seconds: float) -> None:
+    from fastddpm.noise.seeds import format_seeds
     from fastddpm.sampling.to_files import images_per_second
 
     sampler, images, rate = planned.sampler, sum(n for n, _ in drawn), images_per_second(drawn)
@@ -158,6 +158,8 @@ def _labels(classes: list[int | None] | None, n: int, null_class: int | None) ->
 
 
 def _seeds(text: str) -> list[int]:
+    from fastddpm.noise.seeds import parse_seeds
+
     try:
         return parse_seeds(text)
     except ValueError as error:
