@@ -11,6 +11,7 @@ import enum
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def build(identity: Mapping[str, str], job: Callable[[], Job], out: Path | None 
     reason = why_not(to_cache=out is None)
     if reason is None:
         logger.info("compiling the network: half a minute or more, once; later processes find it")
-        reason = _Build(identity, job(), out=out, waits=True).wait()
+        reason = _start(identity, job, out=out, waits=True).wait()
     if reason is None:
         code = packages.find(identity) if out is None else packages.load(out, identity)
         if code is not None:
@@ -110,7 +111,15 @@ def _build_in_background(identity: Mapping[str, str], job: Callable[[], Job]) ->
             logger.info("the model runs uncompiled: %s", reason)
         else:
             logger.info("building compiled code in the background, for later calls; compile=False turns it off")
-            _background[path] = _Build(identity, job(), out=None, waits=False)
+            _background[path] = _start(identity, job, out=None, waits=False)
+
+
+def _start(identity: Mapping[str, str], job: Callable[[], Job], *, out: Path | None, waits: bool) -> _Build:
+    try:
+        return _Build(identity, job(), out=out, waits=waits)
+    except (OSError, RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
+        # A full disk, or something in the network that cannot be pickled.
+        raise BackendUnavailable(f"the build cannot be started: {error}") from error
 
 
 class _Build:
@@ -128,7 +137,7 @@ class _Build:
                 stdin=order,
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if isinstance(p, str))},
                 # Ctrl-C at a terminal ends what a run waits for, not what it does not.
                 start_new_session=not waits,
             )

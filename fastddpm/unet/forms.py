@@ -27,9 +27,25 @@ MIN_CHANNELS = 64
 def is_plain(unet: UNet) -> bool:
     """Whether a network is what its class says, so that the inference form computes the same.
 
-    It is not with dropout active, with hooks, or with layers or methods that somebody replaced.
+    It is not with dropout active, with hooks, or with layers, methods, activations or numbers (a convolution's padding
+    mode, an eps) that somebody replaced: compiled code is kept under the hash of the configuration and the weights.
     """
-    return not any(module.training for module in unet.modules()) and all(map(_is_original, unet.modules()))
+    if any(module.training for module in unet.modules()) or not all(map(_is_original, unet.modules())):
+        return False
+    with torch.device("meta"):
+        expected = _settings(UNet(unet.config, zero_init=False))
+    found = _settings(unet)
+    return all(name in found and found[name] == value for name, value in expected.items())
+
+
+def _settings(unet: UNet) -> dict[tuple[str, str], object]:
+    return {
+        (name, key): value
+        for name, module in unet.named_modules()
+        for key, value in vars(module).items()
+        # Dropout is not active.
+        if (callable(value) or isinstance(value, int | float | str | tuple)) and key not in ("training", "p")
+    }
 
 
 def _is_original(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ activations stay in the cache.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -139,8 +140,15 @@ class UNetForms:
         return packages.weights_digest(self.unet)
 
     def job(self, x: Tensor) -> Job:
-        """Return what compiled code for x is made of: the form, and arguments to try it with."""
-        form = inference_form(self.unet)
+        """Return what compiled code for x is made of: the form, and arguments to try it with.
+
+        Raises:
+            BackendUnavailable: the weights are no longer those under whose hash it would be kept.
+        """
+        unet = copy.deepcopy(self.unet)
+        if packages.weights_digest(unet) != self._weights:
+            raise BackendUnavailable("its weights were changed meanwhile: call Sampler.refresh()")
+        form = inference_form(unet)
         use_channels_last_norms(form)
         use_winograd(form, x.shape[0], x.shape[2], x.shape[3])
         use_subpixels(form)

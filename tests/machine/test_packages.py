@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import building, packages
+from fastddpm.machine.building import Want
 from fastddpm.sampling import options
+from fastddpm.sampling.network import ModelNetwork, sampling_networks
+from fastddpm.unet.inference import UNetForms
 
 SHAPE = (3, 8, 8)
 SEEDS = [1, 2]
@@ -276,3 +279,57 @@ def test_oldest_packages_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch)
 def test_failing_build_says_why(cache: Path) -> None:
     with pytest.raises(BackendUnavailable, match=r"cannot be compiled: .*reduction dim"):
         building.build({"threads": "1"}, lambda: (nn.Linear(2, 2), (torch.zeros(1, 3),)))
+
+
+def _circular(model: UNet) -> None:
+    model.conv_in.padding_mode = "circular"
+
+
+def _other_eps(model: UNet) -> None:
+    model.conv_norm_out.eps = 0.1
+
+
+def _other_activation(model: UNet) -> None:
+    model.mid_block.resnets[0].act = torch.relu
+
+
+@pytest.mark.parametrize("change", [_circular, _other_eps, _other_activation])
+def test_package_is_not_for_a_network_that_differs_in_more_than_weights(
+    change: Callable[[UNet], None], builds: list[str]
+) -> None:
+    changed = unet()
+    change(changed)
+    before = torch.get_rng_state()
+    images = sampler(changed).sample(seeds=SEEDS)
+    assert torch.equal(torch.get_rng_state(), before)
+    networks = sampling_networks(changed, torch.arange(3), want=Want.FOR_LATER, strict=False)
+    assert isinstance(networks(2), ModelNetwork)
+    assert not torch.equal(images, uncompiled())
+    assert builds == []
+
+
+def test_package_is_not_built_from_weights_changed_after_they_were_hashed() -> None:
+    model, x = unet(), torch.zeros(2, *SHAPE)
+    forms = UNetForms(model, torch.arange(1), want=Want.NEVER, strict=True)
+    forms._identity(x)
+    forms.job(x)
+    model.conv_out.weight.data.add_(1)
+    with pytest.raises(BackendUnavailable, match=r"weights were changed"):
+        forms.job(x)
+
+
+@pytest.mark.usefixtures("cache", "eager_to_compile")
+def test_network_that_cannot_be_pickled_runs_uncompiled(caplog: pytest.LogCaptureFixture) -> None:
+    model = unet()
+    model.mid_block.register_full_backward_hook(lambda *_: None)
+    assert torch.equal(sampler(model).sample(seeds=SEEDS), uncompiled())
+    assert "cannot be started" in caplog.text
+    with pytest.raises(BackendUnavailable, match=r"pickle"):
+        sampler(model, compile=True).settle(seeds=SEEDS)
+
+
+@pytest.mark.usefixtures("cache", "eager_to_compile")
+def test_path_that_is_no_text_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/nowhere")])
+    assert torch.equal(sampler().sample(seeds=SEEDS), uncompiled())
+    assert len(building._background) == 1
