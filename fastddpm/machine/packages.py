@@ -31,6 +31,8 @@ logger = logging.getLogger("fastddpm")
 
 SUFFIX, HASH, LOCK, WORK = ".pt2", ".sha256", ".lock", ".build"
 METADATA = "fastddpm"
+# Of all names: what else lies in the folder is not touched.
+_KEY = "[0-9a-f]" * 32
 
 # Of all packages together; those used longest ago go first.
 MAX_BYTES = 4 << 30
@@ -146,7 +148,7 @@ def store(path: Path, content: bytes) -> None:
 
 def stored() -> list[Path]:
     """The packages in the cache, those used longest ago first."""
-    return sorted(caches.packages().path.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
+    return sorted(caches.packages().path.glob(f"{_KEY}{SUFFIX}"), key=lambda path: path.stat().st_mtime)
 
 
 def remove(path: Path) -> None:
@@ -159,7 +161,7 @@ def clear() -> None:
     """Remove all packages from the cache, and what killed builds have left."""
     for path in stored():
         remove(path)
-    for folder in caches.packages().path.glob(f"*{WORK}"):
+    for folder in caches.packages().path.glob(f"{_KEY}{WORK}"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

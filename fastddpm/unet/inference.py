@@ -99,6 +99,8 @@ class UNetForms:
 
     def _compile(self, x: Tensor) -> Denoise | None:
         if self._file is not None:
+            if x.device.type != "cpu":
+                raise BackendUnavailable(f"{self._file} is code for a CPU, and the model runs on {x.device}")
             return packages.load(self._file, self._identity(x))
         if self.want is Want.NEVER:
             return None

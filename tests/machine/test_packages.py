@@ -267,7 +267,7 @@ def test_package_is_its_owners_alone_whatever_the_umask(cache: Path) -> None:
 
 def test_oldest_packages_make_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "MAX_BYTES", 20)
-    paths = [cache / f"{name}.pt2" for name in "abcd"]
+    paths = [cache / f"{name * 32}.pt2" for name in "abcd"]
     for age, path in zip((0, 30, 20, 10), paths, strict=True):
         packages.store(path, bytes(9))
         os.utime(path, (time.time() - age, time.time() - age))
@@ -333,3 +333,18 @@ def test_path_that_is_no_text_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "path", [*sys.path, Path("/nowhere")])
     assert torch.equal(sampler().sample(seeds=SEEDS), uncompiled())
     assert len(building._background) == 1
+
+
+def test_clearing_leaves_what_the_library_has_not_written(cache: Path) -> None:
+    packages.store(cache / f"{'a' * 32}.pt2", b"code")
+    (cache / f"{'b' * 32}.build").mkdir()
+    (cache / "app.build").mkdir()
+    (cache / "model.pt2").touch()
+    packages.clear()
+    assert sorted(path.name for path in cache.iterdir()) == ["app.build", "model.pt2"]
+
+
+def test_code_for_a_cpu_is_not_run_on_another_device() -> None:
+    forms = UNetForms(unet(), torch.arange(1), want=Want.NEVER, strict=True, file=Path("model.pt2"))
+    with pytest.raises(BackendUnavailable, match=r"code for a CPU"):
+        forms.choose(torch.zeros(2, *SHAPE, device="meta"))
