@@ -187,7 +187,7 @@ def test_bench_refuses_an_architecture_before_it_measures(
 ) -> None:
     monkeypatch.setattr(suite, "run", lambda *names, **options: pytest.fail("measured"))
     assert main(["bench", "--arch", "sm90"]) == 1
-    assert "unknown architecture 'sm90'; use one of sm_75" in capsys.readouterr().err
+    assert "unknown architecture 'sm90' (did you mean 'sm_90'?)" in capsys.readouterr().err
 
 
 def test_process_runner_gates_times_and_counts_memory() -> None:
