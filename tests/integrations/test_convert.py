@@ -134,7 +134,7 @@ def test_lucidrains_checkpoint_around_a_unet2dmodel_converts_and_samples(tmp_pat
     converted = fastddpm.load(tmp_path / "out")
     assert converted.diffusion is not None
     assert (converted.diffusion.prediction_type, converted.diffusion.num_timesteps) == ("v", 20)
-    ours = fastddpm.sample(converted, seeds=[4, 5])
+    ours = fastddpm.sample(converted, seeds=[4, 5], sampler="ddpm")
     assert torch.allclose(diffusion.sample(seeds=[4, 5]) * 2 - 1, ours, atol=1e-5)
     convert(path, tmp_path / "last", config=config, weights="last")
     difference = fastddpm.load(tmp_path / "last").conv_in.weight - converted.conv_in.weight
