@@ -102,7 +102,7 @@ def load(path: Path, identity: Mapping[str, str]) -> Code:
         raise BackendUnavailable(f"{path} was compiled for {'; '.join(other)}: build it again with `fastddpm compile`")
     try:
         return Code(path)
-    except RuntimeError as error:
+    except (AttributeError, TypeError, RuntimeError) as error:
         raise BackendUnavailable(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 

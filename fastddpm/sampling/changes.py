@@ -69,8 +69,10 @@ def _parts(module: nn.Module) -> Iterator[Any]:
     yield module.training
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         yield from hooks.values()
-    # A replaced forward, an attention processor, an activation; layers come with the modules.
-    yield from (value for value in vars(module).values() if callable(value))
+    # A replaced forward, an attention processor, an activation (layers come with the modules); and settings such as
+    # padding_mode and eps, of layers that are known not to count their calls.
+    kinds = (bool, int, float, str, tuple) if type(module).__module__.startswith(("torch.nn.", "fastddpm.")) else ()
+    yield from (value for value in vars(module).values() if callable(value) or isinstance(value, kinds))
     for tensor in _own_tensors(module):
         version = 0 if tensor.is_inference() else tensor._version
         yield (id(tensor), _address(tensor), version, tensor.dtype, tensor.device, tuple(tensor.shape))

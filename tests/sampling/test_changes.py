@@ -136,6 +136,10 @@ def replace_forward(model: Any) -> None:
     model.conv_out.forward = lambda x: x[:, :3]
 
 
+def pad_circularly(model: Any) -> None:
+    model.conv_out.padding_mode = "circular"
+
+
 CHANGES: list[Callable[[Any], None]] = [
     optimizer_step,
     functools.partial(optimizer_step, fused=True),
@@ -154,6 +158,7 @@ CHANGES: list[Callable[[Any], None]] = [
     replace_layer,
     hook,
     replace_forward,
+    pad_circularly,
 ]
 
 
