@@ -109,6 +109,8 @@ def _build_in_background(identity: Mapping[str, str], job: Callable[[], Job]) ->
                 logger.warning("the model runs uncompiled: %s", reason)
         elif (reason := why_not()) is not None:
             logger.info("the model runs uncompiled: %s", reason)
+        elif any(build.runs() for build in _background.values()):
+            logger.info("the model runs uncompiled: this process is building another network in the background")
         else:
             logger.info("building compiled code in the background, for later calls; compile=False turns it off")
             _background[path] = _start(identity, job, out=None, waits=False)
@@ -154,6 +156,10 @@ class _Build:
         finally:
             self._process.kill()
         return self.failure()
+
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
 
     def failure(self) -> str | None:
         """Return why it failed, the first time that this is known."""

@@ -40,6 +40,8 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 # What the first activation of a slice takes per thread. Slices of 2 and 4 MB were slower, and so were halves of it.
 SLICE_BYTES = 1 << 20
+# Compiled networks of other batch sizes; each holds weights of its own.
+MAX_COMPILED = 8
 
 
 class UNetForms:
@@ -81,6 +83,8 @@ class UNetForms:
             compiled = self._compile(part)
             if compiled is None:
                 return self._uncompiled, False
+            if len(self._compiled) == MAX_COMPILED:
+                del self._compiled[next(iter(self._compiled))]
             self._compiled[part.shape] = compiled
         form = self._compiled[part.shape]
         return (form if len(part) == len(x) else functools.partial(in_slices, form, len(part))), True
