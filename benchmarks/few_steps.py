@@ -1,0 +1,89 @@
+"""Seconds for 16 digits: diffusers' 1000 steps beside eight of its best scheduler and eight of this library's "fast".
+
+`python -m fastddpm.benchmarks.few_steps` prints README's table; both libraries run the shipped model, float32, warm, in
+interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.tables.by_name import make_table
+from fastddpm.unet.load import SHIPPED, load
+
+BATCH = 16
+
+
+def providers(labels: torch.Tensor, many: int) -> dict[str, Callable[[], object]]:
+    """Each row of the table, and what draws it."""
+    diffusers: Any = importlib.import_module("diffusers")
+    theirs = diffusers.UNet2DModel.from_pretrained(SHIPPED / "digits").eval()
+
+    def loop(name: str, steps: int, **options: Any) -> Callable[[], object]:
+        config = diffusers.DDPMScheduler.load_config(SHIPPED / "digits")
+        scheduler = getattr(diffusers, name).from_config(config, **options)
+
+        @torch.no_grad()
+        def draw() -> object:
+            scheduler.set_timesteps(steps)
+            x = torch.randn(BATCH, 1, 32, 32)
+            for t in scheduler.timesteps:
+                x = scheduler.step(theirs(x, t, class_labels=labels).sample, t, x).prev_sample
+            return x
+
+        return draw
+
+    def ours(compile: bool) -> Callable[[], object]:
+        model = load("digits")
+        assert model.diffusion is not None
+        sampler = Sampler(model, make_table("fast", model.diffusion), (1, 32, 32), compile=compile)
+        return lambda: sampler.sample(seeds=range(BATCH), class_labels=labels)
+
+    return {
+        f"diffusers, DDPMScheduler, {many} steps": loop("DDPMScheduler", many),
+        "diffusers, UniPCMultistepScheduler, 8 steps": loop(
+            "UniPCMultistepScheduler", 8, solver_order=3, timestep_spacing="trailing"
+        ),
+        "fastddpm, fast, uncompiled": ours(False),
+        "fastddpm, fast, compiled": ours(True),
+    }
+
+
+def measure(many: int, rounds: int, inner: int) -> dict[str, list[float]]:
+    """Seconds of each provider: the first once a round, the others `inner` times."""
+    runs = providers(torch.arange(BATCH) % 10, many)
+    for draw in list(runs.values())[1:]:
+        draw()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for k in range(inner):
+            for name, draw in list(runs.items())[1 if k else 0 :]:
+                start = time.perf_counter()
+                draw()
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m fastddpm.benchmarks.few_steps", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--inner", type=int, default=7, help="times that the short loops run in a round")
+    parser.add_argument("--many", type=int, default=1000, help="steps of the long loop")
+    options = parser.parse_args(arguments)
+    medians = {k: statistics.median(v) for k, v in measure(options.many, options.rounds, options.inner).items()}
+    slowest = next(iter(medians.values()))
+    for name, seconds in medians.items():
+        print(f"{name}: {seconds:.3f} s, {slowest / seconds:.0f} times")
+
+
+if __name__ == "__main__":
+    main()
