@@ -134,8 +134,8 @@ def compile_launch(launch: Any, arch: str) -> Compiled:
 
 
 def check_arch(arch: str) -> None:
-    """Raise ValueError for what is no name of an architecture."""
-    if not re.fullmatch(r"sm_\d+|gfx\w+", arch):
+    """Raise ValueError for what is no architecture's name, or one that is too old: the kernels need sm_75."""
+    if not re.fullmatch(r"gfx\w+|sm_(7[5-9]|[89]\d|\d{3,})", arch):
         one_of("architecture", arch, ARCHITECTURES)
 
 

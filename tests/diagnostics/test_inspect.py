@@ -185,6 +185,8 @@ def test_command_prints_json_with_every_field(capsys: pytest.CaptureFixture[str]
 def test_command_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ValueError, match=r"'conv'.*p_sample"):
         command.run(parse_arguments("conv"))
+    with pytest.raises(ValueError, match="unknown architecture 'sm_1'"):
+        command.run(parse_arguments("--arch", "sm_1"))
     with pytest.raises(ValueError, match="no data sheet"):
         command.run(parse_arguments("--gpu", "GTX 1"))
     with pytest.raises(ValueError, match="is sm_90, not sm_80"):
