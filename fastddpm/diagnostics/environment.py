@@ -16,7 +16,7 @@ import torch
 
 from fastddpm.machine import caches, hardware
 from fastddpm.machine.torch_compile import has_cpp_compiler, has_triton
-from fastddpm.ops.backend import use_triton, why_not_triton
+from fastddpm.ops.operators import use_triton, why_not_triton
 
 _THREADS = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "TORCH_NUM_THREADS")
 _ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

@@ -23,8 +23,8 @@ from fastddpm.diagnostics.variants import p_sample_variant
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.known_answers import NOISE_V1
 from fastddpm.noise.seeds import resolve_seeds
-from fastddpm.ops.backend import why_not_triton
 from fastddpm.ops.checks import DTYPES
+from fastddpm.ops.operators import why_not_triton
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddpm import ddpm_table

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops.backend import check_backend
-from fastddpm.ops.checks import check_counter, check_dtype, check_output, check_rows
-from fastddpm.ops.memory import empty_as
-from fastddpm.ops.operators import HOW, NOISE, define, execute, pack, unpack
+from fastddpm.ops.checks import check_counter, check_dtype, check_output, check_rows, empty_as
+from fastddpm.ops.operators import HOW, NOISE, check_backend, define, execute, pack, unpack
 from fastddpm.ops.twins import columns
 
 

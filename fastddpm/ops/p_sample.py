@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops.backend import check_backend
-from fastddpm.ops.checks import check_counter, check_dtype, check_like, check_output, check_rows, refuse_gradients
-from fastddpm.ops.memory import check_overlap
-from fastddpm.ops.operators import HOW, NOISE, define, execute, pack, unpack
+from fastddpm.ops.checks import (
+    check_counter,
+    check_dtype,
+    check_like,
+    check_output,
+    check_overlap,
+    check_rows,
+    refuse_gradients,
+)
+from fastddpm.ops.operators import HOW, NOISE, check_backend, define, execute, pack, unpack
 from fastddpm.ops.randn import randn
 from fastddpm.ops.twins import Flags, columns, network_output, slot
 

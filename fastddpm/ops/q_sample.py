@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops.backend import check_backend
 from fastddpm.ops.checks import check_counter, check_dtype, check_like, check_rows
-from fastddpm.ops.operators import HOW, NOISE, define, execute, pack, unpack
+from fastddpm.ops.operators import HOW, NOISE, check_backend, define, execute, pack, unpack
 from fastddpm.ops.twins import columns
 
 

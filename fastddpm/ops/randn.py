@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fastddpm.noise.v1 import MAX_ELEMENTS, Counter
 from fastddpm.ops import twins
-from fastddpm.ops.backend import check_backend, use_triton
 from fastddpm.ops.checks import check_counter, check_device, check_dtype
-from fastddpm.ops.operators import HOW, NOISE, define, execute, pack, unpack
+from fastddpm.ops.operators import HOW, NOISE, check_backend, define, execute, pack, unpack, use_triton
 
 
 def randn(

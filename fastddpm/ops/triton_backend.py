@@ -16,7 +16,7 @@ from fastddpm.kernels.noise import randn_launch
 from fastddpm.kernels.p_sample import p_sample_launch
 from fastddpm.kernels.q_sample import q_sample_launch
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops.memory import is_channels_last
+from fastddpm.ops.checks import is_channels_last
 from fastddpm.ops.twins import Flags
 
 Targets = tuple[Tensor | None, ...]

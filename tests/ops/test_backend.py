@@ -16,7 +16,7 @@ import torch
 from fastddpm import ops
 from fastddpm.diagnostics.step_cases import inputs, step_case
 from fastddpm.errors import BackendUnavailable
-from fastddpm.ops import backend
+from fastddpm.ops import operators as backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
