@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fastddpm.sampling.engine import WARMUP_STEPS, synchronisation_raises
+from fastddpm.machine.devices import synchronisation_raises
+from fastddpm.sampling.step_pool import WARMUP_STEPS
 
 # A measurement shorter than this has the clock and the interpreter in it.
 MIN_SECONDS = 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -40,3 +41,18 @@ def resolve_device(device: torch.device | str) -> torch.device:
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a CUDA device current: Triton launches on whatever device is."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def synchronisation_raises() -> Iterator[None]:
+    """Find a step that synchronises before its capture is begun.
+
+    PyTorch cannot fully undo a capture that CUDA has invalidated: the default generator stays in capture mode, and
+    torch.randn on the GPU raises from then on.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -22,37 +22,9 @@ _SMALL = 1 << 16
 _GROUP_BYTES = 1 << 26
 
 
-class Watch:
-    """Tells whether a model has changed since it was last asked to remember it.
-
-    Args:
-        model: the network.
-        frozen: weights never change in place, so their bytes need not be read.
-    """
-
-    def __init__(self, model: Model, *, frozen: bool) -> None:
-        self._model, self._frozen = model, frozen
-        self._structure: tuple[Any, ...] = ()
-        self._sums: list[Tensor] = []
-        self.copies = False
-        """Whether anything was made from the weights that does not share their memory."""
-
-    def remember(self) -> None:
-        """Take the model as it is now."""
-        self._structure, self.copies = structure(self._model), False
-        self._sums = [] if self._frozen else self._checksum()
-
-    def changed(self) -> bool:
-        """Compare the model with what was remembered; weights only where they were copied."""
-        if structure(self._model) != self._structure:
-            return True
-        if self._frozen or not self.copies:
-            return False
-        found = self._checksum()
-        return len(found) != len(self._sums) or not all(map(torch.equal, found, self._sums))
-
-    def _checksum(self) -> list[Tensor]:
-        return checksum(tensor for module in modules_of(self._model) for tensor in _own_tensors(module))
+def weight_sums(model: Model) -> list[Tensor]:
+    """Return sums over the memory of a model's tensors, see `checksum`."""
+    return checksum(tensor for module in modules_of(model) for tensor in _own_tensors(module))
 
 
 def structure(model: Model) -> tuple[Any, ...]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastddpm.machine.building import Want
-from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.errors import explain, raise_if_bad
 from fastddpm.sampling.model import Model
 from fastddpm.sampling.options import resolve_options
@@ -134,19 +133,19 @@ class Sampler:
 
     @staticmethod
     def reverse_step(step: StaticStep) -> None:
-        """The body of Algorithm 2's loop, which an engine captures once: x_{t-1} ~ p_theta(x_{t-1} | x_t)."""
+        """The body of Algorithm 2's loop, captured once as a graph on CUDA: x_{t-1} ~ p_theta(x_{t-1} | x_t)."""
         m = step.predict()  # eps_theta(x_t, t)
         step.p_sample(m)  # x_{t-1} = mu_theta(x_t, t) + sigma_t z
         step.next_row()
 
-    def _loop(self, step: StaticStep, engine: Engine, request: Request) -> Iterator[StepResult[Any]]:
+    def _loop(self, step: StaticStep, request: Request) -> Iterator[StepResult[Any]]:
         """Algorithm 2 (Ho et al. 2020)."""
         step.load(request)  # x_T ~ N(0, I)
         for i, t in enumerate(self._timesteps):  # for t = T, ..., 1
             with explain(f"step {i} of {len(self._timesteps)} (t = {t})", request.key, self.options):
                 if step.z is not None and request.draw is not None and self._noisy[i]:
                     step.z.copy_(request.draw(i))  # z ~ N(0, I), where the caller draws it
-                engine.replay()  # `reverse_step`
+                self._steps.replay(step)  # `reverse_step`
             yield StepResult(i, t, step.x_t, step.x0)
         if step.first_bad is not None:
             raise_if_bad(step.first_bad.tolist(), self._timesteps, request)
@@ -207,8 +206,8 @@ class Sampler:
             torch.OutOfMemoryError: memory ran out; the sampler has freed its buffers and graphs, see `clear`.
         """
         request = self._request("sample", arguments, x0_out=return_x0)
-        with self._steps.turn(), self._steps.lend(request.key) as (step, engine):
-            for result in self._loop(step, engine, request):
+        with self._steps.turn(), self._steps.lend(request.key) as step:
+            for result in self._loop(step, request):
                 if callback is not None:
                     version = step.x_t._version
                     callback(result if return_x0 else result._replace(x0=None))
@@ -223,8 +222,8 @@ class Sampler:
         return self._iterate(self._request("steps", arguments, x0_out=True))
 
     def _iterate(self, request: Request) -> Iterator[StepResult[Tensor]]:
-        with self._steps.lend(request.key) as (step, engine):
-            loop = self._loop(step, engine, request)
+        with self._steps.lend(request.key) as step:
+            loop = self._loop(step, request)
             while True:
                 with self._steps.turn():
                     live = next(loop, None)
@@ -240,8 +239,8 @@ class Sampler:
         GPU: while a step is captured, PyTorch raises wherever the process waits for the device.
         """
         request = self._request("warmup", arguments, x0_out=return_x0)
-        with self._steps.turn(), self._steps.lend(request.key) as (step, engine):
-            next(self._loop(step, engine, request), None)
+        with self._steps.turn(), self._steps.lend(request.key) as step:
+            next(self._loop(step, request), None)
 
     def settle(self, compiled: bool | None = None, **arguments: Unpack[RequestArguments]) -> bool:
         """Make ready what a `sample` with these arguments needs, and decide for this sampler's life how it runs.
@@ -256,7 +255,7 @@ class Sampler:
             Whether the network runs compiled.
         """
         request = self._request("settle", arguments, x0_out=False)
-        with self._steps.turn(), self._steps.lend(request.key) as (step, _):
+        with self._steps.turn(), self._steps.lend(request.key) as step:
             fixed = self.options.strict_compile or self.options.want is Want.NEVER
             return step.settle(None if fixed else compiled)
 

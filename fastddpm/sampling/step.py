@@ -24,7 +24,7 @@ class StaticStep:
     """Static buffers, and the parts of the step that works on them.
 
     No part makes a decision that depends on a tensor's value, or reads what a request sets except through the buffers,
-    so that an engine may capture the step before the first request's data arrive.
+    so that the step may be captured before the first request's data arrive.
 
     Args:
         key: batch size and switches.
@@ -38,6 +38,7 @@ class StaticStep:
         history: the older x0 that the table's rows need, float32 [H, B, ...], a ring: see `ops.p_sample`.
         z: the noise of the next step, float32 [B, ...]: the caller's where the key says "given", or drawn ahead.
         row: the next row of the table, int64 [1].
+        graph: the step as a CUDA graph, where it was captured.
     """
 
     def __init__(self, key: StepKey, network: Network, table: Table, options: Options) -> None:
@@ -48,6 +49,7 @@ class StaticStep:
         def buffer(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=options.device)
 
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.rows = buffer(len(table), K)
         self.timesteps = buffer(len(table), dtype=table.timesteps.dtype)
         # The same for every input of the network; as a view of it, an index of its own is never made.

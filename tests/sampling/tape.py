@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastddpm.sampling.engine import Step
 
-
-class TapeEngine:
-    """A CUDA graph's semantics on any device: Python runs at capture and never again.
+class TapePool:
+    """A CUDA graph's semantics on any device: Python runs at capture and never again. Stands in for a `GraphPool`.
 
     Capture records every operation with its arguments. A replay executes the record: Python scalars are those of the
     capture, tensors are the same memory, and intermediate results are poisoned first, so that a per-call value that is
@@ -22,26 +21,21 @@ class TapeEngine:
     """
 
     def __init__(self) -> None:
-        self._tape: _Tape | None = None
+        self.retired: list[Tape] = []
 
-    def capture(self, step: Step, rewind: Step) -> None:
-        tape = _Tape()
+    def capture(self, step: Callable[[], None], rewind: Callable[[], None]) -> Tape:
+        tape = Tape()
         with tape:
             step()
         tape.undo()
-        self._tape = tape
+        return tape
 
-    def replay(self) -> None:
-        if self._tape is None:
-            raise RuntimeError("replay() before capture()")
-        self._tape.play()
-
-    def reset(self) -> None:
-        self._tape = None
+    def release(self, tape: Tape) -> None:
+        pass
 
 
-class _Tape(TorchDispatchMode):
-    """The recorder of `TapeEngine`."""
+class Tape(TorchDispatchMode):
+    """What `TapePool` has recorded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +71,7 @@ class _Tape(TorchDispatchMode):
             if whole is not before:
                 whole.copy_(before)
 
-    def play(self) -> None:
+    def replay(self) -> None:
         for tensor in self._fresh:
             tensor.fill_(float("nan") if tensor.is_floating_point() else 0x7F)
         for func, args, kwargs, recorded in self._calls:

@@ -1,4 +1,4 @@
-"""The sampler: Algorithm 2 for any table, the same bits in any batch, by any engine, from any source of noise."""
+"""The sampler: Algorithm 2 for any table, the same bits in any batch, looped or captured, from any source of noise."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ from fastddpm import DiffusionConfig, Sampler, Schedule, ddpm_table, reference
 from fastddpm.errors import BackendUnavailable, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
 from fastddpm.ops.draw import randn
-from fastddpm.sampling.engine import LoopEngine
 from fastddpm.sampling.sampler import StepResult
 from fastddpm.sampling.step import StaticStep
-from fastddpm.sampling.step_pool import MAX_IDLE
+from fastddpm.sampling.step_pool import MAX_IDLE, StepPool
 from fastddpm.tables.by_name import make_table
 from fastddpm.tables.table import COLUMN, HISTORY, Table, make_rows
-from tests.sampling.tape import TapeEngine
+from tests.sampling.tape import Tape, TapePool
 from tests.tables.float64 import execute_table64
 
 SCHEDULE = Schedule.linear(50, 1e-3, 0.2)
@@ -321,7 +320,7 @@ def test_the_step_used_least_recently_goes_first() -> None:
     s = sampler()
     for batch in [*range(1, MAX_IDLE + 1), 1, MAX_IDLE + 1]:
         s.sample(seed=0, batch_size=batch)
-    assert [step.key.batch for step, _ in s._steps._idle] == [*range(3, MAX_IDLE + 1), 1, MAX_IDLE + 1]
+    assert [step.key.batch for step in s._steps._idle] == [*range(3, MAX_IDLE + 1), 1, MAX_IDLE + 1]
 
 
 def test_model_may_be_a_function_or_return_an_object() -> None:
@@ -444,7 +443,7 @@ def with_tape(s: Sampler) -> Sampler:
     pool = s._steps
     s.options = pool._options = dataclasses.replace(s.options, uses_graph=True)
     pool._captures = True
-    pool._new_engine = lambda: TapeEngine() if pool._captures else LoopEngine()  # type: ignore[method-assign]
+    pool._graphs = TapePool()  # type: ignore[assignment]
     return s
 
 
@@ -545,8 +544,8 @@ def test_call_that_fails_leaves_graphs_on(caplog: pytest.LogCaptureFixture) -> N
     assert s._steps._captures
     assert "no CUDA graph" not in caplog.text
     s.sample(seeds=[1])
-    ((_, engine),) = s._steps._idle
-    assert isinstance(engine, TapeEngine)
+    (step,) = s._steps._idle
+    assert isinstance(step.graph, Tape)
 
 
 def test_failed_step_is_not_kept() -> None:
@@ -556,7 +555,7 @@ def test_failed_step_is_not_kept() -> None:
     s = sampler(Breaks(3, lose).eval())
     made: list[Any] = []
     build = s._steps._build
-    s._steps._build = lambda key: made.append(weakref.ref((pair := build(key))[0])) or pair  # type: ignore[method-assign]
+    s._steps._build = lambda key: made.append(weakref.ref(step := build(key))) or step  # type: ignore[method-assign]
     with pytest.raises(SamplingError):
         s.sample(seeds=[1])
     gc.collect()
@@ -610,7 +609,7 @@ def test_out_of_memory_frees_the_buffers_while_its_error_is_kept() -> None:
     s = sampler(Breaks(1, torch.OutOfMemoryError("CUDA out of memory")).eval())
     made: list[Any] = []
     build = s._steps._build
-    s._steps._build = lambda key: made.append(weakref.ref((pair := build(key))[0].x_in)) or pair  # type: ignore[method-assign]
+    s._steps._build = lambda key: made.append(weakref.ref((step := build(key)).x_in)) or step  # type: ignore[method-assign]
     with pytest.raises(torch.OutOfMemoryError) as caught:
         s.sample(seeds=[1])
     assert caught.value.__traceback__ is not None
@@ -630,7 +629,7 @@ def test_cuda_error_is_reported_though_cuda_fails_in_clearing_up_too(monkeypatch
         raise lost
 
     s = sampler(Breaks(1, lost).eval())
-    monkeypatch.setattr(LoopEngine, "reset", fail)
+    monkeypatch.setattr(StepPool, "_free", fail)
     with pytest.raises(SamplingError, match=r"step 1 of 6 .*start a new one") as caught:
         s.sample(seeds=[1])
     assert caught.value.__cause__ is lost
@@ -768,7 +767,7 @@ def test_a_forked_child_samples_while_its_parent_does() -> None:
 def test_clear_frees_the_steps_and_calls_build_new_ones() -> None:
     s = sampler()
     expected = s.sample(seeds=[1, 2])
-    step = weakref.ref(s._steps._idle[0][0])
+    step = weakref.ref(s._steps._idle[0])
     running = s.steps(seeds=[1, 2])
     next(running)
     s.clear()

@@ -282,13 +282,13 @@ def test_loop_on_cuda_never_waits_for_the_device() -> None:
     for cuda_graph in (True, False):
         s = Sampler(Small("cuda").eval(), TABLE, SHAPE, cuda_graph=cuda_graph, compile=False)
         s.warmup(seeds=[1, 2])
-        ((step, engine),) = s._steps._idle
+        (step,) = s._steps._idle
         step.rewind()
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.no_grad():
                 for _ in range(len(TABLE)):
-                    engine.replay()
+                    s._steps.replay(step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

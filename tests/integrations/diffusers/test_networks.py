@@ -79,7 +79,7 @@ def test_pipelines_run_the_sampling_form_of_a_unet_that_is_ours_too() -> None:
     fast = accelerate(quiet(DDPMPipeline(tiny_unet(), DDPMScheduler())))
     generate(fast, steps=2)
     sampler = fast._samplers.kept[0].sampler
-    ((step, _),) = sampler._steps._idle
+    (step,) = sampler._steps._idle
     assert isinstance(step.network, UNetInference)
 
 

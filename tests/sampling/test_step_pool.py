@@ -1,4 +1,4 @@
-"""Engines replay a step from static buffers: the loop, the tape that shows what a CUDA graph would do, the graph."""
+"""A captured step runs from static buffers: the tape that shows what a CUDA graph would do, and the graph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddpm.sampling.engine import CudaGraphEngine, GraphPool, LoopEngine
-from tests.sampling.tape import TapeEngine
+from fastddpm.sampling.step_pool import GraphPool
+from tests.sampling.tape import TapePool
 
 
 def ignore(*values: Any) -> None:
@@ -39,54 +39,38 @@ class Countdown:
         self.row.zero_()
 
 
-@pytest.fixture(params=[LoopEngine, TapeEngine])
-def engine(request: pytest.FixtureRequest) -> Any:
-    return request.param()
-
-
-def test_replay_runs_the_captured_step(engine: Any) -> None:
+def test_replay_runs_the_captured_step() -> None:
     expected, captured = Countdown(), Countdown()
-    engine.capture(captured.step, captured.rewind)
+    tape = TapePool().capture(captured.step, captured.rewind)
     for _ in range(4):
         expected.step()
-        engine.replay()
+        tape.replay()
     assert torch.equal(captured.x, expected.x)
     assert captured.row.item() == 4
-
-
-def test_replay_before_capture_or_after_reset_raises(engine: Any) -> None:
-    countdown = Countdown()
-    with pytest.raises(RuntimeError, match="before capture"):
-        engine.replay()
-    engine.capture(countdown.step, countdown.rewind)
-    engine.reset()
-    with pytest.raises(RuntimeError, match="before capture"):
-        engine.replay()
 
 
 def test_tape_leaves_the_buffers_as_a_capture_does() -> None:
     countdown = Countdown()
     before = [countdown.x.clone(), countdown.row.clone(), countdown.picked.clone()]
-    TapeEngine().capture(countdown.step, countdown.rewind)
+    TapePool().capture(countdown.step, countdown.rewind)
     for tensor, value in zip([countdown.x, countdown.row, countdown.picked], before, strict=True):
         assert torch.equal(tensor, value)
 
 
 def test_tape_reads_buffers_at_replay() -> None:
-    countdown, engine = Countdown(), TapeEngine()
-    engine.capture(countdown.step, countdown.rewind)
+    countdown = Countdown()
+    tape = TapePool().capture(countdown.step, countdown.rewind)
     countdown.x.fill_(7.0)
     countdown.row.fill_(2)
-    engine.replay()
+    tape.replay()
     assert torch.equal(countdown.x, torch.tensor([[42.0] * 3, [14.0] * 3]))
 
 
 def test_tape_keeps_python_values_of_the_capture() -> None:
     x, scale = torch.ones(3), {"value": 2.0}
-    engine = TapeEngine()
-    engine.capture(lambda: ignore(x.mul_(scale["value"])), ignore)
+    tape = TapePool().capture(lambda: ignore(x.mul_(scale["value"])), ignore)
     scale["value"] = 100.0
-    engine.replay()
+    tape.replay()
     assert torch.equal(x, torch.full((3,), 2.0))
 
 
@@ -97,10 +81,9 @@ def test_tape_shows_a_state_that_is_replaced_instead_of_written() -> None:
         state["x"] = state["x"] + 1
 
     first = state["x"]
-    engine = TapeEngine()
-    engine.capture(step, ignore)
-    engine.replay()
-    engine.replay()
+    tape = TapePool().capture(step, ignore)
+    tape.replay()
+    tape.replay()
     assert torch.equal(first, torch.ones(3))
     assert torch.equal(state["x"], torch.full((3,), 2.0))
 
@@ -113,12 +96,11 @@ def test_tape_poisons_what_only_the_capture_computed() -> None:
             x.add_(kept["previous"])
         kept["previous"] = x * 2
 
-    engine = TapeEngine()
     step()
-    engine.capture(step, ignore)
+    tape = TapePool().capture(step, ignore)
     x.fill_(1.0)
     kept["previous"].fill_(5.0)
-    engine.replay()
+    tape.replay()
     # A graph would add the tensor that existed at capture (2.0), not what Python calls "previous" by now (5.0).
     assert torch.equal(x, torch.full((3,), 3.0))
 
@@ -127,7 +109,7 @@ def test_tape_poisons_what_only_the_capture_computed() -> None:
 def test_tape_refuses_a_host_read(read: Callable[[Tensor], Any]) -> None:
     x = torch.ones(3)
     with pytest.raises(RuntimeError, match="not permitted while capturing"):
-        TapeEngine().capture(lambda: ignore(x.mul_(read(x))), ignore)
+        TapePool().capture(lambda: ignore(x.mul_(read(x))), ignore)
 
 
 class FakeCuda:
@@ -217,9 +199,9 @@ class FakeCuda:
 
 def test_cuda_graph_warms_up_on_one_stream_and_captures_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
-    engine = CudaGraphEngine(GraphPool(torch.device("cuda", 0)))
-    engine.capture(lambda: cuda.calls.append(f"step on {cuda.current}"), lambda: cuda.calls.append("rewind"))
-    engine.replay()
+    pool = GraphPool(torch.device("cuda", 0))
+    step = lambda: cuda.calls.append(f"step on {cuda.current}")  # noqa: E731
+    pool.capture(step, lambda: cuda.calls.append("rewind")).replay()
     assert cuda.calls == [
         "side waits for main",
         *["rewind", "step on side"] * 2,
@@ -250,24 +232,22 @@ def test_cuda_graph_restores_the_stream_when_a_capture_fails(monkeypatch: pytest
             raise ValueError("the model reads a value")
 
     with pytest.raises(ValueError, match="reads a value"):
-        CudaGraphEngine(pool).capture(step, ignore)
+        pool.capture(step, ignore)
     assert cuda.current == "main"
     assert cuda.calls[-4:] == ["end", "synchronize", "reset", "main waits for side"]
     # The pool has no graph now, and the next one gets a new pool.
     cuda.end_fails = False
-    CudaGraphEngine(pool).capture(ignore, ignore)
+    pool.capture(ignore, ignore)
     assert "begin on capture in pool 2" in cuda.calls
 
 
 def test_cuda_graphs_share_a_pool_until_the_last_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     pool = GraphPool(torch.device("cuda", 0))
-    first, second, third = (CudaGraphEngine(pool) for _ in range(3))
-    first.capture(ignore, ignore)
-    second.capture(ignore, ignore)
-    first.reset()
-    second.reset()
-    third.capture(ignore, ignore)
+    first, second = pool.capture(ignore, ignore), pool.capture(ignore, ignore)
+    pool.release(first)
+    pool.release(second)
+    pool.capture(ignore, ignore)
     assert [call for call in cuda.calls if call.startswith("begin")] == [
         "begin on capture in pool 1",
         "begin on capture in pool 1",
@@ -279,11 +259,9 @@ def test_cuda_graphs_share_a_pool_until_the_last_is_gone(monkeypatch: pytest.Mon
 def test_a_graph_outlives_the_resets_and_failures_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     pool = GraphPool(torch.device("cuda", 0))
-    first, second, third = (CudaGraphEngine(pool) for _ in range(3))
-    first.capture(cuda.product, ignore)
-    second.capture(cuda.product, ignore)
-    cuda.replayed = [second._graph]
-    first.reset()
+    first, second = pool.capture(cuda.product, ignore), pool.capture(cuda.product, ignore)
+    cuda.replayed = [second]
+    pool.release(first)
     steps = iter([None, None, None, ValueError("the model reads a value")])
 
     def fails() -> None:
@@ -291,11 +269,11 @@ def test_a_graph_outlives_the_resets_and_failures_of_others(monkeypatch: pytest.
             raise error
 
     with pytest.raises(ValueError, match="reads a value"):
-        third.capture(fails, ignore)
+        pool.capture(fails, ignore)
     second.replay()
     assert "reset" not in cuda.calls
     cuda.replayed = []
-    second.reset()
+    pool.release(second)
     assert cuda.calls.count("reset") == 3
     assert not cuda.live
 
@@ -303,12 +281,12 @@ def test_a_graph_outlives_the_resets_and_failures_of_others(monkeypatch: pytest.
 @pytest.mark.gpu
 def test_cuda_graph_matches_the_loop() -> None:
     expected, captured = Countdown("cuda"), Countdown("cuda")
-    engine = CudaGraphEngine(GraphPool(torch.device("cuda", torch.cuda.current_device())))
-    engine.capture(captured.step, captured.rewind)
+    pool = GraphPool(torch.device("cuda", torch.cuda.current_device()))
+    graph = pool.capture(captured.step, captured.rewind)
     captured.x.fill_(1.0)
     for _ in range(4):
         expected.step()
-        engine.replay()
+        graph.replay()
     assert torch.equal(captured.x, expected.x)
 
 
@@ -317,11 +295,11 @@ def test_cuda_graph_refuses_a_host_read_and_the_device_goes_on() -> None:
     x, pool = torch.ones(3, device="cuda"), GraphPool(torch.device("cuda", torch.cuda.current_device()))
     stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError):
-        CudaGraphEngine(pool).capture(lambda: ignore(x.mul_(x.sum().item())), ignore)
+        pool.capture(lambda: ignore(x.mul_(x.sum().item())), ignore)
     assert torch.cuda.current_stream() == stream
     assert torch.randn(3, device="cuda").isfinite().all()
-    engine, counter = CudaGraphEngine(pool), torch.zeros(1, device="cuda")
-    engine.capture(lambda: ignore(counter.add_(1)), ignore)
+    counter = torch.zeros(1, device="cuda")
+    graph = pool.capture(lambda: ignore(counter.add_(1)), ignore)
     counter.zero_()
-    engine.replay()
+    graph.replay()
     assert counter.item() == 1.0
