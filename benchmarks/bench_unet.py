@@ -15,7 +15,7 @@ from fastddpm.benchmarks.peers.networks import compile_frozen
 from torch import Tensor
 
 from fastddpm.machine.building import Want
-from fastddpm.sampling import model as network
+from fastddpm.sampling import network
 from fastddpm.sampling.network import sampling_networks
 
 # The network's output at row i of the chain's timesteps, float32 or lower.

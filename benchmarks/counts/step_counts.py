@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastddpm.sampling.request import StepKey
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.step import StaticStep
-from fastddpm.sampling.step_key import StepKey
 from fastddpm.tables.ddpm import ddpm_table
 
 CASE = Case("p_sample", 4, (3, 32, 32))

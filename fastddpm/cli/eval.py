@@ -143,7 +143,7 @@ def _samples(path: Path, labels: list[int] | None, model: UNet, reference: Refer
 
     from fastddpm.data.datasets import Dataset
     from fastddpm.files.images import to_uint8
-    from fastddpm.sampling.model import num_classes_of
+    from fastddpm.sampling.network import num_classes_of
     from fastddpm.sampling.outputs import read_x
 
     images = to_uint8(torch.from_numpy(read_x(path)))

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace, model: UNet) -> Run:
     from fastddpm.files.images import has_image_shape
-    from fastddpm.sampling.model import null_class_of
+    from fastddpm.sampling.network import null_class_of
 
     seeds = list(dict.fromkeys(args.seeds))
     labels = _labels(args.classes, len(seeds), null_class_of(model))

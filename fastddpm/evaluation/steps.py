@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.files.figures import new_figure, to_png
-from fastddpm.sampling.model import Model
+from fastddpm.sampling.network import Model
 from fastddpm.sampling.sample import Run, plan_run
 
 # The solver of order 2 whose error after this many calls is far below that of any number of calls that is tried.

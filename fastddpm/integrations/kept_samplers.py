@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastddpm.sampling.model import Model
+from fastddpm.sampling.network import Model
 from fastddpm.sampling.options import weigh
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.tables.table import Table

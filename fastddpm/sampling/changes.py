@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.sampling.model import Model
+from fastddpm.sampling.network import Model
 
 _WORDS = 1024
 _SUM_BYTES = 8 * _WORDS

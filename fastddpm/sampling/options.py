@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from fastddpm.machine.devices import resolve_device
 from fastddpm.ops.checks import DTYPES
 from fastddpm.ops.operators import use_triton
 from fastddpm.sampling.changes import modules_of
-from fastddpm.sampling.model import Model, device_of, dtype_of, null_class_of, num_labels_of
+from fastddpm.sampling.network import Model, device_of, dtype_of, null_class_of, num_labels_of
 
 logger = logging.getLogger("fastddpm")
 
@@ -106,6 +106,15 @@ class Options:
     def bakes_values(self) -> bool:
         """Whether what the model is called with from Python becomes a part of compiled code or of a graph."""
         return self.compiles or self.uses_graph
+
+    def global_settings(self) -> tuple[Any, ...]:
+        """Return what a graph keeps of PyTorch's global settings: autocast's dtype, determinism, precision."""
+        if not self.uses_graph:
+            return ()
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        precision = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+        return (autocast, torch.are_deterministic_algorithms_enabled(), *precision)
 
 
 def resolve_options(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import numpy as np
@@ -13,12 +14,46 @@ from torch import Tensor
 from fastddpm.checks import integer, nearest, number
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling.options import Options
-from fastddpm.sampling.step_key import COUNTER, GIVEN, NONE, StepKey, global_settings, spec_of
 from fastddpm.tables.table import COLUMN, Table
 
 Noise = Tensor | Callable[[int], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
 Labels = int | Sequence[int] | Tensor
+
+COUNTER, GIVEN, NONE = "counter", "given", "none"
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """What a step is found again by: everything about a request that is not in a buffer.
+
+    Attributes:
+        batch: B, samples per step.
+        noise: where z comes from: "counter" (seeds), "given" (a buffer that the caller fills) or "none".
+        guided: two predictions per sample, and m = m_u + w (m_c - m_u).
+        labels: the model is given class_labels.
+        x0_out: the estimate of x_0 is kept.
+        check_finite: each sample's first step with a NaN or Inf is recorded.
+        buffers: name, shape and dtype of the tensors and floats among the model's further keyword arguments, where code
+            is compiled or captured with them.
+        values: name and value of the others.
+        settings: PyTorch's global ones that a graph keeps from its capture: autocast, determinism, precision.
+    """
+
+    batch: int
+    noise: str = COUNTER
+    guided: bool = False
+    labels: bool = False
+    x0_out: bool = False
+    check_finite: bool = False
+    buffers: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
+    values: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[Any, ...] = ()
+
+    @property
+    def network_batch(self) -> int:
+        """Rows of the network's input: 2B with guidance, the conditional half first."""
+        return 2 * self.batch if self.guided else self.batch
 
 
 @dataclass(frozen=True)
@@ -142,10 +177,30 @@ def resolve_request(
         labels=labels is not None,
         x0_out=x0_out,
         check_finite=options.check_finite,
-        kwargs=tuple((name, spec_of(name, value)) for name, value in sorted(kwargs.items()) if options.bakes_values),
-        settings=global_settings(options.device) if options.uses_graph else (),
+        **_split_kwargs(kwargs if options.bakes_values else {}),
+        settings=options.global_settings(),
     )
     return Request(key, seed_of, sample_id, x_T, draw if stochastic else None, labels, w, kwargs, source == "seeds")
+
+
+def _split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Buffers and values of a `StepKey`; refuses values that cannot be compared with another call's."""
+    buffers, values = [], []
+    for name, value in sorted(kwargs.items()):
+        if isinstance(value, Tensor):
+            buffers.append((name, tuple(value.shape), value.dtype))
+        elif isinstance(value, Real) and not isinstance(value, Integral):
+            buffers.append((name, (), torch.float32))
+        else:
+            values.append((name, value))
+            try:
+                hash(value)
+            except TypeError:
+                raise ValueError(
+                    f"model_kwargs[{name!r}] is a {type(value).__name__}; pass tensors and hashable values only, or "
+                    "compile=False and cuda_graph=False"
+                ) from None
+    return {"buffers": tuple(buffers), "values": tuple(values)}
 
 
 def _only_source(seeds: Any, seed: Any, generator: Any, noise: Any) -> str | None:

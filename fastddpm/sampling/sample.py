@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from fastddpm.checks import integer, number
 from fastddpm.machine.devices import resolve_device
 from fastddpm.noise.seeds import resolve_seeds
-from fastddpm.sampling import model as net
+from fastddpm.sampling import network as net
 from fastddpm.sampling.options import SamplerArguments, check_shape
 from fastddpm.sampling.request import Generators, Labels, Noise, RequestArguments, given_batch, refuse_unknown
 from fastddpm.sampling.sampler import Sampler, StepResult

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from fastddpm.machine.building import Want
-from fastddpm.sampling.errors import explain, raise_if_bad
-from fastddpm.sampling.model import Model
+from fastddpm.sampling.network import Model
 from fastddpm.sampling.options import resolve_options
 from fastddpm.sampling.request import Request, RequestArguments, refuse_unknown, resolve_request
-from fastddpm.sampling.step import StaticStep
+from fastddpm.sampling.step import StaticStep, explain, raise_if_bad
 from fastddpm.sampling.step_pool import StepPool
 from fastddpm.tables.table import COLUMN, Table
 

@@ -1,22 +1,21 @@
-"""One reverse step over static buffers, for one batch size and one set of switches."""
+"""One reverse step over static buffers, for one batch size and one set of switches; and what its errors read."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddpm import ops
-from fastddpm.errors import ModelOutputError
+from fastddpm.errors import FastDDPMError, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
-from fastddpm.sampling.model import unwrap
-from fastddpm.sampling.network import Network
+from fastddpm.sampling.network import Network, unwrap
 from fastddpm.sampling.options import Options
-from fastddpm.sampling.request import Request
-from fastddpm.sampling.step_key import COUNTER, GIVEN, StepKey, TensorSpec
+from fastddpm.sampling.request import COUNTER, GIVEN, Request, StepKey
 from fastddpm.tables.table import COLUMN, K, Table
 
 
@@ -71,12 +70,10 @@ class StaticStep:
         self._draws_ahead = self._compiled and twin and key.noise == COUNTER and math.prod(shape) % 2 == 0
         self.z = buffer(B, *shape) if key.noise == GIVEN or self._draws_ahead else None
         self.first_bad = buffer(B, dtype=torch.int64) if key.check_finite else None
-        self.kwargs = {
-            name: buffer(*value.shape, dtype=value.dtype) if isinstance(value, TensorSpec) else value
-            for name, value in key.kwargs
-        }
+        self._kwargs = {name: buffer(*size, dtype=dtype) for name, size, dtype in key.buffers}
         if self.class_labels is not None:
-            self.kwargs["class_labels"] = self.class_labels
+            self._kwargs["class_labels"] = self.class_labels
+        self.kwargs = {**self._kwargs, **dict(key.values)}
         self.rows.copy_(table.rows)
         self.timesteps.copy_(table.timesteps)
         network.load(self.class_labels)
@@ -156,15 +153,15 @@ class StaticStep:
         self.network.load(self.class_labels)
 
     def _load_kwargs(self, kwargs: Mapping[str, Any]) -> None:
-        buffers = {name: self.kwargs[name] for name, _ in self.key.kwargs}
-        if self.class_labels is not None:
-            buffers["class_labels"] = self.class_labels
+        self.kwargs = dict(self._kwargs)
         for name, value in kwargs.items():
-            if isinstance(buffers.get(name), Tensor):
-                buffers[name].copy_(value) if isinstance(value, Tensor) else buffers[name].fill_(value)
+            buffer = self._kwargs.get(name)
+            if buffer is None:
+                self.kwargs[name] = value.to(self.x_t.device, copy=True) if isinstance(value, Tensor) else value
+            elif isinstance(value, Tensor):
+                buffer.copy_(value)
             else:
-                buffers[name] = value.to(self.x_t.device, copy=True) if isinstance(value, Tensor) else value
-        self.kwargs = buffers
+                buffer.fill_(value)
 
     def feed_network(self) -> None:
         """Copy x_t into the network's input; needed after x_t was edited."""
@@ -191,3 +188,67 @@ class StaticStep:
         elif self.table.learned and tuple(m.shape) == (n, channels, *rest):
             message += "; a table with a learned variance needs twice the channels: use a fixed variance_type"
         raise ModelOutputError(message)
+
+
+def is_oom(error: BaseException) -> bool:
+    """Tell whether memory ran out, on a GPU or on the CPU (where PyTorch raises a plain RuntimeError)."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def explain(where: str, key: StepKey, options: Options) -> Iterator[None]:
+    """Raise what goes wrong inside again with its place; the original is the cause.
+
+    Raises:
+        torch.OutOfMemoryError: memory ran out; the message has the sizes.
+        ModelOutputError: the model returned no prediction.
+        SamplingError: anything else but the library's own errors, which pass as they are.
+    """
+    try:
+        yield
+    except ModelOutputError as error:
+        raise ModelOutputError(f"{where}: {error}") from error
+    except FastDDPMError:
+        raise
+    except Exception as error:
+        if is_oom(error):
+            size = f"network input [{key.network_batch}, {', '.join(map(str, options.shape))}] in {options.dtype}"
+            raise torch.OutOfMemoryError(
+                f"out of memory at {where}, {size}; use a smaller batch or dtype=torch.bfloat16 ({error})"
+            ) from error
+        raise SamplingError(f"{where} failed: {type(error).__name__}: {error}{_advice(error)}") from error
+
+
+@contextlib.contextmanager
+def explain_cuda() -> Iterator[None]:
+    """Say what an error of CUDA means for the process, where `explain` has not.
+
+    Raises:
+        SamplingError: CUDA failed; other errors pass as they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, FastDDPMError) or is_oom(error) or not _advice(error):
+            raise
+        raise SamplingError(f"{error}{_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    if "CUDA error" in str(error):
+        return " (this process may not be able to use CUDA any more: start a new one)"
+    return ""
+
+
+def raise_if_bad(first_bad: Sequence[int], timesteps: Sequence[float], request: Request) -> None:
+    """Raise SamplingError when a sample's first non-finite step is recorded (-1: none)."""
+    bad = [(step, i) for i, step in enumerate(first_bad) if step >= 0]
+    if bad:
+        step, i = min(bad)
+        others = f" ({len(bad)} of {len(first_bad)} samples affected)" if len(bad) > 1 else ""
+        raise SamplingError(
+            f"x_t is not finite after step {step} (t = {timesteps[step]}) for {request.name(i)}{others}; look at the "
+            "model's output there, or run it in float32"
+        )

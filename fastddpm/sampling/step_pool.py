@@ -17,12 +17,10 @@ import torch
 from fastddpm.errors import ModelOutputError
 from fastddpm.machine.devices import device_guard, synchronisation_raises
 from fastddpm.sampling import changes
-from fastddpm.sampling.errors import explain, explain_cuda, is_oom
-from fastddpm.sampling.model import Model, place
-from fastddpm.sampling.network import Network, sampling_networks
+from fastddpm.sampling.network import Model, Network, place, sampling_networks
 from fastddpm.sampling.options import Options
-from fastddpm.sampling.step import StaticStep
-from fastddpm.sampling.step_key import StepKey
+from fastddpm.sampling.request import StepKey
+from fastddpm.sampling.step import StaticStep, explain, explain_cuda, is_oom
 from fastddpm.tables.table import Table
 
 logger = logging.getLogger("fastddpm")

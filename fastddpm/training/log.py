@@ -20,7 +20,7 @@ from fastddpm.files.figures import new_figure, to_png
 from fastddpm.files.images import save_grid
 from fastddpm.files.outside import regular_size
 from fastddpm.files.safejson import parse_object
-from fastddpm.sampling.model import num_classes_of
+from fastddpm.sampling.network import num_classes_of
 from fastddpm.sampling.sample import sample
 from fastddpm.training.config import TrainConfig
 from fastddpm.training.ema import EMA

@@ -22,8 +22,8 @@ from fastddpm.machine.building import Want
 from fastddpm.sampling import options as sampling_options
 from fastddpm.sampling.network import ModelNetwork, sampling_networks
 from fastddpm.sampling.options import Options
+from fastddpm.sampling.request import StepKey
 from fastddpm.sampling.step import StaticStep
-from fastddpm.sampling.step_key import StepKey, TensorSpec
 from fastddpm.unet.inference import UNetInference
 
 TABLE = ddpm_table(Schedule.linear(50, 1e-3, 0.2), steps=4)
@@ -36,7 +36,7 @@ KEYS = {
     "guided": StepKey(4, guided=True, labels=True),
     "x0": StepKey(4, x0_out=True),
     "finite": StepKey(4, check_finite=True),
-    "kwargs": StepKey(4, kwargs=(("shift", TensorSpec((4, 1, 1, 1), torch.float32)),)),
+    "kwargs": StepKey(4, buffers=(("shift", (4, 1, 1, 1), torch.float32),)),
 }
 
 

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastddpm.integrations.shared import NoiseSource
-from fastddpm.sampling.model import unwrap
+from fastddpm.sampling.network import unwrap
 from fastddpm.sampling.sampler import StepResult
 
 Generators = torch.Generator | list[torch.Generator]

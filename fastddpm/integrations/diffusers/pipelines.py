@@ -26,7 +26,7 @@ from fastddpm.integrations.shared import (
     replay,
 )
 from fastddpm.ops.checks import DTYPES
-from fastddpm.sampling.model import Model, null_class_of
+from fastddpm.sampling.network import Model, null_class_of
 from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import Table
