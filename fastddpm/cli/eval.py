@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     planned = sampling_options.plan(args, model, range(args.seed, args.seed + args.samples))
     with RunFolder(args.outdir, ()).locked():
         results = [
-            _result(args, model, dataclasses.replace(planned, guidance=weight), reference, classifier)
+            _result(args, model, dataclasses.replace(planned, conditions={"guidance": weight}), reference, classifier)
             for weight in args.guidance
         ]
         report = {"model": args.model, "data": args.data, "samples": args.samples, "results": results}

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fastddpm.checks import integer, nearest, number
 from fastddpm.noise.seeds import resolve_seeds
+from fastddpm.sampling.conditions import Labels, check_kwargs, resolve_labels, with_null_half
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
 
 Noise = Tensor | Callable[[int], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
-Labels = int | Sequence[int] | Tensor
 
 COUNTER, GIVEN, NONE = "counter", "given", "none"
 
@@ -66,9 +66,9 @@ class Request:
         sample_id: int64 [B].
         x_T: [B, ...] where the call brings it, else None: drawn from the seeds.
         draw: returns z of a step [B, ...], where the caller provides it.
-        class_labels: int64, [B], or [2B] with guidance (the second half is the null class).
+        class_labels: int64, [B], or [2B] with guidance, see `conditions.with_null_half`.
         guidance: the weight w.
-        kwargs: further keyword arguments of the model, tensors repeated for the two halves of guidance.
+        kwargs: further keyword arguments of the model, likewise.
         seeded: x_T or the noise comes from `seed` and `sample_id`.
     """
 
@@ -89,7 +89,16 @@ class Request:
         return f"sample {i} (seed {int(self.seed[i]) % 2**64}, sample id {int(self.sample_id[i])})"
 
 
-class RequestArguments(TypedDict, total=False):
+class Conditions(TypedDict, total=False):
+    """Keyword arguments of `Sampler.sample` that `fastddpm.sample` hands on: one value for all samples, or rows."""
+
+    x_T: Tensor | None
+    guidance: float
+    model_kwargs: Mapping[str, Any] | None
+    null_kwargs: Mapping[str, Any] | None
+
+
+class RequestArguments(Conditions, total=False):
     """Keyword arguments of `Sampler.sample`, `steps` and `warmup`, explained in `Sampler.sample`."""
 
     seeds: int | Sequence[int] | Tensor | None
@@ -97,11 +106,8 @@ class RequestArguments(TypedDict, total=False):
     sample_ids: Sequence[int] | Tensor | None
     generator: Generators | None
     noise: Noise | None
-    x_T: Tensor | None
     batch_size: int | None
     class_labels: Labels | None
-    guidance: float
-    model_kwargs: Mapping[str, Any] | None
 
 
 def refuse_unknown(function: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -127,6 +133,7 @@ def resolve_request(
     class_labels: Labels | None = None,
     guidance: float = 1.0,
     model_kwargs: Mapping[str, Any] | None = None,
+    null_kwargs: Mapping[str, Any] | None = None,
 ) -> Request:
     """Check the arguments of `Sampler.sample` and complete them.
 
@@ -166,10 +173,9 @@ def resolve_request(
         raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
     w = number("guidance", guidance)
     guided = w != 1.0
-    labels = _labels(class_labels, B, options.num_labels)
+    labels, kwargs = resolve_labels(class_labels, B, options.num_labels), check_kwargs(model_kwargs, null_kwargs)
     if guided:
-        labels = _with_null_half(labels, options.null_class)
-    kwargs = _model_kwargs(model_kwargs, B, guided)
+        labels, kwargs = with_null_half(labels, kwargs, B, options.null_class, null_kwargs or {})
     key = StepKey(
         batch=B,
         noise=NONE if not stochastic else COUNTER if source == "seeds" else GIVEN,
@@ -259,42 +265,3 @@ def _drawer(
         return z
 
     return checked
-
-
-def _labels(class_labels: Labels | None, B: int, num_labels: int | None) -> Tensor | None:
-    if class_labels is None:
-        return None
-    labels = class_labels if isinstance(class_labels, Tensor) else torch.as_tensor(class_labels, device="cpu")
-    if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() > 1:
-        raise ValueError(
-            f"class_labels must be integers, one per sample or one for all; got {labels.dtype} "
-            f"of shape {list(labels.shape)}"
-        )
-    labels = labels.to(torch.int64)
-    if labels.dim() == 1 and len(labels) != B:
-        raise ValueError(f"class_labels holds {len(labels)} labels for {B} samples")
-    labels = labels.expand(B)
-    # An index outside the embedding is memory corruption or a device assert, far from here.
-    bad = (labels < 0) if num_labels is None else (labels < 0) | (labels >= num_labels)
-    if bad.any():
-        known = "0 or more" if num_labels is None else f"0 to {num_labels - 1}"
-        raise ValueError(f"class label {int(labels[bad][0])} is out of range; labels are {known}")
-    return labels
-
-
-def _with_null_half(labels: Tensor | None, null_class: int | None) -> Tensor:
-    if labels is None:
-        raise ValueError("guidance needs class_labels; pass them, or guidance=1.0")
-    if null_class is None:
-        raise ValueError("guidance needs the label that means 'no class': pass Sampler(..., null_class=)")
-    return torch.cat([labels, torch.full_like(labels, null_class)])
-
-
-def _model_kwargs(model_kwargs: Mapping[str, Any] | None, B: int, guided: bool) -> dict[str, Any]:
-    kwargs = dict(model_kwargs or {})
-    if "class_labels" in kwargs:
-        raise ValueError("pass class_labels= itself, not inside model_kwargs")
-    for name, value in kwargs.items():
-        if guided and isinstance(value, Tensor) and value.dim() > 0 and len(value) == B:
-            kwargs[name] = torch.cat([value, value])
-    return kwargs

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from fastddpm.checks import integer, number
 from fastddpm.machine.devices import resolve_device
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import network as net
+from fastddpm.sampling.conditions import Labels
 from fastddpm.sampling.options import SamplerArguments, check_shape
-from fastddpm.sampling.request import Generators, Labels, Noise, RequestArguments, given_batch, refuse_unknown
+from fastddpm.sampling.request import Conditions, Generators, Noise, RequestArguments, given_batch, refuse_unknown
 from fastddpm.sampling.sampler import Sampler, StepResult
-from fastddpm.schedules.diffusion import DiffusionConfig
+from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
 from fastddpm.tables.by_name import make_table
 from fastddpm.unet.load import load
 
@@ -33,6 +34,10 @@ logger = logging.getLogger("fastddpm")
 _ELEMENTS_PER_BATCH = {"cpu": 2**14, "cuda": 2**20}
 
 
+class Options(SamplerArguments, Conditions, total=False):
+    """Keyword arguments that `sample` hands on."""
+
+
 def sample(
     model: net.Model | str | os.PathLike[str],
     shape: Sequence[int] | None = None,
@@ -41,17 +46,14 @@ def sample(
     steps: int | None = None,
     sampler: str = "fast",
     class_labels: Labels | None = None,
-    guidance: float = 1.0,
     batch_size: int | None = None,
-    x_T: Tensor | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
     generator: Generators | None = None,
     noise: Noise | None = None,
     callback: Callable[[StepResult[None]], None] | None = None,
     progress: bool = False,
     diffusion: DiffusionConfig | None = None,
     sampler_options: dict[str, Any] | None = None,
-    **options: Unpack[SamplerArguments],
+    **options: Unpack[Options],
 ) -> Tensor:
     """Draw one sample per seed, in batches; or one batch whose noise comes from a generator or from the caller.
 
@@ -66,11 +68,8 @@ def sample(
         sampler: the name of a sampler, see `fastddpm.tables.names`; "fast" brings its own number of steps.
         class_labels: one label per sample or one for all. By default a class-conditional model draws class
             seed % number of classes; pass its null class for samples of no class.
-        guidance: weight of classifier-free guidance; 1.0 means none.
         batch_size: the most samples per batch; default by size and device. Batches are made equally large. With
             `generator` or `noise` it is the number of samples, where nothing else tells.
-        x_T: the start of each sample, [N, *shape], instead of one from the noise.
-        model_kwargs: further keyword arguments of the model; tensors of N rows are split among the batches.
         generator: a torch.Generator, or one per sample, instead of seeds; see `Sampler.sample`.
         noise: z of every step instead of seeds, with `x_T`; see `Sampler.sample`.
         callback: called after each step of each batch, see `Sampler.sample`.
@@ -78,7 +77,8 @@ def sample(
         diffusion: what the model was trained for; default `model.diffusion`, else Ho et al.'s (linear schedule of 1000
             steps, epsilon, fixed_small).
         sampler_options: further arguments of the sampler's table (eta, spacing, ...).
-        **options: further arguments of `Sampler`: device, dtype, compile, cuda_graph, backend, check_finite, ...
+        **options: further arguments of `Sampler`: device, dtype, compile, cuda_graph, backend, check_finite, ...; and
+            of `Sampler.sample`: x_T, guidance, model_kwargs, ..., whose tensors of N rows are split among the batches.
 
     Returns:
         float32 [N, *shape] on the sampler's device.
@@ -87,7 +87,8 @@ def sample(
         ValueError: the shape is not known, or an argument does not fit.
         TypeError: there is no argument of that name.
     """
-    refuse_unknown("sample", options, [*SamplerArguments.__annotations__, *inspect.signature(sample).parameters])
+    refuse_unknown("sample", options, [*Options.__annotations__, *inspect.signature(sample).parameters])
+    x_T = options.get("x_T")
     drawn = generator is not None or noise is not None
     if drawn and seeds is not None:
         raise ValueError(f"noise comes from one source, got seeds and {'generator' if noise is None else 'noise'}")
@@ -103,10 +104,7 @@ def sample(
         steps=steps,
         sampler=sampler,
         class_labels=class_labels,
-        guidance=guidance,
         batch_size=max(1, n) if drawn else batch_size,
-        x_T=x_T,
-        model_kwargs=model_kwargs,
         diffusion=diffusion,
         sampler_options=sampler_options,
         **options,
@@ -124,12 +122,10 @@ def sample(
             return run.sampler.sample(
                 generator=generator,
                 noise=noise,
-                x_T=x_T,
                 batch_size=n,
                 class_labels=run.labels,
-                guidance=run.guidance,
-                model_kwargs=model_kwargs,
                 callback=after,
+                **run.conditions,
             )
         out = torch.empty(len(run.seeds), *run.sampler.shape, dtype=torch.float32, device=run.sampler.device)
         for batch in run.batches:
@@ -145,20 +141,21 @@ class Run:
         sampler: ready to be called.
         seeds: one per sample.
         labels: one per sample, or None.
-        guidance: weight of classifier-free guidance.
         batches: ranges of indices into seeds; which samples share a batch depends on nothing but seeds and batch size.
-        x_T: one start per sample, or None.
-        model_kwargs: further arguments of the model; a tensor with a row per sample is split.
+        conditions: further arguments of `Sampler.sample`; a tensor with a row per sample is split.
     """
 
     sampler: Sampler
     seeds: list[int]
     labels: list[int] | None
-    guidance: float
     batches: list[range]
-    x_T: Tensor | None = None  # noqa: N815
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Conditions
     _compiled: bool | None = field(default=None, init=False, repr=False)
+
+    @property
+    def guidance(self) -> float:
+        """The weight of classifier-free guidance."""
+        return self.conditions.get("guidance", 1.0)
 
     @property
     def total_steps(self) -> int:
@@ -186,16 +183,15 @@ class Run:
 
     def _arguments(self, indices: list[int]) -> RequestArguments:
         def rows(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: rows(part) for name, part in value.items()}
             given = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.seeds)
             return value[indices] if given else value
 
-        return {
-            "seeds": [self.seeds[i] for i in indices],
-            "class_labels": None if self.labels is None else [self.labels[i] for i in indices],
-            "guidance": self.guidance,
-            "x_T": rows(self.x_T),
-            "model_kwargs": {name: rows(value) for name, value in self.model_kwargs.items()},
-        }
+        arguments: dict[str, Any] = {**rows(self.conditions), "seeds": [self.seeds[i] for i in indices]}
+        if self.labels is not None:
+            arguments["class_labels"] = [self.labels[i] for i in indices]
+        return cast(RequestArguments, arguments)
 
 
 def plan_run(
@@ -206,13 +202,10 @@ def plan_run(
     steps: int | None = None,
     sampler: str = "fast",
     class_labels: Labels | None = None,
-    guidance: float = 1.0,
     batch_size: int | None = None,
-    x_T: Tensor | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
     diffusion: DiffusionConfig | None = None,
     sampler_options: dict[str, Any] | None = None,
-    **options: Unpack[SamplerArguments],
+    **options: Unpack[Options],
 ) -> Run:
     """Load the model, build its sampler and split the seeds into batches; arguments as in `sample`."""
     if isinstance(model, (str, os.PathLike)):
@@ -220,29 +213,30 @@ def plan_run(
             model = load(model)
     seeds = list(seeds)
     resolve_seeds(seeds=seeds)
+    known = SamplerArguments.__annotations__
+    conditions = cast(Conditions, {name: value for name, value in options.items() if name not in known})
+    how = cast(SamplerArguments, {name: value for name, value in options.items() if name in known})
+    x_T = conditions.get("x_T")
     if x_T is not None and len(x_T) != len(seeds):
         raise ValueError(f"x_T holds {len(x_T)} samples for {len(seeds)} seeds")
-    shape = shape_of(model) if shape is None else check_shape(shape)
+    diffusion = diffusion or diffusion_of(model)
+    shape = shape_of(model, diffusion) if shape is None else check_shape(shape)
     steps = None if steps is None else integer("steps", steps, 1)
-    guidance = number("guidance", guidance)
+    guided = number("guidance", conditions.get("guidance", 1.0)) != 1.0
     # Whatever torch.set_default_device asks for.
     with torch.device("cpu"):
-        table = make_table(
-            sampler, diffusion or diffusion_of(model), steps=steps, guided=guidance != 1.0, **(sampler_options or {})
-        )
-    device = options.get("device")
-    options["device"] = device = net.device_of(model) if device is None else resolve_device(device)
+        table = make_table(sampler, diffusion, steps=steps, guided=guided, **(sampler_options or {}))
+    device = how.get("device")
+    how["device"] = device = net.device_of(model) if device is None else resolve_device(device)
     if batch_size is None:
         batch_size = max(1, _ELEMENTS_PER_BATCH.get(device.type, 2**14) // math.prod(shape))
-    options.setdefault("samples_ahead", len(seeds))
+    how.setdefault("samples_ahead", len(seeds))
     return Run(
-        Sampler(model, table, shape, **options),
+        Sampler(model, table, shape, **how),
         seeds,
         labels_for(model, seeds, class_labels),
-        guidance,
         split_evenly(len(seeds), integer("batch_size", batch_size, 1)),
-        x_T,
-        model_kwargs or {},
+        conditions,
     )
 
 
@@ -261,8 +255,11 @@ def _ranges(n: int, count: int) -> Iterator[range]:
         start = stop
 
 
-def shape_of(model: net.Model) -> tuple[int, ...]:
-    """Return one sample's shape from the model's config: (in_channels, *sample_size).
+def shape_of(model: net.Model, diffusion: DiffusionConfig | None = None) -> tuple[int, ...]:
+    """Return one sample's shape from the model's config: (channels, *sample_size).
+
+    A network has twice its sample's channels out where it learns the variance, and more than those in where it is given
+    a condition beside x.
 
     Raises:
         ValueError: the config does not say.
@@ -271,8 +268,10 @@ def shape_of(model: net.Model) -> tuple[int, ...]:
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
     if not isinstance(channels, int) or size is None:
         raise ValueError("the model's config does not name a shape: pass shape=(C, H, W), or (D,) for points")
+    learned = (diffusion or diffusion_of(model)).variance_type in LEARNED
+    out = getattr(config, "out_channels", channels) // (2 if learned else 1)
     height, width = (size, size) if isinstance(size, int) else size
-    return (channels, height, width)
+    return (min(channels, out), height, width)
 
 
 def diffusion_of(model: net.Model) -> DiffusionConfig:

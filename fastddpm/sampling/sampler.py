@@ -191,6 +191,8 @@ class Sampler:
             guidance: weight w of classifier-free guidance, m = m_u + w (m_c - m_u) (Ho & Salimans 2022, with w = 1 + w'
                 of their eq. 6); 1.0 means none, and runs one network call per sample instead of two.
             model_kwargs: further keyword arguments of the model; tensors of B rows are repeated for guidance.
+            null_kwargs: what some of them are in guidance's unconditional half: for each a number, a tensor that
+                broadcasts to the argument's rows, or a function of them (``torch.zeros_like``).
             callback: called after each step with a `StepResult` of live tensors: clone what outlives the call. It may
                 write into x_t (on a GPU not through ``.data``). Its x0 is None unless `return_x0`.
             return_x0: also return the last step's estimate of x_0.

@@ -32,7 +32,7 @@ from fastddpm.unet.forms import (
     use_subpixels,
     use_winograd,
 )
-from fastddpm.unet.unet import UNet
+from fastddpm.unet.unet import UNet, beside
 
 logger = logging.getLogger("fastddpm")
 
@@ -210,9 +210,9 @@ class UNetInference:
 
     def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Predict from x [B, C, H, W] at a row [1] of the table; t and class_labels were looked up by `load`."""
-        unknown = kwargs.keys() - {"class_labels"}
-        if unknown:
-            raise TypeError(f"the UNet takes class_labels only, got {', '.join(sorted(unknown))} in model_kwargs")
+        if unknown := kwargs.keys() - {"class_labels", "condition"}:
+            raise TypeError(f"the UNet takes class_labels and condition, got {', '.join(sorted(unknown))}")
+        x = beside(x, kwargs.get("condition"))
         if self._denoise is None:
             self._denoise, _ = self._forms.choose(x)
         torch.add(self._slot, row, alpha=self._slots, out=self._index)
@@ -220,9 +220,11 @@ class UNetInference:
         return self._denoise(x, self._time)
 
     def settle(self, x: Tensor, compiled: bool | None) -> bool:
-        """Decide for all later runs, see `network.Network`."""
+        """Decide for all later runs, see `network.Network`; x may lack the channels of a condition."""
         if compiled is not None:
             self._forms.insist(compiled)
+        if (missing := self._forms.unet.config.in_channels - x.shape[1]) > 0 and x.dim() == 4:
+            x = beside(x, x.new_zeros(len(x), missing, *x.shape[2:]))
         self._denoise, compiled = self._forms.choose(x)
         if not compiled:
             self._forms.insist(False)

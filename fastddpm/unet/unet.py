@@ -131,13 +131,17 @@ class UNet(nn.Module):
             x = block(x, skips, list(islice(remaining, layers + 1)))
         return self.conv_out(functional.silu(self.conv_norm_out(x)))
 
-    def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Predict from a noisy image at a timestep.
 
         Args:
-            x: x_t, [B, in_channels, H, W], in the weights' dtype; H and W multiples of 2^(blocks - 1).
+            x: x_t, [B, C, H, W], in the weights' dtype; H and W multiples of 2^(blocks - 1).
             t: [B], [1], 0-dim or a number; 0-based timestep, integer or floating point.
             class_labels: int64 [B], 0 <= label < num_class_embeds. None means the null class.
+            condition: what the network sees beside x, as its last channels: [B, in_channels - C, H, W] (the picture to
+                enlarge, a map to follow, the frames before; Saharia et al. 2021, arXiv:2104.07636).
 
         Returns:
             [B, out_channels, H, W] in x's dtype (autocast's, where that is on).
@@ -148,6 +152,7 @@ class UNet(nn.Module):
             TypeError: x is not floating point, or of another dtype than the weights outside autocast; labels that are
                 not integers.
         """
+        x = beside(x, condition)
         self.check_image(x)
         t = _per_sample(torch.as_tensor(t, device=x.device), x.shape[0], "t")
         return self.denoise(x, self.project_time(self.embed(t, class_labels)))
@@ -165,8 +170,8 @@ class UNet(nn.Module):
         config = self.config
         if x.dim() != 4 or x.shape[1] != config.in_channels:
             raise ValueError(
-                f"x must have shape [B, {config.in_channels}, H, W], got {list(x.shape)}; "
-                "reshape it or use a network with another in_channels"
+                f"x must have shape [B, {config.in_channels}, H, W], condition included, got {list(x.shape)}; "
+                "reshape it, pass the other channels as condition=, or use a network with another in_channels"
             )
         multiple = 2 ** (len(config.block_out_channels) - 1)
         if x.shape[2] % multiple or x.shape[3] % multiple or x.shape[2] == 0 or x.shape[3] == 0:
@@ -206,6 +211,22 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def beside(x: Tensor, condition: Tensor | None) -> Tensor:
+    """Return x with the channels of a condition after its own, in its dtype and channels last where it is.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    if condition is None:
+        return x
+    if condition.dim() != 4 or (len(condition), *condition.shape[2:]) != (len(x), *x.shape[2:]):
+        raise ValueError(
+            f"condition must be [{len(x)}, channels, {', '.join(map(str, x.shape[2:]))}], got {list(condition.shape)}"
+        )
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return torch.cat([x, condition.to(x.dtype, memory_format=layout)], dim=1)
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:

@@ -341,7 +341,7 @@ def test_form_refuses_what_the_unet_refuses() -> None:
         Sampler(small_unet(), TABLE, SHAPE, compile=False).sample(seeds=[1], class_labels=[1])
     with pytest.raises(Exception, match="multiples of 2"):
         Sampler(small_unet(), TABLE, (2, 16, 15), compile=False).sample(seeds=[1])
-    with pytest.raises(Exception, match="class_labels only"):
+    with pytest.raises(Exception, match="takes class_labels and condition, got shift"):
         Sampler(small_unet(), TABLE, SHAPE, compile=False).sample(seeds=[1], model_kwargs={"shift": 1})
 
 

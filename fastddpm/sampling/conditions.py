@@ -1,0 +1,104 @@
+"""What samples are drawn for: labels, the model's further arguments, and the null of each for guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Labels = int | Sequence[int] | Tensor
+
+
+def resolve_labels(class_labels: Labels | None, B: int, num_labels: int | None) -> Tensor | None:
+    """Return one label per sample, int64 [B].
+
+    Raises:
+        ValueError: they are no integers, not B, or outside 0 .. num_labels - 1.
+    """
+    if class_labels is None:
+        return None
+    labels = class_labels if isinstance(class_labels, Tensor) else torch.as_tensor(class_labels, device="cpu")
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() > 1:
+        raise ValueError(
+            f"class_labels must be integers, one per sample or one for all; got {labels.dtype} "
+            f"of shape {list(labels.shape)}"
+        )
+    labels = labels.to(torch.int64)
+    if labels.dim() == 1 and len(labels) != B:
+        raise ValueError(f"class_labels holds {len(labels)} labels for {B} samples")
+    labels = labels.expand(B)
+    # An index outside the embedding is memory corruption or a device assert, far from here.
+    bad = (labels < 0) if num_labels is None else (labels < 0) | (labels >= num_labels)
+    if bad.any():
+        known = "0 or more" if num_labels is None else f"0 to {num_labels - 1}"
+        raise ValueError(f"class label {int(labels[bad][0])} is out of range; labels are {known}")
+    return labels
+
+
+def check_kwargs(model_kwargs: Mapping[str, Any] | None, null_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the model's further arguments.
+
+    Raises:
+        ValueError: class_labels is among them, or one has a null and no value.
+    """
+    kwargs = dict(model_kwargs or {})
+    if "class_labels" in kwargs:
+        raise ValueError("pass class_labels= itself, not inside model_kwargs")
+    for name in (null_kwargs or {}).keys() - kwargs:
+        raise ValueError(f"null_kwargs has {name!r}, which model_kwargs has not; pass its value for each sample there")
+    return kwargs
+
+
+def with_null_half(
+    labels: Tensor | None, kwargs: Mapping[str, Any], B: int, null_class: int | None, null_kwargs: Mapping[str, Any]
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Append the unconditional half: the null class, and the null of every argument that has one.
+
+    Args:
+        labels: int64 [B].
+        kwargs: the model's further arguments; without a null, tensors of B rows are the same in both halves.
+        B: samples.
+        null_class: the label that means "no class".
+        null_kwargs: by argument a value, a tensor that broadcasts to its rows, or a function of its rows.
+
+    Returns:
+        (labels [2B], arguments of 2B rows).
+
+    Raises:
+        ValueError: nothing says what the unconditional half is, or a null does not fit.
+    """
+    if labels is None and not null_kwargs:
+        raise ValueError(
+            "guidance needs class_labels, or null_kwargs= with what arguments in model_kwargs are where there is no "
+            "condition; pass them, or guidance=1.0"
+        )
+    if labels is not None and null_class is None and not null_kwargs:
+        raise ValueError("guidance needs the label that means 'no class': pass Sampler(..., null_class=)")
+    if labels is not None:
+        labels = torch.cat([labels, labels if null_class is None else torch.full_like(labels, null_class)])
+    doubled = dict(kwargs)
+    for name, value in kwargs.items():
+        if name in null_kwargs:
+            doubled[name] = _with_null(name, value, null_kwargs[name], B)
+        elif isinstance(value, Tensor) and value.dim() > 0 and len(value) == B:
+            doubled[name] = torch.cat([value, value])
+    return labels, doubled
+
+
+def _with_null(name: str, value: Any, null: Any, B: int) -> Tensor:
+    if isinstance(value, Real):
+        value = torch.as_tensor(value, dtype=None if isinstance(value, Integral) else torch.float32, device="cpu")
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.expand(B)
+    if not isinstance(value, Tensor) or len(value) != B:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"model_kwargs[{name!r}] has a null: pass a number, or a tensor of {B} rows, got {got}")
+    null = null(value) if callable(null) else null
+    try:
+        null = torch.as_tensor(null, dtype=value.dtype, device=value.device).expand_as(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"null_kwargs[{name!r}] does not broadcast to {list(value.shape)}: {error}") from error
+    return torch.cat([value, null])
