@@ -19,54 +19,40 @@ from fastddpm.machine.caches import inductor
 logger = logging.getLogger("fastddpm")
 
 
-class Compiled:
-    """Compiles a function as one graph at its first call.
+def compile_call(
+    function: Callable[..., Any], *, strict: bool, dynamic: bool | None = None, name: str = "the model"
+) -> Callable[..., Any]:
+    """Return a function that is compiled as one graph at its first call.
 
     Args:
-        function: the function or module.
-        strict: raise where torch.compile fails; else warn once and go on uncompiled.
+        function: a function or module.
+        strict: raise where torch.compile fails (BackendUnavailable); else warn once and go on uncompiled.
         dynamic: whether sizes are left open, see torch.compile.
         name: what the function is, for the warning.
-
-    Raises:
-        BackendUnavailable: strict, and torch.compile failed.
     """
+    if isinstance(function, types.FunctionType):
+        # Dynamo keeps what it compiles with the code object, and gives up on one after eight compilations.
+        code = function.__code__.replace(co_name=function.__name__)
+        function = types.FunctionType(code, function.__globals__, function.__name__, closure=function.__closure__)
+    call: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=dynamic)
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        *,
-        strict: bool,
-        dynamic: bool | None = None,
-        name: str = "the model",
-    ) -> None:
-        self._eager = function
-        self._call: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=dynamic)
-        self._strict, self._name = strict, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._call is self._eager:
-            return self._eager(*args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal call
+        if call is function:
+            return function(*args, **kwargs)
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
-            return self._call(*args, **kwargs)
+            return call(*args, **kwargs)
         except (TorchDynamoException, FailOnRecompileLimitHit, BackendUnavailable) as error:
             reason = f"torch.compile failed: {_explain(error)}"
-            if self._strict:
+            if strict:
                 raise BackendUnavailable(reason) from error
-            logger.warning("%s runs uncompiled: %s", self._name, reason)
-            self._call = self._eager
-            return self._eager(*args, **kwargs)
+            logger.warning("%s runs uncompiled: %s", name, reason)
+            call = function
+            return function(*args, **kwargs)
 
-
-def own_code(function: Any) -> Callable[..., Any]:
-    """Return a Python function with a code object of its own, to be compiled apart from others of the same text.
-
-    Dynamo keeps what it compiles with the code object, and gives up on one after eight compilations.
-    """
-    code = function.__code__.replace(co_name=function.__name__)
-    return types.FunctionType(code, function.__globals__, function.__name__, closure=function.__closure__)
+    return run
 
 
 def _explain(error: Exception) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.machine import torch_compile
-from fastddpm.machine.torch_compile import Compiled, own_code
+from fastddpm.machine.torch_compile import compile_call
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.v1 import Counter, horner
 
@@ -83,7 +83,7 @@ def _compile(twin: Callable[..., tuple[Tensor, ...]], kinds: tuple[Any, ...]) ->
     def run(targets: tuple[Tensor | None, ...], *arguments: Any) -> None:
         _fill(twin, targets, *arguments)
 
-    return Compiled(own_code(run), strict=False, dynamic=True, name="the fused operation")
+    return compile_call(run, strict=False, dynamic=True, name="the fused operation")
 
 
 def exp(y: Tensor) -> Tensor:

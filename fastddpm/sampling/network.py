@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine.building import Want
-from fastddpm.machine.torch_compile import Compiled, own_code
+from fastddpm.machine.torch_compile import compile_call
 from fastddpm.unet.forms import is_plain
 from fastddpm.unet.inference import UNetForms
 from fastddpm.unet.unet import UNet
@@ -129,7 +129,7 @@ class ModelNetwork:
         def call(*args: Any, **kwargs: Any) -> Any:
             return model(*args, **kwargs)
 
-        self._call = Compiled(own_code(call), strict=strict, dynamic=dynamic) if compile_model else model
+        self._call = compile_call(call, strict=strict, dynamic=dynamic) if compile_model else model
 
     def load(self, class_labels: Tensor | None) -> None:
         """Nothing to do: labels reach the model as a keyword argument."""

@@ -23,7 +23,7 @@ from fastddpm.errors import BackendUnavailable
 from fastddpm.files.run_folder import config_hash
 from fastddpm.machine import packages
 from fastddpm.machine.building import Job, Want, build, obtain
-from fastddpm.machine.torch_compile import Compiled, own_code
+from fastddpm.machine.torch_compile import compile_call
 from fastddpm.unet.blocks import timestep_embedding
 from fastddpm.unet.forms import (
     inference_form,
@@ -110,7 +110,7 @@ class UNetForms:
             return None
         if x.device.type != "cpu":
             form = self._uncompiled
-            return Compiled(own_code(lambda x, time: form(x, time)), strict=self._strict)
+            return compile_call(lambda x, time: form(x, time), strict=self._strict)
         try:
             return obtain(self._identity(x), self.want, lambda: self.job(x))
         except BackendUnavailable as error:

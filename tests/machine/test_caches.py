@@ -19,9 +19,9 @@ from fastddpm.sampling.options import decide_compile
 
 COMPILES = """
 import torch
-from fastddpm.machine.torch_compile import Compiled
+from fastddpm.machine.torch_compile import compile_call
 
-call = Compiled(lambda x: x.cos() + 1, strict={strict})
+call = compile_call(lambda x: x.cos() + 1, strict={strict})
 print([call(torch.zeros(8)).sum().item() for _ in range(2)])
 """
 

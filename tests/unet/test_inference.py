@@ -16,7 +16,7 @@ from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import torch_compile
 from fastddpm.machine.building import Job, Want
-from fastddpm.machine.torch_compile import Compiled, own_code
+from fastddpm.machine.torch_compile import compile_call
 from fastddpm.sampling.network import ModelNetwork, sampling_networks
 from fastddpm.unet import forms as unet_forms
 from fastddpm.unet import inference as unet_inference
@@ -366,7 +366,7 @@ def test_functions_of_one_text_compile_apart(monkeypatch: pytest.MonkeyPatch) ->
     without_compiler(monkeypatch)
 
     def times(factor: float) -> Callable[[Tensor], Tensor]:
-        return Compiled(own_code(lambda x: x * factor), strict=True)
+        return compile_call(lambda x: x * factor, strict=True)
 
     with torch._dynamo.config.patch(recompile_limit=1):
         assert [times(factor)(torch.ones(1)).item() for factor in (1.0, 2.0, 3.0)] == [1.0, 2.0, 3.0]
@@ -382,7 +382,7 @@ def test_model_of_too_many_forms_runs_uncompiled(
 
     with torch._dynamo.config.patch(recompile_limit=1):
         for strict in (False, True):
-            call = Compiled(scale, strict=strict, dynamic=False)
+            call = compile_call(scale, strict=strict, dynamic=False)
             torch._dynamo.reset()
             assert call(torch.ones(1), 2).item() == 2.0
             if strict:
@@ -400,7 +400,7 @@ def test_compile_failure_says_what_the_compiler_said(monkeypatch: pytest.MonkeyP
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, **options, backend=backend))
     with pytest.raises(BackendUnavailable, match="out of registers"):
-        Compiled(torch.neg, strict=True)(torch.ones(1))
+        compile_call(torch.neg, strict=True)(torch.ones(1))
 
 
 def test_compile_failure_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -408,7 +408,7 @@ def test_compile_failure_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         torch._dynamo.graph_break()
         return -x
 
-    call = Compiled(breaks, strict=False)
+    call = compile_call(breaks, strict=False)
     with caplog.at_level(logging.WARNING, logger="fastddpm"):
         assert [call(torch.ones(1)).item() for _ in range(2)] == [-1.0, -1.0]
     assert len(caplog.records) == 1
