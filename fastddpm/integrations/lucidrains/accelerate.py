@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Unpack
 
 from torch import nn
 
-from fastddpm.integrations.lucidrains import tables
+from fastddpm.integrations.lucidrains import classifier_free_guidance, tables
 from fastddpm.integrations.lucidrains.diffusion import GaussianDiffusion
-from fastddpm.integrations.lucidrains.process import ORIGINAL
+from fastddpm.integrations.lucidrains.one_dimensional import GaussianDiffusion1D
 from fastddpm.integrations.shared import check_options
 from fastddpm.sampling.options import SamplerArguments
 from fastddpm.tables.table import Table
 
-_ORIGINAL_CLASS = ("denoising_diffusion_pytorch.denoising_diffusion_pytorch", "GaussianDiffusion")
+_PACKAGE = "denoising_diffusion_pytorch"
+_CLASSES: dict[tuple[str, str], type[GaussianDiffusion]] = {
+    (f"{_PACKAGE}.denoising_diffusion_pytorch", "GaussianDiffusion"): GaussianDiffusion,
+    (f"{_PACKAGE}.denoising_diffusion_pytorch_1d", "GaussianDiffusion1D"): GaussianDiffusion1D,
+    (f"{_PACKAGE}.classifier_free_guidance", "GaussianDiffusion"): classifier_free_guidance.GaussianDiffusion,
+}
+# For diffusions with the same buffers.
 _ADVICE = (
-    "its network can be sampled alone, with the same steps and results in [-1, 1]. After "
+    "; its network can be sampled alone, with the same steps and results in [-1, 1]: after "
     "`from fastddpm.integrations.lucidrains import table_of` that is "
-    "`fastddpm.Sampler(diffusion.model, table_of(diffusion), shape)`, or, where it is classifier-free, "
-    "`fastddpm.Sampler(lambda x, t, **classes: diffusion.model.forward_with_cond_scale(x, t, **classes)[0], "
-    "table_of(diffusion), shape, device=diffusion.device)`, whose sample takes "
-    "model_kwargs={'classes': ..., 'cond_scale': ..., 'rescaled_phi': ...}"
+    "`fastddpm.Sampler(diffusion.model, table_of(diffusion), shape)`"
 )
-# What accelerate() takes over besides the buffers.
-_ATTRIBUTES = (
-    "channels",
-    "image_size",
-    "objective",
-    "num_timesteps",
-    "sampling_timesteps",
-    "is_ddim_sampling",
-    "ddim_sampling_eta",
-    "offset_noise_strength",
-    "normalize",
-    "unnormalize",
-)
+# What accelerate() takes over besides the constructor's arguments and the buffers.
+_ATTRIBUTES = ("channels", "is_ddim_sampling", "normalize", "unnormalize")
 
 
 def table_of(diffusion: Any) -> Table:
@@ -50,41 +43,41 @@ def table_of(diffusion: Any) -> Table:
 
 
 def accelerate(diffusion: nn.Module, **sampler_options: Unpack[SamplerArguments]) -> GaussianDiffusion:
-    """Return a GaussianDiffusion of this module around the network and the buffers of a live instance.
+    """Return the class of this package that equals a live diffusion's, around its network and buffers.
 
     The network itself is shared, so training it further shows in both; the options are copied.
 
     Args:
-        diffusion: a denoising_diffusion_pytorch.GaussianDiffusion, or one of this module.
+        diffusion: one of denoising_diffusion_pytorch's GaussianDiffusion, GaussianDiffusion1D and the GaussianDiffusion
+            of its classifier_free_guidance, or a diffusion of this package.
         sampler_options: further arguments of `Sampler` for whole runs: compile, dtype, backend, ...
 
     Raises:
         TypeError: another class, a subclass included: what it changes would be lost.
-        NotImplementedError: self-conditioning or immiscible training.
+        NotImplementedError: self-conditioning, immiscible training or CFG++.
     """
     check_options(sampler_options)
     if isinstance(diffusion, GaussianDiffusion):
         diffusion.sampler_options.update(sampler_options)
         return diffusion
     kinds = [(kind.__module__, kind.__qualname__) for kind in type(diffusion).__mro__]
-    if _ORIGINAL_CLASS not in kinds:
-        raise TypeError(f"accelerate takes {ORIGINAL}, got {'.'.join(kinds[0])}; {_ADVICE}")
-    if kinds[0] != _ORIGINAL_CLASS:
+    known = [_CLASSES[kind] for kind in kinds if kind in _CLASSES]
+    if not known:
+        takes = ", ".join(".".join(kind) for kind in _CLASSES)
+        advice = _ADVICE if all(hasattr(diffusion, name) for name in (*tables.BUFFERS, "objective", "model")) else ""
+        raise TypeError(f"accelerate takes {takes}; got {'.'.join(kinds[0])}{advice}")
+    if kinds[0] not in _CLASSES:
         raise TypeError(
             f"{'.'.join(kinds[0])} may change the step, which would be lost; derive it from "
-            "fastddpm.integrations.lucidrains.GaussianDiffusion instead, and load the state_dict"
+            f"{known[0].__module__}.{known[0].__qualname__} instead, and load the state_dict"
         )
     original: Any = diffusion
-    fast = GaussianDiffusion(
-        original.model,
-        image_size=original.image_size,
-        timesteps=original.num_timesteps,
-        beta_schedule="cosine",
-        objective=original.objective,
-        immiscible=original.immiscible,
-    )
+    names = {**inspect.signature(GaussianDiffusion).parameters, **inspect.signature(known[0]).parameters}
+    arguments = {name: getattr(original, name) for name in names if hasattr(original, name)}
+    # Whatever its betas, those of the buffers below count.
+    fast = known[0](**arguments, timesteps=original.num_timesteps, beta_schedule="cosine")
     for name in _ATTRIBUTES:
-        setattr(fast, name, getattr(original, name))
+        setattr(fast, name, getattr(original, name, getattr(fast, name)))
     for name in tables.BUFFERS:
         fast.register_buffer(name, getattr(original, name))
     fast.sampler_options.update(sampler_options)

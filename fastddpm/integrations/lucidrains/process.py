@@ -16,9 +16,8 @@ from fastddpm import ops
 from fastddpm.checks import one_of
 from fastddpm.integrations.kept_samplers import KeptSamplers
 from fastddpm.integrations.lucidrains import tables
+from fastddpm.integrations.lucidrains.network import Kwargs, check_network, unsupported
 from fastddpm.integrations.shared import look_through, require
-
-ORIGINAL = "denoising_diffusion_pytorch.GaussianDiffusion"
 
 
 class ModelPrediction(NamedTuple):
@@ -28,21 +27,22 @@ class ModelPrediction(NamedTuple):
     pred_x_start: Tensor
 
 
-class WithoutSelfCondition(nn.Module):
-    """Calls a network as the original does: three positional arguments, the last of them None."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return model(x, t, None)."""
-        return self.model(x, t, None)
-
-
 class DiffusionProcess(nn.Module):
-    """Everything of GaussianDiffusion except drawing samples; see `fastddpm.integrations.lucidrains`."""
+    """Everything of a diffusion except drawing samples; see `fastddpm.integrations.lucidrains`.
+
+    Arguments that the methods share:
+        model_forward_kwargs: what the network takes besides x and t; a tensor has one row per sample.
+    """
+
+    # A sample's sizes, and where they stand in the shape of a batch.
+    _names: tuple[str, ...] = ("height", "width")
+    _sizes = slice(2, None)
+    # Whether DDIM takes eps again from the clipped x_0.
+    _rederives = True
+    # Which of model_forward_kwargs compiled code may keep.
+    _settings: tuple[str, ...] = ()
+    # Whether the original can return all states.
+    _shows_all = True
 
     def __init__(
         self,
@@ -60,17 +60,19 @@ class DiffusionProcess(nn.Module):
         min_snr_loss_weight: bool = False,
         min_snr_gamma: float = 5,
         immiscible: bool = False,
+        channels: int | None = None,
     ) -> None:
         super().__init__()
-        network = look_through(model)
-        _check_model(network)
+        network: Any = look_through(model)
+        channels = network.channels if channels is None else channels
+        check_network(network, channels)
         if immiscible:
             raise unsupported("immiscible=True")
         if isinstance(image_size, int):
-            image_size = (image_size, image_size)
+            image_size = (image_size,) * len(self._names)
         require(
-            isinstance(image_size, (tuple, list)) and len(image_size) == 2,
-            f"image_size must be an integer or two integers (height, width), got {image_size!r}",
+            isinstance(image_size, (tuple, list)) and len(image_size) == len(self._names),
+            f"image_size must be an integer or one each for {', '.join(self._names)}, got {image_size!r}",
         )
         require(
             objective in tables.OBJECTIVES,
@@ -79,7 +81,7 @@ class DiffusionProcess(nn.Module):
         one_of("beta schedule", beta_schedule, tables.SCHEDULES)
         betas = tables.SCHEDULES[beta_schedule](timesteps, **(schedule_fn_kwargs or {}))
         self.model = model
-        self.channels: Any = network.channels
+        self.channels = channels
         self.self_condition = False
         self.image_size = image_size
         self.objective = objective
@@ -146,9 +148,10 @@ class DiffusionProcess(nn.Module):
         x_self_cond: Tensor | None = None,
         clip_x_start: bool = False,
         rederive_pred_noise: bool = False,
+        model_forward_kwargs: Kwargs = None,
     ) -> ModelPrediction:
         """Return the noise and the x_0 that the network's output stands for; clip_x_start clamps x_0 to [-1, 1]."""
-        output = self._call_model(x, t, x_self_cond)
+        output = self._predict(x, t, x_self_cond, model_forward_kwargs)
         x_start = self._start_from(output, x, t)
         if clip_x_start:
             x_start = x_start.clamp(-1.0, 1.0)
@@ -157,10 +160,15 @@ class DiffusionProcess(nn.Module):
         return ModelPrediction(self.predict_noise_from_start(x, t, x_start), x_start)
 
     def p_mean_variance(
-        self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, clip_denoised: bool = True
+        self,
+        x: Tensor,
+        t: Tensor,
+        x_self_cond: Tensor | None = None,
+        clip_denoised: bool = True,
+        model_forward_kwargs: Kwargs = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return mean, variance and log-variance of p_theta(x_{t-1} | x_t), and x_0   (eqs. 1 and 11)."""
-        x_start = self.model_predictions(x, t, x_self_cond).pred_x_start
+        x_start = self.model_predictions(x, t, **self._named(model_forward_kwargs, x_self_cond)).pred_x_start
         if clip_denoised:
             x_start = x_start.clamp(-1.0, 1.0)
         return (*self.q_posterior(x_start=x_start, x_t=x, t=t), x_start)
@@ -185,6 +193,9 @@ class DiffusionProcess(nn.Module):
         noise: Tensor | None = None,
         offset_noise_strength: float | None = None,
         loss_reduction: str = "mean",
+        *,
+        model_forward_kwargs: Kwargs = None,
+        return_reduced_loss: bool = True,
     ) -> Tensor:
         """Return the weighted squared error between the network's output and its target (eq. 14 for pred_noise).
 
@@ -194,22 +205,24 @@ class DiffusionProcess(nn.Module):
             noise: [B, C, H, W]; drawn where None.
             offset_noise_strength: overrides the constructor's.
             loss_reduction: "none" returns one loss per image, anything else their mean.
+            return_reduced_loss: False returns one loss per element.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
         if strength > 0.0:
             # The original adds this into the caller's tensor.
             noise = noise + strength * torch.randn(x_start.shape[:2], device=self.device)[:, :, None, None]
-        output = self.model(self.q_sample(x_start=x_start, t=t, noise=noise), t, None)
+        output = self._predict(self.q_sample(x_start=x_start, t=t, noise=noise), t, None, model_forward_kwargs)
         if self.objective == "pred_noise":
             target = noise
         elif self.objective == "pred_x0":
             target = x_start
         else:
             target = self.predict_v(x_start, t, noise)
-        loss = functional.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
+        loss = functional.mse_loss(output, target, reduction="none")
+        loss = loss.mean(dim=tuple(range(1, loss.dim()))) if return_reduced_loss else loss
         loss = loss * self._at("loss_weight", t, loss)
-        return loss if loss_reduction == "none" else loss.mean()
+        return loss if loss_reduction == "none" or not return_reduced_loss else loss.mean()
 
     def random_times(self, batch_size: int) -> Tensor:
         """Draw t uniformly from 0..T-1, int64 [B], from the global generator."""
@@ -220,17 +233,27 @@ class DiffusionProcess(nn.Module):
     ) -> Tensor:
         """Return the training loss of a batch of images [B, C, H, W] in [0, 1] at random timesteps (or `times`)."""
         require(
-            tuple(img.shape[2:]) == tuple(self.image_size),
-            f"height and width of image must be {tuple(self.image_size)}, got {tuple(img.shape[2:])}",
+            tuple(img.shape[self._sizes]) == tuple(self.image_size),
+            f"{' and '.join(self._names)} of image must be {tuple(self.image_size)}, got {tuple(img.shape)}",
         )
         times = self.random_times(len(img)) if times is None else times
         kwargs["loss_reduction"] = loss_reduction
         return self.p_losses(self.normalize(img), times, *args, **kwargs)
 
-    def _call_model(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None, kwargs: Kwargs) -> Tensor:
         if x_self_cond is not None:
             raise unsupported("self-conditioning (x_self_cond)")
-        return self.model(x, t, None)
+        return self._call(self.model, x, t, **(kwargs or {}))
+
+    def _named(self, kwargs: Kwargs, x_self_cond: Tensor | None = None) -> dict[str, Any]:
+        """Return those that are given as arguments of a step, which a subclass may have written without them."""
+        given = {"model_forward_kwargs": kwargs or None, "x_self_cond": x_self_cond}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @staticmethod
+    def _call(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """Call the network as the original does in sampling."""
+        return model(x, t, None, **kwargs)
 
     def _start_from(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.objective == "pred_noise":
@@ -255,25 +278,6 @@ class DiffusionProcess(nn.Module):
                 kept = ((versions, args), build(buffers, *args))
             self._cache[name] = kept
         return kept[1]
-
-
-def unsupported(what: str) -> NotImplementedError:
-    """Describe a feature that only the original has."""
-    return NotImplementedError(f"{what} is not supported here; use {ORIGINAL} itself for it")
-
-
-def _check_model(model: nn.Module) -> None:
-    if getattr(model, "self_condition", False):
-        raise unsupported("a model with self_condition=True")
-    require(
-        model.channels == model.out_dim,
-        f"the model takes {model.channels} channels and returns {model.out_dim}; they must be equal here (a learned "
-        "variance is denoising_diffusion_pytorch.LearnedGaussianDiffusion's)",
-    )
-    require(
-        not getattr(model, "random_or_learned_sinusoidal_cond", False),
-        "a model with learned or random sinusoidal time embedding expects continuous time, not timesteps",
-    )
 
 
 def _to_symmetric(img: Tensor) -> Tensor:

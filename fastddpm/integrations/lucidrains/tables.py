@@ -98,8 +98,8 @@ def make_buffers(betas: Tensor, objective: str, min_snr_gamma: float | None) -> 
     return {name: value.to(torch.float32) for name, value in values.items()}
 
 
-def ddpm_table(buffers: Mapping[str, Tensor], objective: str) -> Table:
-    """Tabulate p_sample for t = T - 1 .. 0: the posterior with its small variance, x_0 clipped to [-1, 1]."""
+def ddpm_table(buffers: Mapping[str, Tensor], objective: str, start: int | None = None) -> Table:
+    """Tabulate p_sample for t = start - 1 .. 0 (T - 1 .. 0): the posterior with its small variance, x_0 clipped."""
     buffers = _on_cpu(buffers)
     a, b = _x0_coefficients(buffers, objective)
     sigma = (0.5 * buffers["posterior_log_variance_clipped"]).exp()
@@ -113,7 +113,7 @@ def ddpm_table(buffers: Mapping[str, Tensor], objective: str) -> Table:
         c_xt=buffers["posterior_mean_coef2"],
         sigma=sigma,
     )
-    return Table(rows64.flip(0), torch.arange(len(sigma)).flip(0), name="lucidrains-ddpm")
+    return Table(rows64[:start].flip(0), torch.arange(len(sigma))[:start].flip(0), name="lucidrains-ddpm")
 
 
 def ddim_timesteps(T: int, sampling_timesteps: int) -> list[int]:
@@ -121,10 +121,13 @@ def ddim_timesteps(T: int, sampling_timesteps: int) -> list[int]:
     return torch.linspace(-1, T - 1, steps=sampling_timesteps + 1).int().flip(0).tolist()
 
 
-def ddim_table(buffers: Mapping[str, Tensor], objective: str, sampling_timesteps: int, eta: float) -> Table:
-    """Tabulate ddim_sample: eps is always derived again from the clipped x_0; the last row returns x_0 itself.
+def ddim_table(
+    buffers: Mapping[str, Tensor], objective: str, sampling_timesteps: int, eta: float, rederives: bool = True
+) -> Table:
+    """Tabulate ddim_sample, whose last row returns x_0 itself.
 
-    x_next = sqrt(alpha_bar_next) x_0 + c eps + sigma z,  eps = (A x_t - x_0) / R,  A, R: the two sqrt_recip buffers.
+    x_next = sqrt(alpha_bar_next) x_0 + c eps + sigma z,  eps = (A x_t - x_0) / R,  A, R: the two sqrt_recip buffers;
+    or, without `rederives`, eps is the output of a network that predicts it.
 
     Raises:
         ValueError: eta makes c imaginary.
@@ -141,16 +144,19 @@ def ddim_table(buffers: Mapping[str, Tensor], objective: str, sampling_timesteps
     A, R = (buffers[f"sqrt_{name}_alphas_cumprod"][visited[:-1]].double() for name in ("recip", "recipm1"))
     a, b = (value[visited] for value in _x0_coefficients(buffers, objective))
     last = torch.zeros(1, dtype=torch.float64)
+    use_m = objective == "pred_noise" and not rederives
+    through_x0 = torch.zeros_like(R) if use_m else c.double() / R
     rows64 = make_rows(
         len(visited),
         1.0,
         a=a,
         b=b,
-        c_x0=torch.cat([alpha_next.sqrt().double() - c.double() / R, last + 1.0]),
-        c_xt=torch.cat([c.double() * A / R, last]),
+        c_x0=torch.cat([alpha_next.sqrt().double() - through_x0, last + 1.0]),
+        c_xt=torch.cat([through_x0 * A, last]),
+        c_m=torch.cat([c.double() * use_m, last]),
         sigma=torch.cat([sigma.double(), last]),
     )
-    return Table(rows64, visited, name="lucidrains-ddim")
+    return Table(rows64, visited, name="lucidrains-ddim", use_m=use_m)
 
 
 def q_rows(buffers: Mapping[str, Tensor]) -> Tensor:

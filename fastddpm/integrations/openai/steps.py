@@ -85,7 +85,7 @@ class StepRunner(DiffusionProcess):
 
     def _step(self, model: Model, x: Tensor, t: Tensor, step: Step, source: NoiseSource) -> dict[str, Tensor]:
         """Advance every sample of x by one step from its own t."""
-        if not step.plain or self._replaces(_PARTS):
+        if not step.plain or overrides(self, _PARTS):
             out = self.p_mean_variance(
                 model,
                 x,
@@ -170,7 +170,7 @@ class StepRunner(DiffusionProcess):
     ) -> Tensor:
         """Return the last state: one run of `Sampler` where that does the same, else the progressive loop's."""
         name = f"{step.kind}_sample"
-        if self._replaces((*_PARTS, name, f"{name}_loop_progressive")) or not self._runs_whole(model, noise, step):
+        if overrides(self, (*_PARTS, name, f"{name}_loop_progressive")) or not self._runs_whole(model, noise, step):
             steps = getattr(self, f"{name}_loop_progressive")
             options = {**step.arguments(), "device": device, "progress": progress, **source.arguments}
             out: dict[str, Tensor] = {}
@@ -248,7 +248,3 @@ class StepRunner(DiffusionProcess):
         return self._samplers.get(
             key, network, table, shape, batch=len(x_T), device=x_T.device, options=self.sampler_options
         )
-
-    def _replaces(self, names: Sequence[str]) -> bool:
-        ours = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("fastddpm."))
-        return overrides(self, ours, names)

@@ -13,6 +13,7 @@ from fastddpm.integrations.lucidrains.tables import OBJECTIVES, SCHEDULES
 from tests.integrations.lucidrains.cases import (
     SIZE,
     Net,
+    images,
     options,
     pair,
     relative,
@@ -60,7 +61,7 @@ def test_one_ddim_step_is_within_1e6_of_the_original(original: Any, schedule: st
     )
     # The states of the original run, each advanced by one step of ours: row i of the table.
     states = seeded_sample(theirs, batch_size=2, return_all_timesteps=True)[0] * 2 - 1
-    table = ours._cached("ddim", ddim_builder(), objective, 250, 0.5)
+    table = ours._cached("ddim", ddim_builder(), objective, 250, 0.5, True)
     torch.manual_seed(5)
     torch.randn(2, 3, SIZE, SIZE)
     for i, t in enumerate(table.timesteps.tolist()):
@@ -112,3 +113,14 @@ def test_sample_of_the_originals_unet_and_checkpoint(original: Any, tmp_path: An
     again = original.GaussianDiffusion(original.Unet(dim=8, dim_mults=(1, 2)), **options(timesteps=20))
     again.load_state_dict(ours.state_dict())
     assert torch.equal(seeded_sample(again.eval(), batch_size=2)[0], expected)
+
+
+@pytest.mark.parametrize("t", [None, 12, 1, 0])
+def test_interpolate_is_the_originals_with_the_same_draws(original: Any, t: int | None) -> None:
+    results = []
+    for diffusion in pair(original, timesteps=21):
+        torch.manual_seed(5)
+        x = diffusion.interpolate(images(1) * 2 - 1, images(2) * 2 - 1, t=t, lam=0.3)
+        results.append((x, torch.get_rng_state()))
+    assert relative(results[1][0], results[0][0]) <= 1e-5
+    assert torch.equal(results[1][1], results[0][1])
