@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastddpm.checks import integer
+from fastddpm.sampling.network import ModelNetwork, Network
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.training.loss import ddpm_loss
 
@@ -41,13 +43,28 @@ class PointMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the noise in x_t, float32 [B, D] like x, at timesteps t [B] (0-based)."""
         T = self.diffusion.num_timesteps
+        if len(t) < T:
+            return self.denoise(x, self.shifts(t))
         # What depends on t alone is computed once per timestep where there are fewer of these than points.
-        shared = len(t) >= T
-        emb = self.time(self._embed(torch.arange(T, device=t.device) if shared else t))
+        return self.denoise(x, nn.functional.embedding(t.long(), self.shifts(torch.arange(T, device=t.device))))
+
+    def shifts(self, t: Tensor) -> Tensor:
+        """What the blocks add at timesteps t [N], side by side: [N, depth * width]."""
+        emb = self.time(self._embed(t))
+        return torch.cat([block.shift(emb) for block in self.blocks], dim=1)  # type: ignore[operator]
+
+    def denoise(self, x: Tensor, shifts: Tensor) -> Tensor:
+        """The network after its embedding: x [B, D] and `shifts`, [B, depth * width] or one row for all."""
         h = self.first(x)
-        for block in self.blocks:
-            h = block(h, emb, t.long() if shared else None)
+        for block, shift in zip(self.blocks, shifts.chunk(len(self.blocks), dim=1), strict=True):
+            h = block(h, shift)
         return self.last(nn.functional.silu(h))
+
+    def sampling_networks(self, timesteps: Tensor, *, compile_model: bool, strict: bool) -> Callable[[int], Network]:
+        """Its form for sampling, where all points share a timestep: the shifts are looked up by row."""
+        shifts = self.shifts(timesteps)
+        network = _ByRow(lambda x, row: self.denoise(x, shifts[row]), compile_model=compile_model, strict=strict)
+        return lambda batch: network
 
     def _embed(self, t: Tensor) -> Tensor:
         """Sines and cosines of t * 1000 / T, as in Ho et al. 2020: the same angles whatever T is, [B, 64]."""
@@ -64,12 +81,18 @@ class _Block(nn.Module):
         self.shift = nn.Linear(width, width)
         self.outer = nn.Linear(width, width)
 
-    def forward(self, h: Tensor, emb: Tensor, row: Tensor | None) -> Tensor:
-        """Shift by the embedding, which holds one row per point, or is looked up at `row` [B]."""
-        shift = self.shift(emb)
-        if row is not None:
-            shift = nn.functional.embedding(row, shift)
+    def forward(self, h: Tensor, shift: Tensor) -> Tensor:
         return h + self.outer(nn.functional.silu(self.inner(nn.functional.silu(h)) + shift))
+
+
+class _ByRow(ModelNetwork):
+    """Calls with the row of the table instead of t."""
+
+    reads_t = False
+    shares_weights = False
+
+    def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        return self._call(x, row, **kwargs)
 
 
 def train_points(

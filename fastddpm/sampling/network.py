@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine.building import Want
@@ -119,16 +120,27 @@ class ModelNetwork:
         compile_model: run it through torch.compile.
         strict: raise where that fails, instead of running uncompiled.
         dynamic: whether sizes are left open, see torch.compile.
+        weights: what it runs with instead of its own, by name.
     """
 
     memory_format = torch.contiguous_format
     shares_weights = True
 
-    def __init__(self, model: Model, *, compile_model: bool, strict: bool, dynamic: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        compile_model: bool,
+        strict: bool,
+        dynamic: bool | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         # Of its own: Dynamo does not look again at hooks of what it has compiled.
         def call(*args: Any, **kwargs: Any) -> Any:
-            return model(*args, **kwargs)
+            return functional_call(model, weights, args, kwargs) if weights else model(*args, **kwargs)  # type: ignore[arg-type]
 
+        if weights:
+            self.shares_weights = False
         self._call = compile_call(call, strict=strict, dynamic=dynamic) if compile_model else model
 
     def load(self, class_labels: Tensor | None) -> None:
@@ -163,6 +175,22 @@ def sampling_networks(
     if want is Want.NOW and timesteps.device.type == "cuda":
         # Where the batch size is left open, Inductor gives up its channels-last layouts.
         make = functools.partial(ModelNetwork, model, compile_model=True, strict=strict, dynamic=False)
-        return functools.lru_cache(MAX_NETWORKS)(lambda batch: make())
+        weights = channels_last_weights(model)
+        return functools.lru_cache(MAX_NETWORKS)(lambda batch: make(weights=weights))
     shared = ModelNetwork(model, compile_model=want is Want.NOW, strict=strict)
     return lambda batch: shared
+
+
+def channels_last_weights(model: Model) -> dict[str, Tensor]:
+    """Return the weights of a module's 2-D convolutions by name, in the layout into which Inductor copies them.
+
+    It copies those of another layout in every call.
+    """
+    if not isinstance(model, nn.Module):
+        return {}
+    convolved = {id(module._parameters.get("weight")) for module in model.modules() if isinstance(module, nn.Conv2d)}
+    return {
+        name: weight.detach().contiguous(memory_format=torch.channels_last)
+        for name, weight in model.named_parameters()
+        if id(weight) in convolved and type(weight) is nn.Parameter
+    }

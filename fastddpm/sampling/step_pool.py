@@ -187,7 +187,12 @@ class StepPool:
             # What the step cannot do in Python either is no reason to give up graphs.
             self._run(step)
             step.rewind()
-            logger.warning("no CUDA graph, the steps run one by one (cuda_graph=True raises instead): %s", error)
+            logger.warning(
+                "no CUDA graph, the steps run one by one (cuda_graph=True raises instead): %s; nothing may wait for "
+                "the GPU meanwhile, neither the model (.item(), torch.cuda.synchronize()) nor another thread: call "
+                "warmup() before those start",
+                error,
+            )
             self._captures = False
         return step
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddpm import DiffusionConfig
 from fastddpm.data import points
+from fastddpm.machine.building import Want
 from fastddpm.ops.draw import randn
 from fastddpm.pictures.mlp import PointMLP, train_points
+from fastddpm.sampling.network import sampling_networks
 
 N = 40_000
 
@@ -185,6 +190,28 @@ def test_point_mlp_gives_each_point_its_own_timestep() -> None:
 
     torch.testing.assert_close(model(x, t), one_by_one(), rtol=1e-4, atol=1e-5)
     assert float((model(x, t) - model(x, t.flip(0))).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_point_mlp_samples_with_tabulated_shifts() -> None:
+    """Eight matrix products a step instead of twelve, and the same points."""
+    model = PointMLP(diffusion(8), width=16, depth=2).eval()
+    timesteps, x, products = torch.arange(7, -1, -1), points.draw("two-moons", 24), Counter[str]()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            products[func.name()] += 1
+            return func(*args, **(kwargs or {}))
+
+    network = sampling_networks(model, timesteps, want=Want.NEVER, strict=True)(24)
+    assert not network.reads_t  # type: ignore[attr-defined]
+    assert not network.shares_weights  # type: ignore[attr-defined]
+    for row, t in enumerate(timesteps):
+        with Count():
+            found = network(x, torch.empty(0), torch.tensor([row]), {})
+        torch.testing.assert_close(found, model(x, t.expand(24)), rtol=1e-4, atol=1e-5)
+    # First and last layer, and two in each block: none for the embedding.
+    assert products["aten::addmm"] == 8 * (2 + 2 * 2)
 
 
 def test_train_points_learns_and_repeats(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fastddpm.diagnostics import verify
 from fastddpm.noise import known_answers
 from fastddpm.noise import v1 as noise
 from fastddpm.ops.checks import DTYPES
+from fastddpm.sampling.sampler import Sampler
 
 CPU = torch.device("cpu")
 
@@ -53,6 +56,30 @@ def test_same_bits_tells_an_ulp_and_equates_nans(dtype: torch.dtype) -> None:
     assert verify.same_bits(a, a.clone())
     assert not verify.same_bits(a, torch.nextafter(a.float(), a.float() + 1).to(dtype) + a * 2**-6)
     assert not verify.same_bits(a, torch.tensor([1.0, torch.nan, -0.0], dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "captured", "said"),
+    [(0.0, 0.0, None), (0.0, 1e-6, "its own eager loop"), (0.5, 0.0, "compiled and uncompiled differ by")],
+)
+def test_verify_tells_a_wrong_network_from_a_wrong_capture(
+    compiled: float, captured: float, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults of a size that no GPU is needed for, added to what the CPU's plain loop gives."""
+
+    class Faulty(Sampler):
+        def __init__(self, *args: Any, compile: bool, cuda_graph: bool, **options: Any) -> None:
+            super().__init__(*args, compile=False, **options)
+            self.fault = compiled * compile + captured * cuda_graph
+
+        def sample(self, **arguments: Any) -> Any:
+            x: torch.Tensor = super().sample(**arguments)
+            return x + self.fault
+
+    monkeypatch.setattr(verify, "Sampler", Faulty)
+    monkeypatch.setattr(verify, "_require_cuda", lambda device: None)
+    with pytest.raises(AssertionError, match=said) if said else contextlib.nullcontext():
+        assert "float32" in verify.check_network(CPU)
 
 
 @pytest.mark.gpu

@@ -447,6 +447,18 @@ def with_tape(s: Sampler) -> Sampler:
     return s
 
 
+def test_fallback_to_the_loop_says_what_may_have_waited(caplog: pytest.LogCaptureFixture) -> None:
+    def reads(x: Tensor, t: Tensor) -> Tensor:
+        return x * (0.5 if t[0].item() > 20 else 0.25)
+
+    s = with_tape(sampler(reads))
+    assert torch.equal(s.sample(seeds=[1]), sampler(reads).sample(seeds=[1]))
+    (said,) = [record.message for record in caplog.records if "no CUDA graph" in record.message]
+    assert "torch.cuda.synchronize()" in said
+    assert "nor another thread" in said
+    assert "warmup()" in said
+
+
 @pytest.mark.parametrize("case", ENGINE_CASES)
 @pytest.mark.parametrize("rows", ["ddpm", "learned", "dpm++2m"])
 def test_replayed_steps_equal_the_plain_loop(case: str, rows: str) -> None:

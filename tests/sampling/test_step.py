@@ -225,6 +225,37 @@ def test_models_compile_on_cuda_with_the_batch_size_fixed(monkeypatch: pytest.Mo
     assert all(type(size) is int for shape in shapes for size in shape)
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="fake CUDA tensors need a CUDA build of PyTorch")
+def test_convolutions_compile_on_cuda_with_channels_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor copies weights of another layout in every call."""
+    strides: list[set[tuple[int, ...]]] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        strides.append({tensor.stride() for tensor in inputs if tensor.shape[2:] == (3, 3)})
+        return graph.forward
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.norm = (*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2)), nn.GroupNorm(1, 3))
+            self.again.weight = self.first.weight
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.again(self.norm(self.first(x))) + t[:, None, None, None]
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, **options, backend=backend))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        timesteps = torch.zeros(4, device="cuda", dtype=torch.int64)
+    model, x, t = Tied().eval(), torch.randn(2, *SHAPE), torch.ones(2)
+    network = sampling_networks(model, timesteps, want=Want.NOW, strict=True)(2)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, t, torch.zeros(1), {}), model(x, t))
+    assert strides == [{(27, 1, 9, 3)}]
+    assert not network.shares_weights  # type: ignore[attr-defined]
+    assert model.first.weight.is_contiguous()
+
+
 def test_compiled_model_follows_a_hook_that_is_added_later(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, **options, backend="eager"))
@@ -302,4 +333,5 @@ def test_model_that_reads_the_device_runs_in_the_loop_and_leaves_cuda_usable(cap
     expected = Sampler(reads, TABLE, SHAPE, device="cuda", compile=False, cuda_graph=False).sample(seeds=[1])
     assert torch.equal(s.sample(seeds=[1]), expected)
     assert caplog.text.count("no CUDA graph") == 1
+    assert "nor another thread" in caplog.text
     assert torch.randn(3, device="cuda").isfinite().all()
