@@ -52,8 +52,13 @@ def _one_line_error(error: Exception, options: Sequence[str]) -> str:
     return printable(_KEYWORD.sub(option, str(error))) or type(error).__name__
 
 
+def _name() -> str:
+    """What lines on stderr begin with; of several processes it says which one."""
+    return "fastddpm" if os.environ.get("WORLD_SIZE", "1") == "1" else f"fastddpm: rank {os.environ.get('RANK', '?')}"
+
+
 def _print_line(source: str, level: str, message: object) -> None:
-    line = f"{source}: {level}: {printable(message)}"
+    line = f"{_name() if source == 'fastddpm' else source}: {level}: {printable(message)}"
     if "tqdm" in sys.modules:
         # Above the progress bar, if there is one.
         from tqdm import tqdm
@@ -124,10 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             del args.verbose
             return int(importlib.import_module(f"fastddpm.cli.{args.command}").run(args))
     except KeyboardInterrupt:
-        print("fastddpm: interrupted", file=sys.stderr)
+        print(f"{_name()}: interrupted", file=sys.stderr)
         return 130
     except _Terminated:
-        print("fastddpm: terminated", file=sys.stderr)
+        print(f"{_name()}: terminated", file=sys.stderr)
         return 143
     except BrokenPipeError:
         # The reader went away; leave quietly, and keep the interpreter from flushing into the closed pipe at exit.
@@ -136,7 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("FASTDDPM_TRACEBACK") == "1":
             raise
-        print(f"fastddpm: error: {_one_line_error(error, options)}", file=sys.stderr)
+        print(f"{_name()}: error: {_one_line_error(error, options)}", file=sys.stderr)
+        if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            # torchrun's own report then says what it was.
+            importlib.import_module("torch.distributed.elastic.multiprocessing.errors").ErrorHandler().record_exception(
+                error
+            )
         return 1
     finally:
         signal.signal(signal.SIGTERM, handler)

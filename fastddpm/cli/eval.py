@@ -120,16 +120,18 @@ def _result(
     from fastddpm.evaluation.measures import measure
     from fastddpm.evaluation.report import PICTURE, SPEED
     from fastddpm.files.images import save_grid
+    from fastddpm.machine.ranks import Ranks
     from fastddpm.sampling.outputs import Outputs
-    from fastddpm.sampling.to_files import describe, draw_missing
+    from fastddpm.sampling.to_files import begun, draw
 
     directory = args.outdir / f"guidance-{planned.guidance:g}"
-    outputs = Outputs(directory, "npz", planned.seeds, planned.labels, planned.batches, planned.batches)
-    config = describe(model, planned, outputs, sampler=args.sampler, classes=None, overwrite=args.overwrite)
-    outputs.folder.begin(config, resume=args.resume, overwrite=args.overwrite)
-    drawn = draw_missing(planned, outputs, quiet=args.quiet)
-    speed = _speed(directory / SPEED, drawn)
-    outputs.finish(grid=False)
+    ranks = Ranks()
+    outputs = Outputs(directory, "npz", planned.seeds, planned.labels, planned.batches)
+    settings = {"sampler": args.sampler, "classes": None, "resume": args.resume, "overwrite": args.overwrite}
+    with begun(model, planned, outputs, ranks, **settings) as (config, missing):
+        drawn = draw(planned, outputs, missing, ranks, quiet=args.quiet)
+        speed = _speed(directory / SPEED, drawn)
+        outputs.finish(grid=False)
     samples = _samples(outputs.samples_path, planned.labels, model, reference)
     save_grid(samples.images[:PICTURED], directory / PICTURE, columns=COLUMNS, scale=1)
     measures = measure(samples, reference, classifier)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import sampling_options
@@ -18,14 +16,14 @@ if TYPE_CHECKING:
     from fastddpm.unet.unet import UNet
 
 DESCRIPTION = """Draw one sample per seed. A seed gives the same noise in any batch, on any device and with any number
-of processes. Started by torchrun, each process draws its share of the batches (RANK, WORLD_SIZE, LOCAL_RANK)."""
+of processes. Those that torchrun starts share the work: each draws the next batch when it is free."""
 
 EPILOG = """Existing output is never overwritten unless --overwrite is given; --resume completes a run that was
 interrupted, with the bytes that it would have written, and refuses if anything about it has changed. Exit status: 0, 1
 (error), 2 (usage), 130 or 143 (interrupted; finished files are kept).
 
-Processes of torchrun leave part-*.npz of --format npz, and no grid: the same command with --resume and without torchrun
-then joins the parts, and draws the --grid, drawing no sample again.
+Under torchrun the last process to finish joins the parts and draws the --grid. With --resume (and torchrun's
+--max-restarts) a run survives the death of its processes, and goes on with any number of them.
 
 """ + examples(
     "fastddpm sample --seeds 0-15 --grid --outdir samples",
@@ -60,35 +58,31 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the samples and write them."""
+    from fastddpm.machine.ranks import join_ranks
     from fastddpm.sampling.outputs import Outputs
-    from fastddpm.sampling.to_files import describe, draw_missing
+    from fastddpm.sampling.to_files import begun, draw, images_per_second
     from fastddpm.unet.load import load
 
-    rank, world = rank_and_world(os.environ)
-    if world > 1 and args.grid:
-        raise ValueError("--grid needs all images in one process; add it to a last run with --resume, without torchrun")
+    ranks = join_ranks()
     model = load(args.model)
     planned = _plan(args, model)
-    outputs = Outputs(
-        args.outdir,
-        args.format,
-        planned.seeds,
-        planned.labels,
-        planned.batches,
-        planned.batches[rank::world],
-        shared=world > 1,
-    )
-    with outputs.folder.locked():
-        if world == 1:  # before the network is compiled
-            outputs.folder.refuse_unless_free(resume=args.resume, overwrite=args.overwrite)
-        classes = args.classes if args.classes != [None] else "none"
-        config = describe(model, planned, outputs, sampler=args.sampler, classes=classes, overwrite=args.overwrite)
-        outputs.folder.begin(config, resume=args.resume, overwrite=args.overwrite)
+    outputs = Outputs(args.outdir, args.format, planned.seeds, planned.labels, planned.batches)
+    settings = {
+        "sampler": args.sampler,
+        "classes": args.classes if args.classes != [None] else "none",
+        "resume": args.resume,
+        "overwrite": args.overwrite,
+    }
+    with begun(model, planned, outputs, ranks, **settings) as (_, missing):
         started = time.perf_counter()
-        drawn = draw_missing(planned, outputs, quiet=args.quiet)
+        drawn = draw(planned, outputs, missing, ranks, quiet=args.quiet)
+        # Of all ranks together, in millionths.
+        rate = ranks.add("images a second", round((images_per_second(drawn) or 0) * 1e6)) / 1e6
+        if ranks.add("finished") < ranks.world:
+            return 0
         seconds = time.perf_counter() - started
         outputs.finish(grid=args.grid, scale=args.scale)
-    _report(args, planned, drawn, seconds)
+    _report(args, planned, sum(len(planned.batches[i]) for i in missing), seconds, rate or None, ranks.world)
     return 0
 
 
@@ -104,11 +98,12 @@ def _plan(args: argparse.Namespace, model: UNet) -> Run:
     return planned
 
 
-def _report(args: argparse.Namespace, planned: Run, drawn: list[tuple[int, float]], seconds: float) -> None:
+def _report(
+    args: argparse.Namespace, planned: Run, images: int, seconds: float, rate: float | None, world: int
+) -> None:
     from fastddpm.noise.seeds import format_seeds
-    from fastddpm.sampling.to_files import images_per_second
 
-    sampler, images, rate = planned.sampler, sum(n for n, _ in drawn), images_per_second(drawn)
+    sampler = planned.sampler
     summary = {
         "images": images,
         "steps": len(sampler.table),
@@ -117,6 +112,7 @@ def _report(args: argparse.Namespace, planned: Run, drawn: list[tuple[int, float
         "device": str(sampler.device),
         "backend": "triton" if sampler.options.uses_triton else "torch",
         "compiled": planned.settle(),
+        "processes": world,
         "seeds": format_seeds(planned.seeds),
         "outdir": str(args.outdir),
     }
@@ -126,26 +122,10 @@ def _report(args: argparse.Namespace, planned: Run, drawn: list[tuple[int, float
         speed = "" if rate is None else f"{rate:.3g} images/s, "
         print(
             f"{images} images, {summary['steps']} steps, {seconds:.1f} s, {speed}"
+            f"{f'{world} processes, ' if world > 1 else ''}"
             f"{summary['device']}, {summary['backend']}, {'' if summary['compiled'] else 'not '}compiled, "
             f"seeds {summary['seeds']}"
         )
-
-
-def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return this process's rank and the number of processes, from torchrun's variables; (0, 1) without them.
-
-    Raises:
-        ValueError: the variables contradict each other.
-    """
-    world = int(environment.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return 0, 1
-    if "RANK" not in environment:
-        raise ValueError(f"WORLD_SIZE is {world} and RANK is not set; start with torchrun, or unset WORLD_SIZE")
-    rank = int(environment["RANK"])
-    if not 0 <= rank < world:
-        raise ValueError(f"RANK is {rank} and WORLD_SIZE is {world}; RANK must be below it")
-    return rank, world
 
 
 def _labels(classes: list[int | None] | None, n: int, null_class: int | None) -> list[int] | None:

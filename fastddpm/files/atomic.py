@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Replace files by new contents; folders are created.
+def write_files(contents: Mapping[Path, bytes | Callable[[IO[bytes]], object]]) -> None:
+    """Replace files by new contents, bytes or what a function writes to a stream; folders are created.
 
     All are on disk before the first is moved into its place, and they are moved in the mapping's order, so a crash or a
     full disk leaves the old files, the new ones or, for an instant, a leading part of the new ones, each of them whole.
@@ -34,9 +35,12 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
         _sync_folder(folder)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def _write_synced(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     with path.open("wb") as stream:
-        stream.write(content)
+        if isinstance(content, bytes):
+            stream.write(content)
+        else:
+            content(stream)
         stream.flush()
         os.fsync(stream.fileno())
 

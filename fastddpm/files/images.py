@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import math
 import os
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -108,6 +110,33 @@ def save_npz(path: str | os.PathLike[str], **arrays: Any) -> None:
     Raises:
         OSError: the file cannot be written; a previous file is intact.
     """
-    encoded = io.BytesIO()
-    np.savez(encoded, **arrays)
-    write_files({Path(path): encoded.getvalue()})
+    write_files({Path(path): lambda stream: np.savez(stream, **arrays)})
+
+
+def join_npz(path: Path, parts: Sequence[Path]) -> None:
+    """Write the arrays of several .npz files end to end, as `save_npz` would; one part is in memory at a time.
+
+    Raises:
+        OSError: a part is missing, or the file cannot be written; a previous file is intact.
+        ValueError: a part is damaged.
+    """
+
+    def of_each(name: str) -> Iterator[np.ndarray]:
+        for part in parts:
+            with np.load(part, allow_pickle=False) as arrays:
+                yield arrays[name]
+
+    def write(stream: IO[bytes]) -> None:
+        with np.load(parts[0], allow_pickle=False) as first:
+            names = list(first)
+        # As np.savez: not compressed, and of no date.
+        with zipfile.ZipFile(stream, "w") as archive:
+            for name in names:
+                first, N = next(of_each(name)), sum(len(array) for array in of_each(name))
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    header = np.lib.format.header_data_from_array_1_0(first)
+                    np.lib.format.write_array_header_1_0(member, {**header, "shape": (N, *first.shape[1:])})
+                    for array in of_each(name):
+                        member.write(array.tobytes())
+
+    write_files({path: write})

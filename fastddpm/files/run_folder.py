@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ class RunFolder:
         patterns: of all files that a run may write, relative to the folder, as in a shell.
         manifest: name of the file that says what the others were made from.
         kind: what the manifest calls itself.
-        mine: where other processes of the same run write to the folder too, the names that this process writes.
     """
 
     def __init__(
@@ -40,15 +39,16 @@ class RunFolder:
         *,
         manifest: str = "manifest.json",
         kind: str = "fastddpm-run-1",
-        mine: Sequence[str] | None = None,
     ) -> None:
         self.path, self.manifest, self.kind = path, path / manifest, kind
         self._patterns = patterns
-        self._mine = None if mine is None else frozenset(mine)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, shared: bool = False) -> Iterator[Callable[[], None]]:
         """Hold the folder against other runs; a folder that is new and still empty at the end is removed.
+
+        Args:
+            shared: join processes of the same run, of which the one that began it has called what this yields.
 
         Raises:
             BlockingIOError: another run is writing there.
@@ -60,8 +60,8 @@ class RunFolder:
         except FileExistsError:
             raise NotADirectoryError(f"{self.path} is a file; give another --outdir") from None
         try:
-            with _flock(self.path, shared=self._mine is not None):
-                yield
+            with _flock(self.path, shared=shared) as share:
+                yield share
         finally:
             if new:
                 with contextlib.suppress(OSError):
@@ -90,22 +90,22 @@ class RunFolder:
             ValueError: the earlier run has another config.
             OSError: the folder cannot be written to.
         """
-        self.refuse_unless_free(resume=resume, overwrite=overwrite, config=config)
+        self.refuse_unless_free(resume=resume, overwrite=overwrite)
         earlier = None if overwrite else self.read()
         if resume and earlier is not None:
             changed = differences({**(defaults or {}), **earlier["config"]}, config)
             if changed:
                 raise ValueError(f"cannot resume {self.path}, the run differs: {'; '.join(changed)}")
         # Before the new manifest: an old file must never pass for one of the new run's.
-        stale = self._mine_of(self._found()) if overwrite else []
-        # What `atomic.write_files` leaves in a killed process; another process of this run may be writing now.
+        stale = self._found() if overwrite else []
+        # What `atomic.write_files` leaves in a killed process.
         leftovers = [*self._found(".{}.*.tmp"), *self.path.glob(f".{self.manifest.name}.*.tmp")]
-        for path in [*stale, *(leftovers if self._mine is None else [])]:
+        for path in [*stale, *leftovers]:
             path.unlink(missing_ok=True)
         content = {"format": self.kind, "config_hash": config_hash(config), "config": config, **more}
         write_files({self.manifest: (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()})
 
-    def refuse_unless_free(self, *, resume: bool, overwrite: bool, config: Mapping[str, Any] | None = None) -> None:
+    def refuse_unless_free(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a run that would harm, or could not tell apart, what the folder holds.
 
         Raises:
@@ -115,9 +115,6 @@ class RunFolder:
         if overwrite:
             return
         files, earlier = self._found(), self.read()
-        if self._mine is not None and earlier is not None and earlier["config"] == config:
-            # Another process of this run was here before.
-            files = self._mine_of(files)
         if files and not resume:
             raise FileExistsError(
                 f"{files[0]} exists already; use --resume to complete that run, --overwrite to replace it, or another "
@@ -152,9 +149,6 @@ class RunFolder:
         names = [name.format(Path(pattern).name) for pattern in self._patterns]
         return [path for place, pattern in zip(places, names, strict=True) for path in sorted(place.glob(pattern))]
 
-    def _mine_of(self, files: list[Path]) -> list[Path]:
-        return files if self._mine is None else [path for path in files if path.name in self._mine]
-
 
 def config_hash(config: Any) -> str:
     """Return the SHA-256 of a config of JSON types; the order of its keys does not matter."""
@@ -175,19 +169,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _flock(folder: Path, *, shared: bool) -> Iterator[None]:
-    """Hold a lock that the system releases even when the process is killed."""
+def _flock(folder: Path, *, shared: bool) -> Iterator[Callable[[], None]]:
+    """Hold a lock that the system releases even when the process is killed; yield what makes it a shared one."""
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
-        yield
+        yield lambda: None
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+
+    def lock(kind: int) -> None:
         try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(f"another run is writing to {folder}; wait for it, or use another --outdir") from None
-        yield
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield lambda: lock(fcntl.LOCK_SH)
     finally:
         os.close(handle)

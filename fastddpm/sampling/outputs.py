@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ PATTERNS = ("seed-*.png", "part-*.npz", "samples.npz", "grid.png")
 
 
 class Outputs:
-    """What a run writes to its directory.
+    """What a run writes to its directory, by one process or by several.
 
     With "png" that is ``seed-000015.png`` per seed; with "npz" one ``part-00000.npz`` per batch until all are there,
     then ``samples.npz`` (x float32 [N, ...], seeds uint64 [N], class_labels int64 [N] where there are classes).
@@ -32,8 +35,6 @@ class Outputs:
         seeds: one per sample, none twice.
         labels: one per sample, or None.
         batches: all batches of the run, as ranges of indices into seeds.
-        mine: the batches that this process draws.
-        shared: other processes draw the other batches into the same directory.
     """
 
     def __init__(
@@ -43,70 +44,77 @@ class Outputs:
         seeds: Sequence[int],
         labels: Sequence[int] | None,
         batches: Sequence[range],
-        mine: Sequence[range],
-        *,
-        shared: bool = False,
     ) -> None:
         self.directory, self.format = directory, file_format
-        self._numbers = {batch: i for i, batch in enumerate(batches)}
-        self.seeds, self.labels, self.batches, self.mine = seeds, labels, batches, mine
-        self.shared = shared
-        own = [path.name for batch in mine for path in self.paths(batch)]
-        self.folder = RunFolder(directory, PATTERNS, mine=own if shared else None)
+        self.seeds, self.labels, self.batches = seeds, labels, batches
+        self.folder = RunFolder(directory, PATTERNS)
         self.grid_path = directory / "grid.png"
         self.samples_path = directory / "samples.npz"
 
-    def paths(self, batch: range) -> list[Path]:
-        """Return the files that one batch writes."""
+    def paths(self, i: int) -> list[Path]:
+        """Return the files that batch i writes."""
         if self.format == "npz":
-            return [self.directory / f"part-{self._numbers[batch]:05d}.npz"]
-        return [self.directory / f"seed-{self.seeds[i]:06d}.png" for i in batch]
+            return [self.directory / f"part-{i:05d}.npz"]
+        return [self.directory / f"seed-{self.seeds[k]:06d}.png" for k in self.batches[i]]
 
-    def complete(self, batch: range) -> bool:
-        """Tell whether every file of a batch is there."""
-        if self.format == "npz" and self.samples_path.exists():
-            return True
-        return all(path.exists() for path in self.paths(batch))
+    def missing(self) -> list[int]:
+        """Return the batches of which a file is not there."""
+        # One listing: to ask for each file would have a network's file system remember for a while that it is missing.
+        there = set(os.listdir(self.directory))
+        if self.format == "npz" and self.samples_path.name in there:
+            return []
+        return [i for i in range(len(self.batches)) if not all(path.name in there for path in self.paths(i))]
 
-    def save(self, batch: range, x: Tensor) -> None:
-        """Write the files of one batch, x float32 [len(batch), ...]; those that exist are left alone."""
+    def save(self, i: int, x: Tensor) -> None:
+        """Write the files of batch i, x float32 [len(batch), ...]; those that exist are left alone."""
+        batch = self.batches[i]
         if self.format == "npz":
-            images.save_npz(self.paths(batch)[0], **self._arrays(batch, x.cpu().numpy()))
+            arrays = {"x": x.cpu().numpy(), "seeds": np.array([self.seeds[k] for k in batch], dtype=np.uint64)}
+            if self.labels is not None:
+                arrays["class_labels"] = np.array([self.labels[k] for k in batch], dtype=np.int64)
+            images.save_npz(self.paths(i)[0], **arrays)
             return
-        for path, image in zip(self.paths(batch), images.to_uint8(x).cpu(), strict=True):
+        for path, image in zip(self.paths(i), images.to_uint8(x).cpu(), strict=True):
             if not path.exists():
                 images.save_png(path, image)
 
     def finish(self, *, grid: bool, scale: int = 1) -> None:
-        """Join the parts, and draw the grid, enlarged; a process that drew only a share of the run does neither."""
-        if self.shared or not self.seeds:
+        """Join the parts, and draw the grid, enlarged; for the last of several processes.
+
+        Raises:
+            FileNotFoundError: a file is missing: the process that was to write it died.
+        """
+        if not self.seeds:
             return
-        if self.format == "npz" and not self.samples_path.exists():
-            parts = [self.paths(batch)[0] for batch in self.batches]
-            x = np.concatenate([read_x(part) for part in parts])
-            images.save_npz(self.samples_path, **self._arrays(range(len(self.seeds)), x))
-            for part in parts:
-                part.unlink()
-        if grid:
-            images.save_grid(self._drawn_images(), self.grid_path, scale=scale)
-
-    def _arrays(self, batch: range, x: Any) -> dict[str, Any]:
-        arrays = {"x": x, "seeds": np.array([self.seeds[i] for i in batch], dtype=np.uint64)}
-        if self.labels is not None:
-            arrays["class_labels"] = np.array([self.labels[i] for i in batch], dtype=np.int64)
-        return arrays
-
-    def _drawn_images(self) -> Tensor:
+        files = [path for i in range(len(self.batches)) for path in self.paths(i)]
+        joined = self.format == "npz" and self.samples_path.exists()
+        lost = [] if joined else [path for path in files if not path.exists()]
+        if lost:
+            raise FileNotFoundError(
+                f"{lost[0]} is missing, one of {len(lost)}: a process died before it wrote them; --resume draws them"
+            )
         if self.format == "npz":
-            return images.to_uint8(torch.from_numpy(read_x(self.samples_path)[:MAX_GRID]))
-        paths = [path for batch in self.batches for path in self.paths(batch)]
-        return torch.stack([_read_png(path) for path in paths[:MAX_GRID]])
+            if not joined:
+                images.join_npz(self.samples_path, files)
+            for path in files:
+                path.unlink(missing_ok=True)
+        if grid:
+            images.save_grid(self._drawn_images(files), self.grid_path, scale=scale)
+
+    def _drawn_images(self, files: list[Path]) -> Tensor:
+        if self.format == "npz":
+            return images.to_uint8(torch.from_numpy(read_x(self.samples_path, MAX_GRID)))
+        return torch.stack([_read_png(path) for path in files[:MAX_GRID]])
 
 
-def read_x(path: Path) -> Any:
-    """Return the samples in one of a run's .npz files, float32 [N, ...]."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays["x"]
+def read_x(path: Path, most: int | None = None) -> Any:
+    """Return the samples in one of a run's .npz files, or the first of them: float32 [N, ...]."""
+    with zipfile.ZipFile(path) as archive, archive.open("x.npy") as stream:
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        N = shape[0] if most is None else min(shape[0], most)
+        data = bytearray(stream.read(N * math.prod(shape[1:]) * dtype.itemsize))
+    return np.frombuffer(data, dtype).reshape(N, *shape[1:])
 
 
 def _read_png(path: Path) -> Tensor:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import statistics
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fastddpm.files.run_folder import config_hash
 from fastddpm.machine.packages import weights_digest
+from fastddpm.machine.progress import Progress
+from fastddpm.machine.ranks import Ranks
 from fastddpm.noise.seeds import format_seeds
 from fastddpm.noise.v1 import NOISE_VERSION
 from fastddpm.sampling.outputs import Outputs
@@ -23,13 +24,66 @@ from fastddpm.sampling.sample import Run
 from fastddpm.tables.table import Table
 from fastddpm.unet.unet import UNet
 
+# Seconds between two reports of a rank's steps to the others.
+TELL_EVERY = 0.2
+
+
+@contextlib.contextmanager
+def begun(
+    model: UNet,
+    planned: Run,
+    outputs: Outputs,
+    ranks: Ranks,
+    *,
+    sampler: str,
+    classes: Any,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Hold the folder of a run, ready to be written to; yield the run's config, and which batches are missing.
+
+    Rank 0 begins the run, and the others join it. Compiled code is used where it is there when the run begins, or where
+    the run that this one goes on with used it.
+
+    Args:
+        model: the network.
+        planned: the run.
+        outputs: where it goes.
+        ranks: the processes that draw it.
+        sampler: name of the sampler.
+        classes: the classes asked for, as JSON.
+        resume: complete an earlier run of the same config.
+        overwrite: replace an earlier run.
+
+    Raises:
+        BlockingIOError, FileExistsError, NotADirectoryError: see `RunFolder`.
+        ValueError: see `RunFolder`; or this rank would draw other samples than rank 0.
+    """
+    ranks, folder = ranks.within(str(outputs.directory)), outputs.folder
+    told = ranks.told("run") if ranks.rank else None
+    with folder.locked(shared=told is not None) as share:
+        if told is None:
+            # Before the network is compiled.
+            folder.refuse_unless_free(resume=resume, overwrite=overwrite)
+            earlier = None if overwrite else folder.read()
+            compiled = None if earlier is None else earlier["config"].get("compile")
+        else:
+            compiled = told[0]["compile"]
+        config = describe(model, planned, outputs, sampler=sampler, classes=classes, compiled=compiled)
+        if told is None:
+            folder.begin(config, resume=resume, overwrite=overwrite)
+            told = config, outputs.missing()
+            if ranks.world > 1:
+                share()
+            ranks.tell("run", told)
+        ranks.refuse_unless_same(told[0], config)
+        yield config, told[1]
+
 
 def describe(
-    model: UNet, planned: Run, outputs: Outputs, *, sampler: str, classes: Any, overwrite: bool
+    model: UNet, planned: Run, outputs: Outputs, *, sampler: str, classes: Any, compiled: bool | None
 ) -> dict[str, Any]:
     """Return everything that decides the bytes of a run's output, for its manifest.
-
-    Compiled code is used where it is there when the run begins, or where the run that this one goes on with used it.
 
     Args:
         model: the network.
@@ -37,10 +91,9 @@ def describe(
         outputs: where it goes.
         sampler: name of the sampler.
         classes: the classes asked for, as JSON.
-        overwrite: start again.
+        compiled: whether to use compiled code; None where it is there.
     """
-    earlier = None if overwrite else outputs.folder.read()
-    compiled = planned.settle(None if earlier is None else earlier["config"].get("compile"))
+    compiled = planned.settle(compiled)
     options, table = planned.sampler.options, planned.sampler.table
     return {
         "noise": NOISE_VERSION,
@@ -72,8 +125,10 @@ def _raw_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def draw_missing(planned: Run, outputs: Outputs, *, quiet: bool) -> list[tuple[int, float]]:
-    """Draw and save the batches that are not complete, with a progress bar on a terminal.
+def draw(
+    planned: Run, outputs: Outputs, missing: Sequence[int], ranks: Ranks, *, quiet: bool
+) -> list[tuple[int, float]]:
+    """Draw and save batches, those that no other rank has taken when this one is free; rank 0 shows how far all are.
 
     Returns:
         For each batch drawn, its number of samples and the seconds that it took.
@@ -82,18 +137,29 @@ def draw_missing(planned: Run, outputs: Outputs, *, quiet: bool) -> list[tuple[i
         ValueError: a sample is not finite; its batch is not saved.
         OSError: a file cannot be written.
     """
-    todo = [batch for batch in outputs.mine if not outputs.complete(batch)]
-    total = len(todo) * len(planned.sampler.table)
-    drawn = []
-    silent = quiet or not sys.stderr.isatty()
-    with tqdm(total=total, desc="sampling", unit="step", file=sys.stderr, disable=silent) as bar:
-        for batch in todo:
+    ranks, drawn = ranks.within(str(outputs.directory)), []
+    untold, due = 0, 0.0
+    with Progress("sampling", len(missing) * len(planned.sampler.table), hidden=quiet or ranks.rank > 0) as progress:
+
+        def tell() -> None:
+            nonlocal untold, due
+            progress.show(ranks.add("steps", untold))
+            untold, due = 0, time.monotonic() + TELL_EVERY
+
+        def after_step(_: object) -> None:
+            nonlocal untold
+            untold += 1
+            if time.monotonic() >= due:
+                tell()
+
+        while (place := ranks.add("taken") - 1) < len(missing):
+            batch = planned.batches[missing[place]]
             started = time.perf_counter()
-            x = planned.draw(batch, lambda _: bar.update() and None)
-            bar.set_description_str("sampling", refresh=False)
+            x = planned.draw(batch, after_step)
             _refuse_non_finite(x, [planned.seeds[i] for i in batch])
             drawn.append((len(batch), time.perf_counter() - started))
-            outputs.save(batch, x)
+            outputs.save(missing[place], x)
+        tell()
     return drawn
 
 

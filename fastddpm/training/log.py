@@ -5,14 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
-
-from tqdm.auto import tqdm
 
 from fastddpm.checks import integer, number
 from fastddpm.files.atomic import write_files
@@ -20,6 +16,7 @@ from fastddpm.files.figures import new_figure, to_png
 from fastddpm.files.images import save_grid
 from fastddpm.files.outside import regular_size
 from fastddpm.files.safejson import parse_object
+from fastddpm.machine.progress import Progress
 from fastddpm.sampling.network import num_classes_of
 from fastddpm.sampling.sample import sample
 from fastddpm.training.config import TrainConfig
@@ -29,9 +26,6 @@ from fastddpm.unet.unet import UNet
 
 # A training-time grid: DDPM steps enough to judge by, and pixels enough to look at.
 GRID_STEPS, GRID_SIDE = 100, 64
-
-# Where there is no terminal for a bar, as in a batch system's log: seconds from line to line.
-LINE_EVERY = 60.0
 
 
 class TrainLog:
@@ -48,17 +42,9 @@ class TrainLog:
     def __init__(self, config: TrainConfig, out: Path, start: int, state: dict[str, Any], *, quiet: bool) -> None:
         self._config, self._out = config, out
         self._tensorboard = _tensorboard_writer(out, start) if config.tensorboard else None
+        self._note = ""
         self._sum, self._count = float(state.get("sum", 0.0)), int(state.get("count", 0))
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=config.steps,
-            initial=start,
-            unit="step",
-            desc="training",
-            dynamic_ncols=True,
-            disable=quiet or not terminal,
-        )
-        self._line_due = math.inf if quiet or terminal else time.monotonic() + LINE_EVERY
+        self._progress = Progress("training", config.steps, start, hidden=quiet)
         kept = "".join(f"{json.dumps(line)}\n" for line in read_log(out) if line["step"] <= start)
         write_files({out / LOG: kept.encode()})
         self._file: IO[str] = (out / LOG).open("a")
@@ -67,7 +53,7 @@ class TrainLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._bar.close()
+        self._progress.__exit__(kind, error, tb)
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._file.close()
@@ -87,12 +73,9 @@ class TrainLog:
             if self._tensorboard is not None:
                 self._tensorboard.add_scalar("loss", mean, n + 1)
                 self._tensorboard.add_scalar("learning rate", lr, n + 1)
-            self._bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
-            if time.monotonic() >= self._line_due:
-                print(f"step {n + 1} of {self._config.steps}, loss {mean:.4f}", file=sys.stderr, flush=True)
-                self._line_due = time.monotonic() + LINE_EVERY
+            self._note = f"loss {mean:.4f}"
             self._sum, self._count = 0.0, 0
-        self._bar.update()
+        self._progress.show(n + 1, self._note)
 
     def picture(self, n: int, model: UNet, ema: EMA) -> None:
         """Write a grid of samples of the averaged model after n steps, and, with matplotlib, the plot of the loss."""

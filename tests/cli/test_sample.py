@@ -20,7 +20,6 @@ from PIL import Image
 import fastddpm
 from fastddpm import DiffusionConfig
 from fastddpm.cli import main
-from fastddpm.cli.sample import rank_and_world
 from fastddpm.files import images
 from fastddpm.files.run_folder import RunFolder
 from fastddpm.sampling import outputs
@@ -141,11 +140,11 @@ def test_resume_completes_with_identical_bytes(
     whole = contents(tmp_path / "out")
     save, saved = outputs.Outputs.save, []
 
-    def interrupt_after_one(self: outputs.Outputs, batch: range, x: torch.Tensor) -> None:
+    def interrupt_after_one(self: outputs.Outputs, i: int, x: torch.Tensor) -> None:
         if saved:
             raise KeyboardInterrupt
-        saved.append(batch)
-        save(self, batch, x)
+        saved.append(i)
+        save(self, i, x)
 
     monkeypatch.setattr(outputs.Outputs, "save", interrupt_after_one)
     assert run(*arguments, out=tmp_path / "cut") == 130
@@ -211,7 +210,7 @@ def test_overwrite_that_is_interrupted_leaves_no_old_file_to_resume_with(
 ) -> None:
     assert run("--seeds", "0-2") == 0
 
-    def interrupt(self: outputs.Outputs, batch: range, x: torch.Tensor) -> None:
+    def interrupt(self: outputs.Outputs, i: int, x: torch.Tensor) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(outputs.Outputs, "save", interrupt)
@@ -302,42 +301,6 @@ def test_sample_that_is_not_finite_is_an_error(
     assert run("--seeds", "5-6", "--model", str(tmp_path / "hot")) == 1
     assert "the sample of seed 5 is not finite (2 of 2" in capsys.readouterr().err
     assert list(contents(tmp_path / "out")) == ["manifest.json"]
-
-
-@pytest.mark.parametrize("file_format", ["png", "npz"])
-def test_ranks_together_write_what_one_process_writes(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str
-) -> None:
-    arguments = ("--seeds", "0-6", "--batch", "2", "--format", file_format)
-    assert run(*arguments) == 0
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank in (2, 0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        assert run(*arguments, out=tmp_path / "ranks") == 0
-    assert run(*arguments, "--grid", out=tmp_path / "ranks") == 1
-    if file_format == "png":
-        assert contents(tmp_path / "ranks") == contents(tmp_path / "out")
-        return
-    assert sorted(contents(tmp_path / "ranks")) == ["manifest.json", *(f"part-{i:05d}.npz" for i in range(4))]
-    parts = [np.load(tmp_path / "ranks" / f"part-{i:05d}.npz") for i in range(4)]
-    with np.load(tmp_path / "out" / "samples.npz") as whole:
-        for name in whole:
-            assert np.array_equal(np.concatenate([part[name] for part in parts]), whole[name])
-    # As the help says: one process joins the parts, and draws the grid.
-    monkeypatch.delenv("WORLD_SIZE")
-    assert run(*arguments, "--resume", "--grid", "--scale", "3", out=tmp_path / "ranks") == 0
-    assert contents(tmp_path / "ranks")["samples.npz"] == contents(tmp_path / "out")["samples.npz"]
-    assert pixels(tmp_path / "ranks" / "grid.png").shape == (3 * (24 + 2) + 2, 3 * (24 + 2) + 2)
-
-
-def test_rank_and_world_reads_torchruns_variables() -> None:
-    assert rank_and_world({}) == (0, 1)
-    assert rank_and_world({"WORLD_SIZE": "1"}) == (0, 1)
-    assert rank_and_world({"WORLD_SIZE": "4", "RANK": "3"}) == (3, 4)
-    with pytest.raises(ValueError, match="RANK is not set"):
-        rank_and_world({"WORLD_SIZE": "4"})
-    with pytest.raises(ValueError, match="RANK must be below"):
-        rank_and_world({"WORLD_SIZE": "4", "RANK": "4"})
 
 
 def test_local_rank_beyond_the_devices_is_an_error(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fastddpm.cli import main
-from fastddpm.training import log as train_log
+from fastddpm.machine import progress
 from fastddpm.training import trainer as training
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.folder import LOG, SETTINGS
@@ -70,10 +70,10 @@ def test_train_writes_a_model_and_says_so(
 def test_train_prints_a_line_now_and_then_where_there_is_no_terminal(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_log, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     assert main([*command, "--steps", "2"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(", loss ")[0] for line in lines] == ["step 1 of 2", "step 2 of 2"]
+    assert [line.partition(", loss ")[0] for line in lines] == ["training: step 1 of 2", "training: step 2 of 2"]
     assert main([*command, "--steps", "4", "--resume", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
 

@@ -57,6 +57,17 @@ def test_save_png_round_trips(tmp_path: Path, channels: int) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_join_npz_writes_what_one_save_of_all_writes(tmp_path: Path) -> None:
+    x, seeds = np.random.default_rng(0).normal(size=(7, 1, 3, 2)).astype(np.float32), np.arange(7, dtype=np.uint64)
+    parts = [tmp_path / f"{i}.npz" for i in range(3)]
+    for part, k in zip(parts, np.split(np.arange(7), [3, 5]), strict=True):
+        images.save_npz(part, x=x[k], seeds=seeds[k])
+    images.join_npz(tmp_path / "joined.npz", parts)
+    # NumPy's own, of all at once.
+    np.savez(tmp_path / "whole.npz", x=x, seeds=seeds)
+    assert (tmp_path / "joined.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
 @pytest.mark.parametrize("image", [torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4), torch.zeros(4, 4)])
 def test_save_png_refuses_what_is_no_image(tmp_path: Path, image: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="a PNG needs uint8"):

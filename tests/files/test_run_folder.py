@@ -14,8 +14,8 @@ CONFIG: dict[str, Any] = {"steps": 10, "seeds": "0-3", "noise": "noise-v1"}
 NAME = "manifest.json"
 
 
-def begin(path: Path, config: dict[str, Any] = CONFIG, mine: list[str] | None = None, **how: bool) -> RunFolder:
-    folder = RunFolder(path, ["*.png", "raw/x.bin"], mine=mine)
+def begin(path: Path, config: dict[str, Any] = CONFIG, **how: bool) -> RunFolder:
+    folder = RunFolder(path, ["*.png", "raw/x.bin"])
     folder.begin(config, **{"resume": False, "overwrite": False, **how})
     return folder
 
@@ -69,18 +69,6 @@ def test_begin_refuses_another_config_by_name(tmp_path: Path) -> None:
         begin(tmp_path, {**CONFIG, "noise": "noise-v2"}, resume=True)
 
 
-def test_begin_lets_processes_of_one_run_start_one_after_the_other(tmp_path: Path) -> None:
-    begin(tmp_path, mine=["b.png"])
-    (tmp_path / "b.png").touch()
-    (tmp_path / ".b.png.7.tmp").touch()
-    begin(tmp_path, mine=["a.png"])
-    begin(tmp_path, mine=["a.png"], overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.png.7.tmp", "b.png", NAME]
-    for mine, config in ((None, CONFIG), (["b.png"], CONFIG), (["a.png"], {**CONFIG, "steps": 20})):
-        with pytest.raises(FileExistsError, match="exists already"):
-            begin(tmp_path, config, mine)
-
-
 def test_begin_accepts_a_manifest_without_files(tmp_path: Path) -> None:
     begin(tmp_path)
     begin(tmp_path, {**CONFIG, "steps": 20})
@@ -100,14 +88,24 @@ def test_locked_keeps_other_runs_out_and_leaves_no_empty_folder(tmp_path: Path) 
     with folder.locked():
         with pytest.raises(BlockingIOError, match="another run is writing"), RunFolder(folder.path, []).locked():
             pass
-        with pytest.raises(BlockingIOError), RunFolder(folder.path, [], mine=[]).locked():
+        with pytest.raises(BlockingIOError), RunFolder(folder.path, []).locked(shared=True):
             pass
     assert not folder.path.exists()
-    with RunFolder(tmp_path, [], mine=[]).locked(), RunFolder(tmp_path, [], mine=[]).locked():
-        assert tmp_path.exists()
     (tmp_path / "file").touch()
     with (
         pytest.raises(NotADirectoryError, match="file is a file; give another --outdir"),
         RunFolder(tmp_path / "file", []).locked(),
     ):
         pass
+
+
+def test_locked_lets_processes_of_one_run_share_the_folder(tmp_path: Path) -> None:
+    first, second, other = (RunFolder(tmp_path, []) for _ in range(3))
+    with first.locked() as share:
+        share()
+        with second.locked(shared=True), pytest.raises(BlockingIOError), other.locked():
+            pass
+    with second.locked(shared=True), pytest.raises(BlockingIOError, match="another run is writing"), other.locked():
+        pass
+    with other.locked():
+        assert tmp_path.exists()

@@ -11,10 +11,11 @@ import torch
 
 from fastddpm.machine.building import Job, Want
 from fastddpm.machine.packages import weights_digest
+from fastddpm.machine.ranks import Ranks
 from fastddpm.sampling import options
-from fastddpm.sampling.outputs import Outputs
+from fastddpm.sampling.outputs import Outputs, read_x
 from fastddpm.sampling.sample import plan_run
-from fastddpm.sampling.to_files import describe
+from fastddpm.sampling.to_files import begun
 from fastddpm.unet import inference
 from tests.unet.test_unet import small_unet
 
@@ -44,10 +45,9 @@ def test_resumed_run_keeps_the_form_that_began_it(tmp_path: Path, monkeypatch: p
 
     def begin(folder: str, *, resume: bool = True) -> bool:
         run = plan_run(model, (2, 16, 16), seeds=[0], steps=2)
-        outputs = Outputs(tmp_path / folder, "npz", run.seeds, run.labels, run.batches, run.batches)
-        config = describe(model, run, outputs, sampler="ddpm", classes=None, overwrite=False)
-        with outputs.folder.locked():
-            outputs.folder.begin(config, resume=resume, overwrite=False)
+        outputs = Outputs(tmp_path / folder, "npz", run.seeds, run.labels, run.batches)
+        with begun(model, run, outputs, Ranks(), sampler="ddpm", classes=None, resume=resume) as (config, missing):
+            assert missing == [0]
         return config["compile"]
 
     assert not begin("uncompiled", resume=False)
@@ -57,3 +57,21 @@ def test_resumed_run_keeps_the_form_that_began_it(tmp_path: Path, monkeypatch: p
     there = False
     assert begin("compiled")
     assert wants == [Want.IF_FOUND, Want.IF_FOUND, Want.NOW]
+
+
+@pytest.mark.parametrize(("file_format", "name"), [("png", "seed-000012.png"), ("npz", "part-00001.npz")])
+def test_files_of_a_process_that_died_are_missed(tmp_path: Path, file_format: str, name: str) -> None:
+    outputs = Outputs(tmp_path, file_format, [10, 11, 12, 13, 14], None, [range(2), range(2, 4), range(4, 5)])
+    x = torch.rand(5, 1, 4, 4) * 2 - 1
+    for i in (0, 2):
+        outputs.save(i, x[list(outputs.batches[i])])
+    assert outputs.missing() == [1]
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing, one of"):
+        outputs.finish(grid=True)
+    outputs.save(1, x[2:4])
+    outputs.finish(grid=True)
+    assert outputs.missing() == []
+    if file_format == "npz":
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "samples.npz"]
+        assert torch.equal(torch.from_numpy(read_x(tmp_path / "samples.npz")), x)
+        assert torch.equal(torch.from_numpy(read_x(tmp_path / "samples.npz", 3)), x[:3])

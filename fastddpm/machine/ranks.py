@@ -1,0 +1,102 @@
+"""The processes that torchrun started: which of them this one is, and the store that they share."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from fastddpm.files.run_folder import differences
+
+# Seconds between two looks at the store: a wait inside the store would hear no signal.
+_LOOK_EVERY = 0.02
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of its run; alone by default.
+
+    Attributes:
+        rank: 0 to world - 1.
+        world: the number of processes.
+        store: what they share, torch.distributed's; None for a process alone.
+    """
+
+    rank: int = 0
+    world: int = 1
+    store: Any = None
+    _counts: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def add(self, name: str, n: int = 1) -> int:
+        """Add to a counter that all ranks share, and return what it holds then."""
+        if self.store is None:
+            self._counts[name] += n
+            return self._counts[name]
+        return int(self.store.add(name, n))
+
+    def tell(self, name: str, value: Any) -> None:
+        """Let the other ranks have a value of JSON types."""
+        if self.store is not None:
+            self.store.set(name, json.dumps(value))
+
+    def told(self, name: str) -> Any:
+        """Return a value that another rank tells, waiting for it."""
+        while not self.store.check([name]):
+            time.sleep(_LOOK_EVERY)
+        return json.loads(self.store.get(name))
+
+    def within(self, name: str) -> Ranks:
+        """Return the same ranks with counters and values of their own."""
+        store = None if self.store is None else dist.PrefixStore(name, self.store)
+        return dataclasses.replace(self, store=store, _counts=collections.Counter())
+
+    def refuse_unless_same(self, first: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Refuse settings that differ from those of rank 0.
+
+        Raises:
+            ValueError: they do; the message names each difference.
+        """
+        if changed := differences(first, own):
+            raise ValueError(f"rank {self.rank} does not do what rank 0 does: {'; '.join(changed)}")
+
+
+def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return this process's rank and the number of processes, from torchrun's variables; (0, 1) without them.
+
+    Raises:
+        ValueError: the variables contradict each other, or torchrun did not set them.
+    """
+    world = int(environment.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1
+    if "RANK" not in environment:
+        raise ValueError(f"WORLD_SIZE is {world} and RANK is not set; start with torchrun, or unset WORLD_SIZE")
+    rank = int(environment["RANK"])
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE is {world}; RANK must be below it")
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError(f"WORLD_SIZE is {world} and torchrun did not set it; start with torchrun, or unset WORLD_SIZE")
+    return rank, world
+
+
+def join_ranks() -> Ranks:
+    """Return this process among those that torchrun started with it, connected to the store of torchrun's agent.
+
+    Raises:
+        ValueError: torchrun's variables contradict each other.
+        torch.distributed.DistNetworkError: the store does not answer.
+    """
+    rank, world = rank_and_world(os.environ)
+    if world == 1:
+        return Ranks()
+    store, _, _ = next(dist.rendezvous("env://"))
+    # The agent keeps its store when it starts the processes again, and with it the counters of those that died.
+    start = f"fastddpm/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{world}"
+    return Ranks(rank, world, dist.PrefixStore(start, store))
