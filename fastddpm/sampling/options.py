@@ -23,7 +23,7 @@ from fastddpm.machine.devices import resolve_device
 from fastddpm.ops.checks import DTYPES
 from fastddpm.ops.operators import use_triton
 from fastddpm.sampling.changes import modules_of
-from fastddpm.sampling.network import Model, device_of, dtype_of, null_class_of, num_labels_of
+from fastddpm.sampling.network import Model, device_of, dtype_of, null_class_of, num_labels_of, self_conditions
 
 logger = logging.getLogger("fastddpm")
 
@@ -53,6 +53,7 @@ class SamplerArguments(TypedDict, total=False):
     cuda_graph: bool | str
     backend: str
     null_class: int | None
+    self_condition: str | None
     check_finite: bool
     frozen: bool
     samples_ahead: int
@@ -78,6 +79,7 @@ class Options:
         check_finite: record each sample's first step with a NaN or Inf.
         frozen: the weights never change in place.
         null_class: the label that means "no class", None where there is none.
+        self_condition: the argument of the model that takes the last estimate of x_0, None where there is none.
         num_labels: how many labels the model knows, None where it does not say.
     """
 
@@ -95,6 +97,7 @@ class Options:
     check_finite: bool
     frozen: bool
     null_class: int | None
+    self_condition: str | None
     num_labels: int | None
 
     @property
@@ -128,6 +131,7 @@ def resolve_options(
     cuda_graph: bool | str,
     backend: str,
     null_class: int | None,
+    self_condition: str | None,
     check_finite: bool,
     frozen: bool,
     samples_ahead: int,
@@ -139,8 +143,7 @@ def resolve_options(
         model: the network.
         shape: one sample's shape.
         steps: rows of the table.
-        device, dtype, compile, cuda_graph, backend, null_class, check_finite, frozen, samples_ahead, compiled: see
-            `Sampler`.
+        device, ..., compiled: see `Sampler`.
 
     Raises:
         ValueError: an option is unknown, or does not fit the device.
@@ -167,6 +170,7 @@ def resolve_options(
         check_finite=check_finite,
         frozen=frozen,
         null_class=null_class_of(model) if null_class is None else null_class,
+        self_condition="x_self_cond" if self_condition is None and self_conditions(model) else self_condition,
         num_labels=num_labels_of(model),
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastddpm.checks import integer, nearest, number
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling.conditions import Labels, check_kwargs, resolve_labels, with_null_half
+from fastddpm.sampling.guidance import Weight, is_guided, weight_of
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
 
@@ -31,6 +32,7 @@ class StepKey:
         batch: B, samples per step.
         noise: where z comes from: "counter" (seeds), "given" (a buffer that the caller fills) or "none".
         guided: two predictions per sample, and m = m_u + w (m_c - m_u).
+        rescaled: m keeps the spread of m_c.
         labels: the model is given class_labels.
         x0_out: the estimate of x_0 is kept.
         check_finite: each sample's first step with a NaN or Inf is recorded.
@@ -43,6 +45,7 @@ class StepKey:
     batch: int
     noise: str = COUNTER
     guided: bool = False
+    rescaled: bool = False
     labels: bool = False
     x0_out: bool = False
     check_finite: bool = False
@@ -67,7 +70,8 @@ class Request:
         x_T: [B, ...] where the call brings it, else None: drawn from the seeds.
         draw: returns z of a step [B, ...], where the caller provides it.
         class_labels: int64, [B], or [2B] with guidance, see `conditions.with_null_half`.
-        guidance: the weight w.
+        guidance: the weight w, or one per row.
+        rescale: phi of `guidance.rescaled`.
         kwargs: further keyword arguments of the model, likewise.
         seeded: x_T or the noise comes from `seed` and `sample_id`.
     """
@@ -78,7 +82,8 @@ class Request:
     x_T: Tensor | None  # noqa: N815
     draw: Callable[[int], Tensor] | None
     class_labels: Tensor | None
-    guidance: float
+    guidance: float | Tensor
+    rescale: float
     kwargs: dict[str, Any]
     seeded: bool
 
@@ -93,7 +98,9 @@ class Conditions(TypedDict, total=False):
     """Keyword arguments of `Sampler.sample` that `fastddpm.sample` hands on: one value for all samples, or rows."""
 
     x_T: Tensor | None
-    guidance: float
+    guidance: Weight
+    guidance_interval: tuple[float, float] | None
+    guidance_rescale: float
     model_kwargs: Mapping[str, Any] | None
     null_kwargs: Mapping[str, Any] | None
 
@@ -131,7 +138,9 @@ def resolve_request(
     x_T: Tensor | None = None,
     batch_size: int | None = None,
     class_labels: Labels | None = None,
-    guidance: float = 1.0,
+    guidance: Weight = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_rescale: float = 0.0,
     model_kwargs: Mapping[str, Any] | None = None,
     null_kwargs: Mapping[str, Any] | None = None,
 ) -> Request:
@@ -142,10 +151,10 @@ def resolve_request(
     """
     batch_size = None if batch_size is None else integer("batch_size", batch_size, 0)
     shape = options.shape
-    if x0_out and table.estimate != "x_0":
+    if (x0_out or options.self_condition) and table.estimate != "x_0":
         raise ValueError(
             f"sampler {table.name!r} keeps {table.estimate} and has no estimate of x_0 to give; sample without "
-            "return_x0 and steps(), or choose a sampler that keeps x_0, such as unipc"
+            "return_x0, steps() and self-conditioning, or choose a sampler that keeps x_0, such as unipc"
         )
     stochastic = bool((table.rows[:, COLUMN["sigma"]] != 0).any())
     source = _only_source(seeds, seed, generator, noise)
@@ -171,8 +180,10 @@ def resolve_request(
     B = len(seed_of)
     if x_T is not None and len(x_T) != B:
         raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
-    w = number("guidance", guidance)
-    guided = w != 1.0
+    w, phi = weight_of(guidance, guidance_interval, table), number("guidance_rescale", guidance_rescale, ge=0.0, le=1.0)
+    guided = is_guided(w)
+    if options.self_condition in (model_kwargs or {}):
+        raise ValueError(f"{options.self_condition!r} is given the estimate of x_0; leave it out of model_kwargs")
     labels, kwargs = resolve_labels(class_labels, B, options.num_labels), check_kwargs(model_kwargs, null_kwargs)
     if guided:
         labels, kwargs = with_null_half(labels, kwargs, B, options.null_class, null_kwargs or {})
@@ -180,13 +191,16 @@ def resolve_request(
         batch=B,
         noise=NONE if not stochastic else COUNTER if source == "seeds" else GIVEN,
         guided=guided,
+        rescaled=guided and phi > 0.0,
         labels=labels is not None,
         x0_out=x0_out,
         check_finite=options.check_finite,
         **_split_kwargs(kwargs if options.bakes_values else {}),
         settings=options.global_settings(),
     )
-    return Request(key, seed_of, sample_id, x_T, draw if stochastic else None, labels, w, kwargs, source == "seeds")
+    return Request(
+        key, seed_of, sample_id, x_T, draw if stochastic else None, labels, w, phi, kwargs, source == "seeds"
+    )
 
 
 def _split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastddpm.checks import integer, number
+from fastddpm.checks import integer
 from fastddpm.machine.devices import resolve_device
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import network as net
 from fastddpm.sampling.conditions import Labels
+from fastddpm.sampling.guidance import Weight, is_guided
 from fastddpm.sampling.options import SamplerArguments, check_shape
 from fastddpm.sampling.request import Conditions, Generators, Noise, RequestArguments, given_batch, refuse_unknown
 from fastddpm.sampling.sampler import Sampler, StepResult
@@ -153,8 +154,8 @@ class Run:
     _compiled: bool | None = field(default=None, init=False, repr=False)
 
     @property
-    def guidance(self) -> float:
-        """The weight of classifier-free guidance."""
+    def guidance(self) -> Weight:
+        """The weight of classifier-free guidance, or one per row."""
         return self.conditions.get("guidance", 1.0)
 
     @property
@@ -216,16 +217,17 @@ def plan_run(
     known = SamplerArguments.__annotations__
     conditions = cast(Conditions, {name: value for name, value in options.items() if name not in known})
     how = cast(SamplerArguments, {name: value for name, value in options.items() if name in known})
-    x_T = conditions.get("x_T")
+    x_T, guidance = conditions.get("x_T"), conditions.get("guidance", 1.0)
     if x_T is not None and len(x_T) != len(seeds):
         raise ValueError(f"x_T holds {len(x_T)} samples for {len(seeds)} seeds")
     diffusion = diffusion or diffusion_of(model)
     shape = shape_of(model, diffusion) if shape is None else check_shape(shape)
     steps = None if steps is None else integer("steps", steps, 1)
-    guided = number("guidance", conditions.get("guidance", 1.0)) != 1.0
+    if isinstance(guidance, Tensor):  # one weight per row of the table, not per sample
+        conditions["guidance"] = guidance.tolist()
     # Whatever torch.set_default_device asks for.
     with torch.device("cpu"):
-        table = make_table(sampler, diffusion, steps=steps, guided=guided, **(sampler_options or {}))
+        table = make_table(sampler, diffusion, steps=steps, guided=is_guided(guidance), **(sampler_options or {}))
     device = how.get("device")
     how["device"] = device = net.device_of(model) if device is None else resolve_device(device)
     if batch_size is None:
@@ -258,8 +260,7 @@ def _ranges(n: int, count: int) -> Iterator[range]:
 def shape_of(model: net.Model, diffusion: DiffusionConfig | None = None) -> tuple[int, ...]:
     """Return one sample's shape from the model's config: (channels, *sample_size).
 
-    A network has twice its sample's channels out where it learns the variance, and more than those in where it is given
-    a condition beside x.
+    A network returns them twice where it learns the variance, and takes more where a condition lies beside x.
 
     Raises:
         ValueError: the config does not say.
@@ -269,7 +270,7 @@ def shape_of(model: net.Model, diffusion: DiffusionConfig | None = None) -> tupl
     if not isinstance(channels, int) or size is None:
         raise ValueError("the model's config does not name a shape: pass shape=(C, H, W), or (D,) for points")
     learned = (diffusion or diffusion_of(model)).variance_type in LEARNED
-    out = getattr(config, "out_channels", channels) // (2 if learned else 1)
+    out = getattr(config, "out_channels", channels) // (1 + learned)
     height, width = (size, size) if isinstance(size, int) else size
     return (min(channels, out), height, width)
 

@@ -64,6 +64,8 @@ class Sampler:
         cuda_graph: replay the step as a CUDA graph. "auto" tries on CUDA and falls back with a warning, True raises.
         backend: "auto", "triton" or "torch", for the fused step.
         null_class: the label that means "no class", for guidance; default the model's.
+        self_condition: the argument in which the model takes the last step's estimate of x_0, zeros at first (Chen et
+            al. 2023, arXiv:2208.04202); default "x_self_cond" where ``model.self_condition`` is true.
         check_finite: raise SamplingError when a sample has a NaN or Inf, naming step and sample.
         frozen: promise that weights are not changed in place, which saves reading them at the start of each call.
         samples_ahead: how many samples the caller means to draw; only compile="auto" asks.
@@ -87,6 +89,7 @@ class Sampler:
         cuda_graph: bool | str = "auto",
         backend: str = "auto",
         null_class: int | None = None,
+        self_condition: str | None = None,
         check_finite: bool = False,
         frozen: bool = False,
         samples_ahead: int = 1,
@@ -103,6 +106,7 @@ class Sampler:
             cuda_graph=cuda_graph,
             backend=backend,
             null_class=null_class,
+            self_condition=self_condition,
             check_finite=check_finite,
             frozen=frozen,
             samples_ahead=samples_ahead,
@@ -189,7 +193,9 @@ class Sampler:
             batch_size: B, where nothing else tells.
             class_labels: an int for all samples or integers [B].
             guidance: weight w of classifier-free guidance, m = m_u + w (m_c - m_u) (Ho & Salimans 2022, with w = 1 + w'
-                of their eq. 6); 1.0 means none, and runs one network call per sample instead of two.
+                of their eq. 6), or one per row; 1.0 means none, and runs one network call per sample instead of two.
+            guidance_interval: timesteps (low, high) outside of which it is 1 (Kynkäänniemi et al. 2024).
+            guidance_rescale: phi of Lin et al. 2023, 0 to 1: how far m keeps the standard deviation of m_c.
             model_kwargs: further keyword arguments of the model; tensors of B rows are repeated for guidance.
             null_kwargs: what some of them are in guidance's unconditional half: for each a number, a tensor that
                 broadcasts to the argument's rows, or a function of them (``torch.zeros_like``).

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.errors import FastDDPMError, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
+from fastddpm.sampling.guidance import rescaled
 from fastddpm.sampling.network import Network, unwrap
 from fastddpm.sampling.options import Options
 from fastddpm.sampling.request import COUNTER, GIVEN, Request, StepKey
@@ -61,7 +62,7 @@ class StaticStep:
         self.x_in = buffer(n, *shape, dtype=dtype).to(memory_format=network.memory_format)
         # Not the network's input, which a network may write into.
         self.x_t = buffer(B, *shape)
-        self.x0 = buffer(B, *shape) if key.x0_out else None
+        self.x0 = buffer(B, *shape) if key.x0_out or options.self_condition else None
         self.history = buffer(table.history, B, *shape) if table.history else None
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
         # compiled twin of the draw needs none.
@@ -70,7 +71,11 @@ class StaticStep:
         self._draws_ahead = self._compiled and twin and key.noise == COUNTER and math.prod(shape) % 2 == 0
         self.z = buffer(B, *shape) if key.noise == GIVEN or self._draws_ahead else None
         self.first_bad = buffer(B, dtype=torch.int64) if key.check_finite else None
+        self._rescale = buffer(1) if key.rescaled else None
         self._kwargs = {name: buffer(*size, dtype=dtype) for name, size, dtype in key.buffers}
+        self._x0_in = torch.zeros_like(self.x_in) if options.self_condition else None
+        if options.self_condition and self._x0_in is not None:
+            self._kwargs[options.self_condition] = self._x0_in
         if self.class_labels is not None:
             self._kwargs["class_labels"] = self.class_labels
         self.kwargs = {**self._kwargs, **dict(key.values)}
@@ -79,12 +84,16 @@ class StaticStep:
         network.load(self.class_labels)
 
     def predict(self) -> Tensor:
-        """Return m = model(x_t, t), [B, ...], or [2B, ...] with guidance."""
+        """Return m = model(x_t, t), [B, ...], or [2B, ...] with guidance that is left to the step."""
         if self.key.guided:
             self.x_in[self.key.batch :].copy_(self.x_in[: self.key.batch])
         if self._reads_t:
             torch.index_select(self.timesteps, 0, self._index, out=self.t)
-        return self._checked(unwrap(self.network(self.x_in, self.t, self.row, self.kwargs)))
+        m = self._checked(unwrap(self.network(self.x_in, self.t, self.row, self.kwargs)))
+        if self._rescale is None:
+            return m
+        w = self.rows[:, COLUMN["w"]].index_select(0, self.row)
+        return rescaled(m, w, self._rescale, self.options.shape[0])
 
     def p_sample(self, m: Tensor) -> None:
         """Replace x_t by x_{t-1} ~ p_theta(x_{t-1} | x_t), given the network's output m."""
@@ -97,7 +106,7 @@ class StaticStep:
             self._noise(),
             clip=table.clip,
             learned=table.learned,
-            guided=self.key.guided,
+            guided=self.key.guided and not self.key.rescaled,
             use_m=table.use_m,
             history=self.history,
             out=self.x_t,
@@ -106,6 +115,8 @@ class StaticStep:
             backend=self.options.backend,
             compiled=self._compiled,
         )
+        if self._x0_in is not None and self.x0 is not None:
+            self._x0_in.unflatten(0, (1 + self.key.guided, self.key.batch)).copy_(self.x0)
         if self.first_bad is not None:
             self._record_non_finite(self.first_bad)
 
@@ -139,11 +150,13 @@ class StaticStep:
         self.rewind()
         self.seed.copy_(request.seed)
         self.sample_id.copy_(request.sample_id)
-        self.rows[:, COLUMN["w"]].fill_(request.guidance)
+        self.rows[:, COLUMN["w"]] = request.guidance
+        if self._rescale is not None:
+            self._rescale.fill_(request.rescale)
         if self.class_labels is not None and request.class_labels is not None:
             self.class_labels.copy_(request.class_labels)
         self._load_kwargs(request.kwargs)
-        for scratch in (self.x0, self.history, self.z):
+        for scratch in (self.x0, self._x0_in, self.history, self.z):
             if scratch is not None:
                 scratch.zero_()
         if self.first_bad is not None:
