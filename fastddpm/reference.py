@@ -121,7 +121,7 @@ def p_sample(
     `options` are those of `p_mean_variance`.
     """
     mean, variance, _ = p_mean_variance(x_t, model_output, t, schedule, **options)
-    noisy = _at(torch.arange(schedule.num_timesteps), t, x_t) > 0
+    noisy = _at(torch.arange(schedule.num_timesteps, device="cpu"), t, x_t) > 0
     return torch.where(noisy, mean + variance.sqrt() * _noise(z, x_t, generator), mean)
 
 
@@ -145,7 +145,11 @@ def p_sample_loop(
         generator: used where z is not given.
         options: those of `p_mean_variance`.
     """
-    visited = torch.arange(schedule.num_timesteps).flip(0) if timesteps is None else torch.as_tensor(timesteps)
+    visited = (
+        torch.arange(schedule.num_timesteps, device="cpu").flip(0)
+        if timesteps is None
+        else torch.as_tensor(timesteps, device="cpu")
+    )
     respaced = schedule.respaced(visited)
     x = x_T
     for i, t in enumerate(visited.tolist()):
@@ -223,7 +227,7 @@ def vlb_term(
     log_beta_tilde = _at(schedule.posterior_log_variance_clipped, t, x_t)
     log_variance = variance.log()
     if variance_type in ("fixed_small", "fixed_large"):
-        first = _at(torch.arange(schedule.num_timesteps), t, x_t) == 0
+        first = _at(torch.arange(schedule.num_timesteps, device="cpu"), t, x_t) == 0
         log_variance = torch.where(first, log_beta_tilde, log_variance)
     kl = normal_kl(q_posterior(x_0, x_t, t, schedule)[0], log_beta_tilde, mean, log_variance)
     likelihood = discretized_log_likelihood(x_0, mean, 0.5 * log_variance)
@@ -268,7 +272,7 @@ def ddim_step(
     In the notation of Ho et al. (arXiv:2010.02502 writes alpha for alpha_bar). With eta = 0 and alpha_bar_prev below
     alpha_bar_t it is the inversion, from data to noise.
     """
-    sigma = torch.zeros(())
+    sigma = torch.zeros((), device="cpu")
     if eta > 0:
         sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)).sqrt()
     # Rounding can leave a negative number where sigma^2 is the whole variance.
@@ -278,7 +282,7 @@ def ddim_step(
 
 def _at(coefficients: Tensor, t: Tensor | int, x: Tensor) -> Tensor:
     """Pick coefficients[t] for every sample: [B, 1, ...] (or [1, 1, ...]) in the dtype of x."""
-    t = torch.as_tensor(t).cpu().reshape(-1)
+    t = torch.as_tensor(t, device="cpu").cpu().reshape(-1)
     return coefficients[t].to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 

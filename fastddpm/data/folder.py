@@ -113,7 +113,7 @@ def _classes(folder: Path, paths: list[Path]) -> tuple[torch.Tensor | None, tupl
         return None, ()
     parents = [path.relative_to(folder).parts[0] for path in paths]
     classes = tuple(sorted(set(parents)))
-    return torch.tensor([classes.index(parent) for parent in parents], dtype=torch.int64), classes
+    return torch.tensor([classes.index(parent) for parent in parents], dtype=torch.int64, device="cpu"), classes
 
 
 def _warn_of_losses(source: Path, paths: list[Path], headers: list[ImageHeader]) -> None:

@@ -162,7 +162,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, n_directions: int = 128) -> float:
     """
     if x.shape != y.shape or x.dim() != 2 or x.shape[1] != 2 or len(x) == 0:
         raise ValueError(f"x and y must both be [N, 2] with N >= 1, got {tuple(x.shape)} and {tuple(y.shape)}")
-    angles = torch.arange(n_directions, dtype=torch.float64) * (math.pi / n_directions)
+    angles = torch.arange(n_directions, dtype=torch.float64, device="cpu") * (math.pi / n_directions)
     directions = torch.stack([angles.cos(), angles.sin()])  # [2, n_directions]
     x_line, y_line = ((p.cpu().double() @ directions).sort(dim=0).values for p in (x, y))
     return float((x_line - y_line).square().mean().sqrt())

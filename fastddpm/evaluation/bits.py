@@ -34,12 +34,12 @@ def real_bits(model: UNet, reference: Reference, n: int, device: torch.device) -
 
 def _thinned(data: Dataset, n: int) -> Dataset:
     n = min(n, len(data))
-    return subset(data, torch.arange(n) * len(data) // n)
+    return subset(data, torch.arange(n, device="cpu") * len(data) // n)
 
 
 def _bits(network: UNet, data: Dataset, device: torch.device) -> Estimate:
     same = data.labels is not None and num_classes_of(network) == len(data.classes)
-    x_0 = data.x_0(torch.arange(len(data))).to(device)
+    x_0 = data.x_0(torch.arange(len(data), device="cpu")).to(device)
     labels = data.labels.to(device) if same and data.labels is not None else None
     found = bits_per_dim(network, x_0, diffusion_of(network), class_labels=labels)
     return normal(found.mean, found.standard_error)

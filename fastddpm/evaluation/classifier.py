@@ -65,7 +65,9 @@ class Predictions:
 @torch.inference_mode()
 def classify(classifier: Classifier, data: Dataset) -> Predictions:
     """Classify every image of a set."""
-    features = torch.cat([classifier.features(data.x_0(k)) for k in torch.arange(len(data)).split(_BATCH)])
+    features = torch.cat(
+        [classifier.features(data.x_0(k)) for k in torch.arange(len(data), device="cpu").split(_BATCH)]
+    )
     return Predictions(classifier.head(features).argmax(dim=1), features.double())
 
 

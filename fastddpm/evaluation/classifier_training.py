@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation.classifier import Classifier
+from fastddpm.machine.devices import plain_torch
 
 EPOCHS = 40
 BATCH = 50
@@ -41,7 +42,7 @@ def train_classifier(
     """
     if data.labels is None or data.shape[0] != 1:
         raise ValueError(f"{data.name}: a classifier is trained on grey images with labels")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), plain_torch():
         torch.manual_seed(seed)
         classifier = Classifier(len(data.classes))
     generator = np.random.Generator(np.random.Philox(key=seed))

@@ -23,7 +23,7 @@ def nearest_distances(data: Dataset, reference: Dataset, *, skip: Tensor | None 
         reference: images of the same shape.
         skip: [N] int64, for each image a reference image that does not count: itself, where it is one of them.
     """
-    nearest = torch.full((len(data),), math.inf, dtype=torch.float64)
+    nearest = torch.full((len(data),), math.inf, dtype=torch.float64, device="cpu")
     for rows in _blocks(data):
         x = _flat(data, rows)
         for columns in _blocks(reference):
@@ -43,7 +43,7 @@ def diversity(data: Dataset) -> Estimate | None:
     Returns:
         The estimate, or None if no class has two images.
     """
-    labels = torch.zeros(len(data), dtype=torch.int64) if data.labels is None else data.labels
+    labels = torch.zeros(len(data), dtype=torch.int64, device="cpu") if data.labels is None else data.labels
     means, variances = [], []
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
@@ -61,7 +61,7 @@ def diversity(data: Dataset) -> Estimate | None:
 def _sums(data: Dataset, members: Tensor) -> Array:
     """Sum of each member's distances to all of them, float64 [len(members)]."""
     part = Dataset(data.name, data.images[members])
-    total = torch.zeros(len(part), dtype=torch.float64)
+    total = torch.zeros(len(part), dtype=torch.float64, device="cpu")
     for rows in _blocks(part):
         for columns in _blocks(part):
             distances = torch.cdist(_flat(part, rows), _flat(part, columns))
@@ -71,7 +71,7 @@ def _sums(data: Dataset, members: Tensor) -> Array:
 
 
 def _blocks(data: Dataset) -> tuple[Tensor, ...]:
-    return torch.arange(len(data)).split(max(1, _BLOCK // math.prod(data.shape)))
+    return torch.arange(len(data), device="cpu").split(max(1, _BLOCK // math.prod(data.shape)))
 
 
 def _flat(data: Dataset, k: Tensor) -> Tensor:

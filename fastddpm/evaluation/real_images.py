@@ -86,7 +86,7 @@ def matched(sets: Sequence[Dataset], seed: int = 0) -> list[Tensor]:
     Raises:
         ValueError: not a single image is left.
     """
-    labels = [torch.zeros(len(s), dtype=torch.int64) if s.labels is None else s.labels for s in sets]
+    labels = [torch.zeros(len(s), dtype=torch.int64, device="cpu") if s.labels is None else s.labels for s in sets]
     classes = max(1, len(sets[0].classes))
     counts = torch.stack([torch.bincount(own, minlength=classes) for own in labels]).amin(dim=0)
     if not counts.any():

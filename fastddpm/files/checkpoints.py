@@ -95,7 +95,7 @@ class Checkpoint:
     def _read_tensor(self, tensor: StoredTensor) -> Tensor:
         numbers = torch.frombuffer(self._bytes(tensor.storage), dtype=tensor.dtype) if tensor.storage.nbytes else None
         if numbers is None or 0 in tensor.shape:
-            return torch.empty(tensor.shape)
+            return torch.empty(tensor.shape, device="cpu")
         return numbers.as_strided(tensor.shape, tensor.stride, tensor.offset).to(torch.float32, copy=True).contiguous()
 
     def _bytes(self, storage: Storage) -> bytearray:

@@ -54,7 +54,7 @@ def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tenso
     N, C, H, W = images.shape
     columns = min(N, columns or math.ceil(math.sqrt(N)))
     rows = math.ceil(N / columns)
-    grid = torch.zeros(C, rows * (H + gap) + gap, columns * (W + gap) + gap, dtype=torch.uint8)
+    grid = torch.zeros(C, rows * (H + gap) + gap, columns * (W + gap) + gap, dtype=torch.uint8, device="cpu")
     for i, image in enumerate(images.cpu()):
         top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         grid[:, top : top + H, left : left + W] = image

@@ -101,7 +101,7 @@ class NoiseSource:
         """Draw x_T ~ N(0, I) of a tensor's shape: in its dtype, or in float32 from seeds."""
         if self.key is None:
             return self.randn(like)
-        first = torch.zeros(1, dtype=torch.int64)
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
         return ops.randn(self._counter(first, STREAM_X_T, like.device), like.shape[1:], device=like.device)
 
     def at(self, step: Tensor, x: Tensor) -> ops.Counter | Tensor:

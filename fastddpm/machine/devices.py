@@ -38,6 +38,18 @@ def resolve_device(device: torch.device | str) -> torch.device:
     return torch.device("cuda", index)
 
 
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Make networks in float32 on the CPU, whatever torch.set_default_dtype and torch.set_default_device ask for."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a CUDA device current: Triton launches on whatever device is."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

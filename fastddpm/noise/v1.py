@@ -247,7 +247,7 @@ def counter(
     device: torch.device | str = "cpu",
 ) -> Counter:
     """Make a Counter from the result of :func:`resolve_seeds` and one step for all samples (or int64 [B])."""
-    steps = step if isinstance(step, Tensor) else torch.tensor([step], dtype=torch.int64)
+    steps = step if isinstance(step, Tensor) else torch.tensor([step], dtype=torch.int64, device="cpu")
     return Counter(seeds[0].to(device), seeds[1].to(device), steps.to(device), stream)
 
 
@@ -273,6 +273,6 @@ def timesteps(
         raise ValueError(f"T must be in 1 .. 2**31, got {T}")
     key, ids = resolve_seeds(None, seed, sample_ids, batch)
     where = counter((key, ids), step if isinstance(step, Tensor) else as_word(step, "step"), STREAM_TIMESTEPS)
-    g = torch.zeros(1, dtype=torch.int64)
+    g = torch.zeros(1, dtype=torch.int64, device="cpu")
     word = philox(where.seed, where.sample_id, where.step, where.stream, g)[0]
     return (word * T) >> 32

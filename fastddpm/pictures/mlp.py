@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastddpm.checks import integer
+from fastddpm.machine.devices import plain_torch
 from fastddpm.sampling.network import ModelNetwork, Network
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.training.loss import ddpm_loss
@@ -132,7 +133,7 @@ def train_points(
     steps, batch = integer("steps", steps, 1), integer("batch", batch, 1)
     if diffusion.prediction_type != "epsilon":
         raise ValueError(f"the points' network predicts epsilon, got prediction_type {diffusion.prediction_type!r}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), plain_torch():
         torch.manual_seed(seed % 2**63)
         model = PointMLP(diffusion, x_0.shape[1]).to(device)
     data, schedule = x_0.to(device), diffusion.schedule()

@@ -90,7 +90,9 @@ def marginal(x_0: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
     mean = x.mean(dim=0)
     centred = x - mean
     covariance = centred.T @ centred / len(x)
-    return math.sqrt(alpha_bar) * mean, alpha_bar * covariance + (1.0 - alpha_bar) * torch.eye(x.shape[1]).double()
+    return math.sqrt(alpha_bar) * mean, alpha_bar * covariance + (1.0 - alpha_bar) * torch.eye(
+        x.shape[1], device="cpu"
+    ).double()
 
 
 def forward_walk(

@@ -138,7 +138,7 @@ def load_x_0(settings: RecordingSettings) -> Tensor:
 
 
 def _all_x_0(images: data.Dataset) -> Tensor:
-    return images.x_0(torch.arange(len(images)))
+    return images.x_0(torch.arange(len(images), device="cpu"))
 
 
 def _n_points(settings: RecordingSettings) -> int:

@@ -34,7 +34,7 @@ def named_betas(name: str, num_timesteps: int, **options: Any) -> Tensor:
 
 def _linear_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     check_ends(beta_start, beta_end)
-    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64, device="cpu")
 
 
 def _linear_rescaled_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -45,17 +45,17 @@ def _linear_rescaled_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0
             f"linear_rescaled reaches beta = {max(beta_start, beta_end) * scale:.4g} at num_timesteps = {T}, and beta "
             "must stay below 1; use the cosine schedule for so few steps"
         )
-    return torch.linspace(beta_start * scale, beta_end * scale, T, dtype=torch.float64)
+    return torch.linspace(beta_start * scale, beta_end * scale, T, dtype=torch.float64, device="cpu")
 
 
 def _scaled_linear_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     check_ends(beta_start, beta_end)
-    return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
+    return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64, device="cpu") ** 2
 
 
 def _sigmoid_geodiff_betas(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     check_ends(beta_start, beta_end)
-    return torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
+    return torch.linspace(-6, 6, T, dtype=torch.float64, device="cpu").sigmoid() * (beta_end - beta_start) + beta_start
 
 
 def _cosine_betas(T: int) -> Tensor:
@@ -93,7 +93,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 
 def _betas_from_alpha_bar(T: int, alpha_bar: Callable[[Tensor], Tensor]) -> Tensor:
     """beta_i = min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999)."""
-    values = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
+    values = alpha_bar(torch.arange(T + 1, dtype=torch.float64, device="cpu") / T)
     return (1.0 - values[1:] / values[:-1]).clamp(max=MAX_BETA)
 
 

@@ -131,7 +131,7 @@ class DiffusionConfig:
 
     def _betas(self) -> torch.Tensor:
         if self.trained_betas is not None:
-            return torch.tensor(self.trained_betas, dtype=torch.float64)
+            return torch.tensor(self.trained_betas, dtype=torch.float64, device="cpu")
         ends = {"beta_start": self.beta_start, "beta_end": self.beta_end}
         options = ends if self.beta_schedule in _SCHEDULES_WITH_ENDS else {}
         return named_betas(self.beta_schedule, self.num_timesteps, **options)

@@ -109,7 +109,9 @@ def noise_levels(
         check_steps(n, schedule.num_timesteps)
         visited = _spaced(schedule, n, spacing, steps_offset, final)
     end = 1.0 if final == "zero" else float(schedule.alphas_cumprod[0])
-    alphas_cumprod = torch.cat([alpha_bar_at(schedule, visited), torch.tensor([end], dtype=torch.float64)])
+    alphas_cumprod = torch.cat(
+        [alpha_bar_at(schedule, visited), torch.tensor([end], dtype=torch.float64, device="cpu")]
+    )
     if not alphas_cumprod[-2] < end:
         raise ValueError(
             f"the last timestep is {float(visited[-1]):g} and final={final!r} ends at the level of t = 0, so the last "
@@ -169,16 +171,16 @@ def _spaced(schedule: Schedule, n: int, spacing: str, steps_offset: int, final: 
         dropped = n < T and (spacing in ("linspace", "leading") or (spacing == "quadratic" and final == "sigma_min"))
         return spaced_timesteps(T, n + dropped, spacing, steps_offset)[:n].double()
     if n == T:
-        return torch.arange(T - 1, -1, -1, dtype=torch.float64)
+        return torch.arange(T - 1, -1, -1, dtype=torch.float64, device="cpu")
     if spacing in AYS and len(range(AYS[spacing][0] + 1)) != T:
         raise ValueError(f"spacing {spacing!r} lists timesteps of T = 1000, and this schedule has T = {T}; use logsnr")
-    anchors = torch.tensor(AYS.get(spacing, (T - 1, 0)), dtype=torch.float64)
+    anchors = torch.tensor(AYS.get(spacing, (T - 1, 0)), dtype=torch.float64, device="cpu")
     alpha_bar = alpha_bar_at(schedule, anchors)
     if alpha_bar[0] == 0.0:
         raise ValueError(f"spacing {spacing!r} needs signal at every level, and alpha_bar is 0 at T; use trailing")
     # The level after the last step is one of those spaced, unless it has no noise; the published lists count it always.
     points = n + (final == "sigma_min" or spacing in AYS)
-    position = torch.linspace(0, 1, points, dtype=torch.float64)
+    position = torch.linspace(0, 1, points, dtype=torch.float64, device="cpu")
     log_sigma = -0.5 * alpha_bar.logit()
     if spacing == "karras":
         first, last = (log_sigma / KARRAS_RHO).exp().tolist()
@@ -208,4 +210,4 @@ def _checked_list(
     for i in range(1, len(checked)):
         if checked[i] > checked[i - 1] or (strict and checked[i] == checked[i - 1]):
             raise ValueError(f"{name} must descend, got {name}[{i}] = {checked[i]} after {checked[i - 1]}")
-    return torch.tensor(checked, dtype=torch.float64)
+    return torch.tensor(checked, dtype=torch.float64, device="cpu")

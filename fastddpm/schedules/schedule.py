@@ -75,7 +75,7 @@ class Schedule:
     @cached_property
     def alphas_cumprod_prev(self) -> Tensor:
         """alpha_bar_{t-1}, with alpha_bar = 1 before the first step."""
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1]])
 
     @cached_property
     def sqrt_alphas_cumprod(self) -> Tensor:
@@ -228,7 +228,7 @@ def warn_unless_gaussian_end(schedule: Schedule, stacklevel: int = 3) -> None:
 
 
 def _betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    previous = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alphas_cumprod[:-1]])
     return 1.0 - alphas_cumprod / previous
 
 
@@ -242,7 +242,7 @@ def _check_betas(betas: Tensor) -> None:
 
 def _as_float64(name: str, values: Sequence[float] | Tensor) -> Tensor:
     try:
-        tensor = torch.as_tensor(values, dtype=torch.float64)
+        tensor = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (ValueError, TypeError, RuntimeError, OverflowError):
         raise ValueError(f"{name} must be a list of numbers, got {shown(values)}") from None
     if tensor.dim() != 1:
@@ -251,7 +251,7 @@ def _as_float64(name: str, values: Sequence[float] | Tensor) -> Tensor:
 
 
 def _check_alphas_cumprod(alphas_cumprod: Tensor, betas: Tensor | None = None) -> None:
-    ones = torch.ones(1, dtype=torch.float64)
+    ones = torch.ones(1, dtype=torch.float64, device="cpu")
     falls = (alphas_cumprod < torch.cat([ones, alphas_cumprod[:-1]])) & (alphas_cumprod >= 0.0)
     if not falls.all():
         t = int((~falls).nonzero()[0])

@@ -118,7 +118,7 @@ def validate_timesteps(timesteps: Sequence[int] | Tensor, T: int) -> Tensor:
                 f"timesteps must descend strictly, got timesteps[{i}] = {value} after {values[i - 1]}; sort the list "
                 "in descending order and drop duplicates"
             )
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def resolve_timesteps(

@@ -159,7 +159,7 @@ def _mean_squares(eps_square: Sequence[float] | Tensor, n: int) -> Tensor:
     if len(values) != n:
         raise ValueError(f"eps_square must hold {n} numbers, one for each timestep; got {len(values)}")
     checked = [number(f"eps_square[{i}]", value, ge=0.0, le=1.0) for i, value in enumerate(values)]
-    return torch.tensor(checked, dtype=torch.float64)
+    return torch.tensor(checked, dtype=torch.float64, device="cpu")
 
 
 def _ddim_columns(

@@ -78,7 +78,7 @@ def _columns(levels: Levels, order: int, falling: bool, combine: Combine) -> dic
     if levels.alphas_cumprod[0] == 0.0:
         raise ValueError("solvers that interpolate eps need signal at every level, and alpha_bar is 0 at T; use unipc")
     alpha, sigma, lam = levels.alpha, levels.sigma, levels.lambda_.tolist()
-    rows = torch.zeros(len(levels.timesteps), len(HISTORY) + 1, dtype=torch.float64)
+    rows = torch.zeros(len(levels.timesteps), len(HISTORY) + 1, dtype=torch.float64, device="cpu")
     for i, count in enumerate(node_counts(levels, order, falling)):
         rows[i, :count] = combine(lam[: i + 2], count)
     rows *= (-alpha[1:] * sigma[:-1] / alpha[:-1])[:, None]

@@ -86,7 +86,8 @@ def _heun_columns(levels: Levels) -> dict[str, Tensor]:
     s = levels.sigma / levels.alpha
     gain = levels.alpha[1:-1] * (s[:-2] - s[1:-1]) / (2.0 * s[1:-1])
     columns = {
-        name: torch.zeros(2 * len(levels.timesteps) - 1, dtype=torch.float64) for name in ("c_xt", "c_x0", "c_1")
+        name: torch.zeros(2 * len(levels.timesteps) - 1, dtype=torch.float64, device="cpu")
+        for name in ("c_xt", "c_x0", "c_1")
     }
     for name in ("c_xt", "c_x0"):
         columns[name][::2] = euler[name]

@@ -62,9 +62,9 @@ def moments(H: float, count: int) -> list[float]:
 
 def weights(nodes: Sequence[float], w: Sequence[float]) -> Tensor:
     """Return b with sum_j b_j nodes_j^k = w_k, float64."""
-    u = torch.tensor(nodes, dtype=torch.float64)
-    powers = torch.arange(len(nodes), dtype=torch.float64)
-    return torch.linalg.solve(u[None, :] ** powers[:, None], torch.tensor(w, dtype=torch.float64))
+    u = torch.tensor(nodes, dtype=torch.float64, device="cpu")
+    powers = torch.arange(len(nodes), dtype=torch.float64, device="cpu")
+    return torch.linalg.solve(u[None, :] ** powers[:, None], torch.tensor(w, dtype=torch.float64, device="cpu"))
 
 
 def node_counts(levels: Levels, order: int, falling: bool) -> list[int]:
@@ -106,9 +106,9 @@ def multistep_columns(
     n = len(levels.timesteps)
     taus = [float(tau)] * n if isinstance(tau, (int, float)) else [float(value) for value in tau]
     counts = node_counts(levels, order, falling)
-    predicted = torch.zeros(n, len(HISTORY) + 1, dtype=torch.float64)
+    predicted = torch.zeros(n, len(HISTORY) + 1, dtype=torch.float64, device="cpu")
     rows = torch.zeros_like(predicted)
-    c_xt, std = torch.zeros(2, n, dtype=torch.float64)
+    c_xt, std = torch.zeros(2, n, dtype=torch.float64, device="cpu")
 
     def step(i: int, nodes: list[int]) -> Tensor:
         h = lam[i + 1] - lam[i]

@@ -72,7 +72,7 @@ class Table:
             )
         if self.history not in range(len(HISTORY) + 1):
             raise ValueError(f"history must lie in 0..{len(HISTORY)}, got {self.history!r}")
-        bounds = torch.tensor([name in ("lo", "hi") for name in COLUMNS])
+        bounds = torch.tensor([name in ("lo", "hi") for name in COLUMNS], device="cpu")
         bad = ~torch.where(bounds, ~self.rows.isnan(), self.rows.isfinite())
         if bad.any():
             r, k = (int(i) for i in bad.nonzero()[0])
@@ -138,9 +138,9 @@ def make_rows(n_rows: int, clip_range: float | None = None, **columns: Tensor | 
     """
     check_clip_range(clip_range)
     bound = float("inf") if clip_range is None else float(clip_range)
-    rows64 = torch.zeros(n_rows, K, dtype=torch.float64)
+    rows64 = torch.zeros(n_rows, K, dtype=torch.float64, device="cpu")
     for name, value in {"lo": -bound, "hi": bound, "w": 1.0, **columns}.items():
-        rows64[:, COLUMN[name]] = torch.as_tensor(value, dtype=torch.float64)
+        rows64[:, COLUMN[name]] = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     return rows64
 
 

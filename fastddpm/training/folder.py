@@ -15,6 +15,7 @@ from fastddpm.data.load import load_data
 from fastddpm.files.images import has_image_shape
 from fastddpm.files.run_folder import RunFolder, differences
 from fastddpm.files.safejson import read_object
+from fastddpm.machine.devices import plain_torch
 from fastddpm.noise.v1 import NOISE_VERSION
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
@@ -65,7 +66,8 @@ class TrainingRun:
 
     def build_model(self) -> UNet:
         """Build the network, with fresh weights or those of `trained`."""
-        model = UNet(dataclasses.replace(self.unet, dropout=self.config.dropout))
+        with plain_torch():
+            model = UNet(dataclasses.replace(self.unet, dropout=self.config.dropout))
         model.diffusion = self.config.diffusion()
         if self.trained is not None:
             model.diffusion = _shared_diffusion(self.config, self.trained.diffusion)

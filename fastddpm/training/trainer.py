@@ -133,7 +133,7 @@ def _flipped(seed: int, k: Tensor, n: int) -> Tensor:
 
 def _uniform(seed: int, k: Tensor, n: int) -> Tensor:
     """Two numbers in [0, 1] for each image, [B, 2] float64, from the part of stream 3 that no timestep uses."""
-    z = noise.normals(torch.tensor([seed]), k, torch.tensor([n]), noise.STREAM_TIMESTEPS, 8)
+    z = noise.normals(torch.tensor([seed], device="cpu"), k, torch.tensor([n], device="cpu"), noise.STREAM_TIMESTEPS, 8)
     return torch.special.ndtr(z[:, 4:6].double())
 
 

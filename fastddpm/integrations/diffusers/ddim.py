@@ -51,7 +51,7 @@ class FastDDIMScheduler(FusedScheduler, DDIMScheduler):
 
     def transitions(self) -> tuple[Tensor, Tensor]:
         """Each timestep leads to t - T // n, whatever the list says."""
-        t = torch.arange(len(self.alphas_cumprod))
+        t = torch.arange(len(self.alphas_cumprod), device="cpu")
         return t, t - self.config.num_train_timesteps // (self.num_inference_steps or 1)
 
     def make_rows(self, t: Tensor, prev_t: Tensor, **options: Any) -> Tensor:

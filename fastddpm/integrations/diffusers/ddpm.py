@@ -61,7 +61,7 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
     def transitions(self) -> tuple[Tensor, Tensor]:
         """Each timestep leads to the next of the list; to t - 1 until set_timesteps was called."""
         if not self.takes_only_listed:
-            t = torch.arange(len(self.alphas_cumprod))
+            t = torch.arange(len(self.alphas_cumprod), device="cpu")
             return t, t - 1
         t = self.listed()
         return t, torch.cat([t[1:], t.new_tensor([-1])])

@@ -166,11 +166,11 @@ class FusedScheduler(NamedAsOriginal, ABC):
 
     def _make(self, kind: str, options: dict[str, Any]) -> Tensor:
         if kind == "index":
-            return torch.arange(len(self.alphas_cumprod) + 1)
+            return torch.arange(len(self.alphas_cumprod) + 1, device="cpu")
         if kind == "step":
             return self.step_rows(**options)
         rows = q_rows(self.float32_alphas_cumprod())
-        return rows * torch.tensor([1.0, -1.0]) if kind == "v" else rows
+        return rows * torch.tensor([1.0, -1.0], device="cpu") if kind == "v" else rows
 
     def step_rows(self, **options: Any) -> Tensor:
         """Tabulate all steps by timestep on the CPU, float32 [T + 1, K]; NaN where there is none."""

@@ -72,7 +72,7 @@ def step_by_step(
             # Some schedulers return no estimate of x_0.
             x, x_0 = (*scheduler.step(m, t, x, return_dict=False, **step_options), None)[:2]
         else:
-            z = torch.zeros_like if i == last else lambda output, i=i: source.z(torch.tensor([i]), output)
+            z = torch.zeros_like if i == last else lambda output, i=i: source.z(torch.tensor([i], device="cpu"), output)
             x, x_0 = scheduler.advance(m, t, x, z, **seeded_options)
         after(StepResult(i, float(t), x, x_0))
     return x

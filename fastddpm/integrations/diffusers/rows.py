@@ -184,7 +184,7 @@ def _ddpm_std(variance: Tensor, beta: Tensor, kind: str, variance_type: str) -> 
 
 def _rows(**columns: Tensor | float) -> Tensor:
     n = len(columns["sigma"])  # type: ignore[arg-type]
-    rows = torch.zeros(n, K, dtype=torch.float64)
+    rows = torch.zeros(n, K, dtype=torch.float64, device="cpu")
     for name, value in {"w": 1.0, **columns}.items():
         rows[:, COLUMN[name]] = value.double() if isinstance(value, Tensor) else value
     return rows.to(torch.float32)

@@ -229,7 +229,7 @@ class GaussianDiffusion(DiffusionProcess):
             return x_start
         alpha, alpha_next = self._buffer("alphas_cumprod")[t], self._buffer("alphas_cumprod")[t_next]
         sigma = self.ddim_sampling_eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
-        z = source.z(torch.tensor([i]), x)
+        z = source.z(torch.tensor([i], device="cpu"), x)
         return x_start * alpha_next.sqrt() + (1 - alpha_next - sigma**2).sqrt() * eps + sigma * z
 
     def _steps_alone(self) -> bool:

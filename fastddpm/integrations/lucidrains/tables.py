@@ -46,7 +46,9 @@ def linear_betas(timesteps: int) -> Tensor:
             f"beta_schedule 'linear' reaches beta = {20 / timesteps:.4g} at timesteps = {timesteps}, and beta must "
             "stay below 1; use more than 20 timesteps, or beta_schedule='cosine'"
         )
-    return torch.linspace(0.0001 * (1000 / timesteps), 0.02 * (1000 / timesteps), timesteps, dtype=torch.float64)
+    return torch.linspace(
+        0.0001 * (1000 / timesteps), 0.02 * (1000 / timesteps), timesteps, dtype=torch.float64, device="cpu"
+    )
 
 
 def cosine_betas(timesteps: int, s: float = 0.008) -> Tensor:
@@ -58,9 +60,9 @@ def sigmoid_betas(timesteps: int, start: float = -3, end: float = 3, tau: float 
     """Let alpha_bar fall as a sigmoid (Jabri et al. 2022, figure 8); float64 [T]. clamp_min is unused, as there."""
     del clamp_min
     # The two ends are float32 in the original, which shifts the last alpha_bar visibly.
-    first, last = (float(torch.tensor(edge / tau).sigmoid()) for edge in (start, end))
+    first, last = (float(torch.tensor(edge / tau, device="cpu").sigmoid()) for edge in (start, end))
     inner = ((_unit_grid(timesteps) * (end - start) + start) / tau).sigmoid()
-    return _betas_of((last - inner) / float(torch.tensor(last) - torch.tensor(first)))
+    return _betas_of((last - inner) / float(torch.tensor(last, device="cpu") - torch.tensor(first, device="cpu")))
 
 
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas}
@@ -76,7 +78,7 @@ def make_buffers(betas: Tensor, objective: str, min_snr_gamma: float | None) -> 
     """
     alphas = 1.0 - betas
     bar = torch.cumprod(alphas, dim=0)
-    bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+    bar_prev = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), bar[:-1]])
     variance = betas * (1.0 - bar_prev) / (1.0 - bar)
     snr = bar / (1.0 - bar)
     weight = snr if min_snr_gamma is None else snr.clamp(max=min_snr_gamma)
@@ -113,12 +115,12 @@ def ddpm_table(buffers: Mapping[str, Tensor], objective: str, start: int | None 
         c_xt=buffers["posterior_mean_coef2"],
         sigma=sigma,
     )
-    return Table(rows64[:start].flip(0), torch.arange(len(sigma))[:start].flip(0), name="lucidrains-ddpm")
+    return Table(rows64[:start].flip(0), torch.arange(len(sigma), device="cpu")[:start].flip(0), name="lucidrains-ddpm")
 
 
 def ddim_timesteps(T: int, sampling_timesteps: int) -> list[int]:
     """List the timesteps that DDIM visits, from T - 1 down to -1, truncated towards zero as in the original."""
-    return torch.linspace(-1, T - 1, steps=sampling_timesteps + 1).int().flip(0).tolist()
+    return torch.linspace(-1, T - 1, steps=sampling_timesteps + 1, device="cpu").int().flip(0).tolist()
 
 
 def ddim_table(
@@ -134,7 +136,7 @@ def ddim_table(
     """
     buffers = _on_cpu(buffers)
     times = ddim_timesteps(len(buffers["betas"]), sampling_timesteps)
-    visited, following = (torch.tensor(part, dtype=torch.int64) for part in (times[:-1], times[1:-1]))
+    visited, following = (torch.tensor(part, dtype=torch.int64, device="cpu") for part in (times[:-1], times[1:-1]))
     bar = buffers["alphas_cumprod"]
     alpha, alpha_next = bar[visited[:-1]], bar[following]
     sigma = eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
@@ -143,7 +145,7 @@ def ddim_table(
         raise ValueError(f"ddim_sampling_eta = {eta} asks for more noise than there is; use a value in [0, 1]")
     A, R = (buffers[f"sqrt_{name}_alphas_cumprod"][visited[:-1]].double() for name in ("recip", "recipm1"))
     a, b = (value[visited] for value in _x0_coefficients(buffers, objective))
-    last = torch.zeros(1, dtype=torch.float64)
+    last = torch.zeros(1, dtype=torch.float64, device="cpu")
     use_m = objective == "pred_noise" and not rederives
     through_x0 = torch.zeros_like(R) if use_m else c.double() / R
     rows64 = make_rows(
@@ -178,7 +180,7 @@ def _on_cpu(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unit_grid(timesteps: int) -> Tensor:
-    return torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64) / timesteps
+    return torch.linspace(0, timesteps, timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
 
 
 def _betas_of(alphas_cumprod: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class SpacedDiffusion(GaussianDiffusion):
         super().__init__(**{**kwargs, "betas": 1 - bar / np.append(1.0, bar[:-1])})
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
-        mapped = self._upload("timestep_map", t.device, lambda: torch.tensor(self.timestep_map))[t]
+        mapped = self._upload("timestep_map", t.device, lambda: torch.tensor(self.timestep_map, device="cpu"))[t]
         return mapped.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else mapped
 
 

@@ -243,7 +243,7 @@ class StepRunner(DiffusionProcess):
         key = (step.kind, step.eta, step.clip, self.rescale_timesteps, network, network.training, shape, x_T.device)
         rows = self._rows(step)
         assert rows is not None
-        timesteps = self._scale_timesteps(torch.arange(self.num_timesteps)).flip(0)
+        timesteps = self._scale_timesteps(torch.arange(self.num_timesteps, device="cpu")).flip(0)
         table = Table(rows.flip(0), timesteps, name=f"openai-{step.kind}", **self._flags(step))
         return self._samplers.get(
             key, network, table, shape, batch=len(x_T), device=x_T.device, options=self.sampler_options

@@ -152,7 +152,7 @@ def derive_tables(tables: Mapping[str, Array], var_type: ModelVarType) -> dict[s
 def p_rows(tables: Mapping[str, Array], mean_type: ModelMeanType, var_type: ModelVarType) -> Tensor:
     """Tabulate p_sample: float64 rows [T, K] of float32 values, row t for timestep t."""
     a, b = _x0_coefficients(tables, mean_type)
-    noisy = torch.ones(len(a))
+    noisy = torch.ones(len(a), device="cpu")
     noisy[0] = 0.0
     columns: dict[str, Tensor] = {"a": a, "b": b, "sigma": noisy}
     if mean_type is ModelMeanType.PREVIOUS_X:
@@ -205,7 +205,7 @@ def _x0_coefficients(tables: Mapping[str, Array], mean_type: ModelMeanType) -> t
     if mean_type is ModelMeanType.PREVIOUS_X:
         coef1, coef2 = tables["posterior_mean_coef1"], tables["posterior_mean_coef2"]
         return -f32(coef2 / coef1), f32(1.0 / coef1)
-    ones = torch.ones(len(tables["betas"]))
+    ones = torch.ones(len(tables["betas"]), device="cpu")
     return torch.zeros_like(ones), ones
 
 

@@ -120,7 +120,7 @@ def diffusion_of(flags: OpenAIFlags, *, learned: bool) -> DiffusionConfig:
             f"a network with rescale_timesteps and diffusion_steps = {T} is given fractions of timesteps, which this "
             "format cannot say; use it through fastddpm.integrations.openai"
         )
-    kept = torch.arange(0, T, T // _RESCALED_T)
+    kept = torch.arange(0, T, T // _RESCALED_T, device="cpu")
     betas = Schedule(named_betas(schedule, T)).respaced(kept).betas
     return DiffusionConfig(
         num_timesteps=_RESCALED_T,
