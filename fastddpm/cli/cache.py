@@ -29,9 +29,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List or remove them."""
-    from fastddpm.machine import caches, packages
+    from fastddpm.machine import packages
+    from fastddpm.machine.torch_compile import package_cache
 
-    folder, found = caches.packages().path, [_entry(path) for path in packages.stored()]
+    folder, found = package_cache().path, [_entry(path) for path in packages.stored()]
     if args.action == "clear":
         packages.clear()
     if args.json:

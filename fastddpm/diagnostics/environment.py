@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fastddpm.machine import caches, hardware
-from fastddpm.machine.torch_compile import has_cpp_compiler, has_triton
+from fastddpm.machine import hardware
+from fastddpm.machine.torch_compile import has_cpp_compiler, has_triton, inductor_cache, package_cache, triton_cache
 from fastddpm.ops.operators import use_triton, why_not_triton
 
 _THREADS = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "TORCH_NUM_THREADS")
@@ -51,7 +51,7 @@ def environment(prefixes: tuple[str, ...]) -> dict[str, str]:
 
 def compiles() -> dict[str, Any]:
     """What torch.compile and Triton need: a C++ compiler, caches that can be written."""
-    found = (caches.triton(), caches.inductor(), caches.packages())
+    found = (triton_cache(), inductor_cache(), package_cache())
     return {
         "cpp_compiler": has_cpp_compiler(),
         "triton": has_triton(),

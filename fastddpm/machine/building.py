@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 
 from fastddpm.errors import BackendUnavailable
 from fastddpm.files.atomic import write_files
-from fastddpm.machine import caches, packages
+from fastddpm.machine import packages
 from fastddpm.machine.packages import Code
-from fastddpm.machine.torch_compile import has_cpp_compiler
+from fastddpm.machine.torch_compile import has_cpp_compiler, package_cache
 
 logger = logging.getLogger("fastddpm")
 
@@ -91,7 +91,7 @@ def build(identity: Mapping[str, str], job: Callable[[], Job], out: Path | None 
 
 def why_not(*, to_cache: bool = True) -> str | None:
     """Return why nothing can be built here; None where it can."""
-    cache = caches.packages()
+    cache = package_cache()
     if to_cache and cache.others_can_write:
         return f"others can write to {cache.path}: set {cache.variable} to a folder of yours"
     if to_cache and (reason := cache.why_unusable()) is not None:

@@ -2,8 +2,8 @@
 
 A package is native code that AOTInductor made of one network for one shape, its weights inside. It lies in a folder of
 the user under the hash of everything that decides its code and its numbers, where any later process finds it. What lies
-there is executed: it is used only where no other user can write (see `caches`) and while its SHA-256, kept beside it,
-is right; anything else is built again. A package elsewhere is used only where the caller names the file.
+there is executed: it is used only where no other user can write (see `torch_compile`) and while its SHA-256, kept
+beside it, is right; anything else is built again. A package elsewhere is used only where the caller names the file.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from fastddpm.errors import BackendUnavailable
 from fastddpm.files.atomic import write_files
-from fastddpm.machine import caches
 from fastddpm.machine.hardware import instruction_set
+from fastddpm.machine.torch_compile import is_open, package_cache
 
 logger = logging.getLogger("fastddpm")
 
@@ -65,12 +65,12 @@ def identify(**facts: str) -> dict[str, str]:
 def path_of(identity: Mapping[str, str]) -> Path:
     """Where the cache keeps the package of an identity."""
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    return caches.packages().path / f"{key}{SUFFIX}"
+    return package_cache().path / f"{key}{SUFFIX}"
 
 
 def find(identity: Mapping[str, str]) -> Code | None:
     """Load the package of an identity from the cache; None where there is none that may be run."""
-    path, cache = path_of(identity), caches.packages()
+    path, cache = path_of(identity), package_cache()
     if cache.others_can_write:
         logger.warning("compiled code in %s is not used, others can write to it: set %s", cache.path, cache.variable)
         return None
@@ -124,7 +124,7 @@ def identity_of(path: Path) -> dict[str, str]:
 def is_whole(path: Path) -> bool:
     """Whether a package of the cache is there, no other user can write to it, and it is as it was written."""
     try:
-        return not caches.is_open(path.stat()) and path.with_suffix(HASH).read_text() == _sha256(path.read_bytes())
+        return not is_open(path.stat()) and path.with_suffix(HASH).read_text() == _sha256(path.read_bytes())
     except (OSError, ValueError):
         return False
 
@@ -148,7 +148,7 @@ def store(path: Path, content: bytes) -> None:
 
 def stored() -> list[Path]:
     """The packages in the cache, those used longest ago first."""
-    return sorted(caches.packages().path.glob(f"{_KEY}{SUFFIX}"), key=lambda path: path.stat().st_mtime)
+    return sorted(package_cache().path.glob(f"{_KEY}{SUFFIX}"), key=lambda path: path.stat().st_mtime)
 
 
 def remove(path: Path) -> None:
@@ -161,7 +161,7 @@ def clear() -> None:
     """Remove all packages from the cache, and what killed builds have left."""
     for path in stored():
         remove(path)
-    for folder in caches.packages().path.glob(f"{_KEY}{WORK}"):
+    for folder in package_cache().path.glob(f"{_KEY}{WORK}"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,20 +1,27 @@
-"""A call through torch.compile, whose failure is a warning and not the end."""
+"""A call through torch.compile, whose failure is a warning and not the end; and where compiled code is kept.
+
+What lies in the caches of torch.compile, Triton and this library is loaded and executed: whoever can write to such a
+folder can run code as its owner. The defaults are folders of the user; a shared one belongs to nobody.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib.util
 import logging
 import os
 import shutil
+import tempfile
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastddpm.errors import BackendUnavailable
-from fastddpm.machine.caches import inductor
 
 logger = logging.getLogger("fastddpm")
 
@@ -64,7 +71,7 @@ def _explain(error: Exception) -> str:
     if not isinstance(error, BackendCompilerFailed):
         return lines[0]
     # The first line says who raised, the second what.
-    cache = inductor()
+    cache = inductor_cache()
     return f"{' '.join(lines[:2])}; if {cache.path} is damaged, remove it or set {cache.variable} to another folder"
 
 
@@ -85,3 +92,67 @@ def has_cpp_compiler() -> bool:
     """Tell whether a C++ compiler, which torch.compile needs on a CPU, is there."""
     names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
     return any(name and shutil.which(name.split()[0]) for name in names)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One of the three caches.
+
+    Attributes:
+        variable: environment variable that moves it.
+        path: where it lies; it need not exist yet.
+        writable: it can be written, or made.
+        others_can_write: it exists, and is somebody else's, or its group or everybody may write to it.
+    """
+
+    variable: str
+    path: Path
+    writable: bool
+    others_can_write: bool
+
+    def why_unusable(self) -> str | None:
+        """Return what is wrong and which variable to set; None if it can be used."""
+        if self.writable:
+            return None
+        return f"compiled code cannot be kept in {self.path}: set {self.variable} to a folder that can be written"
+
+
+def inductor_cache() -> Cache:
+    """The cache of torch.compile."""
+    return _find_cache("TORCHINDUCTOR_CACHE_DIR", lambda: Path(tempfile.gettempdir()) / f"torchinductor_{_user()}")
+
+
+def triton_cache() -> Cache:
+    """The cache of Triton."""
+    return _find_cache(
+        "TRITON_CACHE_DIR",
+        lambda: Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~")) / ".triton" / "cache",
+    )
+
+
+def package_cache() -> Cache:
+    """The cache of compiled networks, see `packages`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return _find_cache("FASTDDPM_CACHE_DIR", lambda: Path(base or os.path.expanduser("~/.cache")) / "fastddpm")
+
+
+def _find_cache(variable: str, default: Callable[[], Path]) -> Cache:
+    path = Path(os.environ.get(variable) or default())
+    # The nearest thing that exists; below a file nothing can be made.
+    existing = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return Cache(variable, path, writable, path.is_dir() and is_open(path.stat()))
+
+
+def is_open(entry: os.stat_result) -> bool:
+    """Tell whether a file or folder is another user's, or its group or everybody may write to it."""
+    # Windows has no such ids, and Triton's caches are on Linux.
+    foreign = hasattr(os, "geteuid") and entry.st_uid != os.geteuid()
+    return foreign or bool(entry.st_mode & 0o022)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, ModuleNotFoundError, OSError):
+        return f"uid_{os.getuid()}"

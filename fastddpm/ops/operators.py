@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastddpm.checks import one_of
 from fastddpm.errors import BackendUnavailable
-from fastddpm.machine.caches import triton
+from fastddpm.machine.torch_compile import triton_cache
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import twins
 
@@ -148,7 +148,7 @@ def why_not_triton(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST:
             return f"Triton needs compute capability 7.5, this GPU has {capability[0]}.{capability[1]}"
-    return triton().why_unusable() or _why_no_driver()
+    return triton_cache().why_unusable() or _why_no_driver()
 
 
 def _why_no_driver() -> str | None:

@@ -18,7 +18,6 @@ from fastddpm.checks import integer, one_of
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import hardware, torch_compile
 from fastddpm.machine.building import Want
-from fastddpm.machine.caches import inductor
 from fastddpm.machine.devices import resolve_device
 from fastddpm.ops.checks import DTYPES
 from fastddpm.ops.operators import use_triton
@@ -240,7 +239,7 @@ def decide_compile(
         BackendUnavailable: compile=True, and compiled code could not be kept anywhere.
         ValueError: choice is none of "auto", True, False.
     """
-    if choice is True and (reason := inductor().why_unusable()) is not None:
+    if choice is True and (reason := torch_compile.inductor_cache().why_unusable()) is not None:
         raise BackendUnavailable(f"compile=True: {reason}")
     one_of("compile", choice, ("auto", True, False))
     if isinstance(choice, bool):
@@ -256,7 +255,8 @@ def weigh(device: torch.device, model: Model, shape: tuple[int, ...], calls_ahea
     On a CPU nobody waits longer for compiled code than for what it saves.
     """
     if device.type == "cuda":
-        reason = inductor().why_unusable() or (None if torch_compile.has_triton() else "Triton is not installed")
+        missing = None if torch_compile.has_triton() else "Triton is not installed"
+        reason = torch_compile.inductor_cache().why_unusable() or missing
         return (Want.NOW, "on CUDA") if reason is None else (Want.NEVER, reason)
     if device.type != "cpu":
         return Want.NEVER, f"nothing is compiled for {device}"
@@ -264,7 +264,7 @@ def weigh(device: torch.device, model: Model, shape: tuple[int, ...], calls_ahea
     steps = ((REPAYS_AFTER, Want.NOW), (BACKGROUND_AFTER, Want.FOR_LATER), (LOOKS_AFTER, Want.IF_FOUND))
     want = next((want for least, want in steps if work >= least), Want.NEVER)
     reason = f"{work:.1e} parameters x pixels ahead, repaid after about {REPAYS_AFTER:.0e}"
-    if want is Want.NOW and (missing := inductor().why_unusable()) is not None:
+    if want is Want.NOW and (missing := torch_compile.inductor_cache().why_unusable()) is not None:
         return Want.IF_FOUND, missing
     if want > Want.IF_FOUND and not torch_compile.has_cpp_compiler():
         return Want.IF_FOUND, f"no C++ compiler was found for {device}"

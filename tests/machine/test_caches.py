@@ -13,7 +13,7 @@ import torch
 from fastddpm.diagnostics import compile_offline as offline
 from fastddpm.diagnostics.variants import noise_variant
 from fastddpm.errors import BackendUnavailable
-from fastddpm.machine import caches
+from fastddpm.machine import torch_compile
 from fastddpm.machine.building import Want
 from fastddpm.sampling.options import decide_compile
 
@@ -94,13 +94,13 @@ def test_cache_of_another_user_is_one_that_others_can_write(tmp_path: Path, monk
     """In a shared temporary folder anybody can take the name first."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tmp_path.chmod(0o755)
-    assert not caches.triton().others_can_write
+    assert not torch_compile.triton_cache().others_can_write
     monkeypatch.setattr("os.geteuid", lambda: tmp_path.stat().st_uid + 1)
-    assert caches.triton().others_can_write
+    assert torch_compile.triton_cache().others_can_write
 
 
 def test_caches_do_not_need_home(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "USER", "LOGNAME", "TRITON_CACHE_DIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
-    assert caches.inductor().path.is_absolute()
-    assert caches.triton().path.is_absolute()
+    assert torch_compile.inductor_cache().path.is_absolute()
+    assert torch_compile.triton_cache().path.is_absolute()

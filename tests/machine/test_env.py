@@ -15,8 +15,8 @@ import torch
 
 from fastddpm.cli import env, main
 from fastddpm.diagnostics import environment
-from fastddpm.machine import caches
 from fastddpm.machine import hardware as machine
+from fastddpm.machine import torch_compile
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_env_warns_of_a_cache_that_others_can_write(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for mode, warned in ((0o777, True), (0o700, False)):
         tmp_path.chmod(mode)
-        assert caches.triton().others_can_write == warned
+        assert torch_compile.triton_cache().others_can_write == warned
         changed = facts | {"compiles": environment.compiles()}
         assert ("OTHERS CAN WRITE to it, and its code is executed" in caches_of(env.render(changed))) == warned
 
@@ -87,7 +87,7 @@ def test_cache_that_cannot_be_made_names_its_variable(
     file.touch()
     monkeypatch.setenv(variable, str(file / "cache"))
     assert f"set {variable} to a folder of yours" in caches_of(env.render(facts | {"compiles": environment.compiles()}))
-    look = caches.triton if variable == "TRITON_CACHE_DIR" else caches.inductor
+    look = torch_compile.triton_cache if variable == "TRITON_CACHE_DIR" else torch_compile.inductor_cache
     assert f"set {variable} to a folder that can be written" in (look().why_unusable() or "")
 
 
