@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fastddpm.evaluation.classifier import Classifier
     from fastddpm.evaluation.measures import Measures
     from fastddpm.evaluation.real_images import Reference
+    from fastddpm.machine.ranks import Ranks
     from fastddpm.sampling.sample import Run
     from fastddpm.unet.unet import UNet
 
@@ -27,8 +29,9 @@ asked for, the Frechet distance of its features, how near samples come to traini
 For images of your own (--data) also FID, where torch-fidelity and its weights are at hand."""
 
 EPILOG = """Samples are written batch by batch; --resume completes a run that was interrupted, to the same numbers (but
-images a second, which are those of the batches drawn last). OUTDIR holds eval.json and pictures. Exit status: 0, 1
-(error), 2 (usage), 130 or 143 (interrupted; finished batches are kept).
+images a second, which are those of the batches drawn last). OUTDIR holds eval.json and pictures. The processes
+of torchrun share the work, to the same numbers. Exit status: 0, 1 (error), 2 (usage), 130 or 143 (interrupted; finished
+batches are kept).
 
 """ + examples(
     "fastddpm eval --samples 1000 --sampler ddim --steps 50",
@@ -85,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.evaluation.report import PLOT, REPORT, guidance_plot, text_report
     from fastddpm.files.atomic import write_files
     from fastddpm.files.run_folder import RunFolder
+    from fastddpm.machine.ranks import join_ranks
     from fastddpm.sampling.sample import shape_of
     from fastddpm.unet.load import load
 
@@ -93,11 +97,16 @@ def run(args: argparse.Namespace) -> int:
     reference = load_reference(args.data, shape_of(model), **reading)
     classifier = _classifier(args, reference)
     planned = sampling_options.plan(args, model, range(args.seed, args.seed + args.samples))
-    with RunFolder(args.outdir, ()).locked():
+    ranks = join_ranks()
+    with RunFolder(args.outdir, ()).locked() if ranks.rank == 0 else contextlib.nullcontext(), ranks.connected("gloo"):
         results = [
-            _result(args, model, dataclasses.replace(planned, conditions={"guidance": weight}), reference, classifier)
+            _result(
+                args, model, dataclasses.replace(planned, conditions={"guidance": weight}), reference, classifier, ranks
+            )
             for weight in args.guidance
         ]
+        if ranks.rank:
+            return 0
         report = {"model": args.model, "data": args.data, "samples": args.samples, "results": results}
         if args.bits_per_dim:
             bits = real_bits(model, reference, args.samples, planned.sampler.device)
@@ -114,29 +123,38 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _result(
-    args: argparse.Namespace, model: UNet, planned: Run, reference: Reference, classifier: Classifier | None
+    args: argparse.Namespace,
+    model: UNet,
+    planned: Run,
+    reference: Reference,
+    classifier: Classifier | None,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    """Draw the samples of one guidance weight, and measure them."""
+    """Draw the samples of one guidance weight, and measure them; rank 0 writes what is found."""
     from fastddpm.evaluation.measures import measure
     from fastddpm.evaluation.report import PICTURE, SPEED
     from fastddpm.files.images import save_grid
-    from fastddpm.machine.ranks import Ranks
     from fastddpm.sampling.outputs import Outputs
-    from fastddpm.sampling.to_files import begun, draw
+    from fastddpm.sampling.to_files import begun, draw, images_per_second
 
     directory = args.outdir / f"guidance-{planned.guidance:g}"
-    ranks = Ranks()
     outputs = Outputs(directory, "npz", planned.seeds, planned.labels, planned.batches)
     settings = {"sampler": args.sampler, "classes": None, "resume": args.resume, "overwrite": args.overwrite}
     with begun(model, planned, outputs, ranks, **settings) as (config, missing):
-        drawn = draw(planned, outputs, missing, ranks, quiet=args.quiet)
-        speed = _speed(directory / SPEED, drawn)
-        outputs.finish(grid=False)
+        rate = images_per_second(draw(planned, outputs, missing, ranks, quiet=args.quiet))
+        # Of all ranks together, in millionths.
+        rate = ranks.add(f"{directory}: images a second", round((rate or 0) * 1e6)) / 1e6
+        ranks.wait_for_all()
+        if ranks.rank == 0:
+            outputs.finish(grid=False)
+        ranks.wait_for_all()
     samples = _samples(outputs.samples_path, planned.labels, model, reference)
+    measures = measure(samples, reference, classifier, ranks)
+    if ranks.rank:
+        return {}
     save_grid(samples.images[:PICTURED], directory / PICTURE, columns=COLUMNS, scale=1)
-    measures = measure(samples, reference, classifier)
     _add_fid(measures, args, samples, reference)
-    return {"run": config, "images_per_second": speed, **measures.to_json()}
+    return {"run": config, "images_per_second": _speed(directory / SPEED, rate), **measures.to_json()}
 
 
 def _samples(path: Path, labels: list[int] | None, model: UNet, reference: Reference) -> Dataset:
@@ -161,13 +179,12 @@ def _samples(path: Path, labels: list[int] | None, model: UNet, reference: Refer
     )
 
 
-def _speed(path: Path, drawn: list[tuple[int, float]]) -> float | None:
+def _speed(path: Path, rate: float) -> float | None:
     """Return images a second; if none was drawn, those of the last run."""
     from fastddpm.files.atomic import write_files
     from fastddpm.files.safejson import read_object
-    from fastddpm.sampling.to_files import images_per_second
 
-    if (rate := images_per_second(drawn)) is not None:
+    if rate:
         write_files({path: json.dumps({"images_per_second": rate}).encode()})
     return read_object(path).get("images_per_second") if path.exists() else None
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastddpm.data.datasets import Dataset
 from fastddpm.files.atomic import write_files
 from fastddpm.files.tensors import SafetensorsFile, read_tensors
+from fastddpm.machine.ranks import ALONE, Ranks
 from fastddpm.unet.load import SHIPPED
 
 # Trained on `fastddpm.data.mnist("train")` by: fastddpm eval --train-classifier FILE
@@ -63,10 +64,10 @@ class Predictions:
 
 
 @torch.inference_mode()
-def classify(classifier: Classifier, data: Dataset) -> Predictions:
-    """Classify every image of a set."""
-    features = torch.cat(
-        [classifier.features(data.x_0(k)) for k in torch.arange(len(data), device="cpu").split(_BATCH)]
+def classify(classifier: Classifier, data: Dataset, ranks: Ranks = ALONE) -> Predictions:
+    """Classify every image of a set, each rank a share of them."""
+    features = ranks.each(
+        lambda k: classifier.features(data.x_0(k)), torch.arange(len(data), device="cpu").split(_BATCH)
     )
     return Predictions(classifier.head(features).argmax(dim=1), features.double())
 

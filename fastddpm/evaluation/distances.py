@@ -10,31 +10,35 @@ from torch import Tensor
 
 from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation.estimate import Array, Estimate, normal
+from fastddpm.machine.ranks import ALONE, Ranks
 
 # Numbers of a block of images in float64 (64 MB); at least one image.
 _BLOCK = 2**23
 
 
-def nearest_distances(data: Dataset, reference: Dataset, *, skip: Tensor | None = None) -> Array:
+def nearest_distances(data: Dataset, reference: Dataset, ranks: Ranks = ALONE, *, skip: Tensor | None = None) -> Array:
     """Return the distance from each image to the nearest of the reference, float64 [N].
 
     Args:
         data: N images.
         reference: images of the same shape.
+        ranks: the processes that compute it.
         skip: [N] int64, for each image a reference image that does not count: itself, where it is one of them.
     """
-    nearest = torch.full((len(data),), math.inf, dtype=torch.float64, device="cpu")
-    for rows in _blocks(data):
-        x = _flat(data, rows)
+
+    def of(rows: Tensor) -> Tensor:
+        x, nearest = _flat(data, rows), torch.full((len(rows),), math.inf, dtype=torch.float64, device="cpu")
         for columns in _blocks(reference):
             distances = torch.cdist(x, _flat(reference, columns))
             if skip is not None:
                 distances[skip[rows, None] == columns] = math.inf
-            nearest[rows] = torch.minimum(nearest[rows], distances.amin(dim=1))
-    return nearest.numpy()
+            nearest = torch.minimum(nearest, distances.amin(dim=1))
+        return nearest
+
+    return ranks.each(of, _blocks(data)).numpy()
 
 
-def diversity(data: Dataset) -> Estimate | None:
+def diversity(data: Dataset, ranks: Ranks = ALONE) -> Estimate | None:
     """Return the mean distance between two images of the same class, averaged over the classes that have two.
 
     It is a U-statistic: with d_i the mean distance of image i to the other n - 1 of its class, the mean of the d_i has
@@ -50,7 +54,7 @@ def diversity(data: Dataset) -> Estimate | None:
         n = len(members)
         if n < 2:
             continue
-        d = _sums(data, members) / (n - 1)
+        d = _sums(data, members, ranks) / (n - 1)
         means.append(d.mean())
         variances.append(4 * d.var(ddof=1) / n)
     if not means:
@@ -58,16 +62,19 @@ def diversity(data: Dataset) -> Estimate | None:
     return normal(float(np.mean(means)), math.sqrt(sum(variances)) / len(means))
 
 
-def _sums(data: Dataset, members: Tensor) -> Array:
+def _sums(data: Dataset, members: Tensor, ranks: Ranks) -> Array:
     """Sum of each member's distances to all of them, float64 [len(members)]."""
     part = Dataset(data.name, data.images[members])
-    total = torch.zeros(len(part), dtype=torch.float64, device="cpu")
-    for rows in _blocks(part):
+
+    def of(rows: Tensor) -> Tensor:
+        total = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         for columns in _blocks(part):
             distances = torch.cdist(_flat(part, rows), _flat(part, columns))
             # cdist leaves a little of the rounding error on the diagonal.
-            total[rows] += distances.masked_fill(rows[:, None] == columns, 0).sum(dim=1)
-    return total.numpy()
+            total += distances.masked_fill(rows[:, None] == columns, 0).sum(dim=1)
+        return total
+
+    return ranks.each(of, _blocks(part)).numpy()
 
 
 def _blocks(data: Dataset) -> tuple[Tensor, ...]:

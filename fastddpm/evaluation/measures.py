@@ -14,6 +14,7 @@ from fastddpm.evaluation.classifier import Classifier, Predictions, classify
 from fastddpm.evaluation.distances import diversity, nearest_distances
 from fastddpm.evaluation.estimate import Estimate, bootstrapped, proportion, ratio
 from fastddpm.evaluation.real_images import Reference, comparable, matched, subset
+from fastddpm.machine.ranks import ALONE, Ranks
 
 ACCURACY, FRECHET, NEAREST, DIVERSITY = "accuracy", "frechet", "nearest", "diversity"
 
@@ -81,8 +82,11 @@ class Measures:
         }
 
 
-def measure(samples: Dataset, reference: Reference, classifier: Classifier | None) -> Measures:
+def measure(samples: Dataset, reference: Reference, classifier: Classifier | None, ranks: Ranks = ALONE) -> Measures:
     """Measure samples against real images; with a classifier, if there are held-out images, by its features too.
+
+    Ranks compute the features of images, and their distances, a share each. All statistics are of these joined in the
+    images' order, in float64, so they are the same for any number of ranks.
 
     Raises:
         ValueError: samples and real images have no class in common.
@@ -92,11 +96,11 @@ def measure(samples: Dataset, reference: Reference, classifier: Classifier | Non
     equal = [subset(data, k) for data, k in zip(sets, chosen, strict=True)]
     measures = Measures(compared=len(equal[0]))
     if classifier is not None and reference.held_out is not None:
-        of_samples, of_held_out = classify(classifier, sets[0]), classify(classifier, sets[2])
+        of_samples, of_held_out = (classify(classifier, data, ranks) for data in (sets[0], sets[2]))
         _add_accuracy(measures, sets[0], of_samples, sets[2], of_held_out)
         features = (
             of_samples.features[chosen[0]].numpy(),
-            classify(classifier, equal[1]).features.numpy(),
+            classify(classifier, equal[1], ranks).features.numpy(),
             of_held_out.features[chosen[2]].numpy(),
         )
         classes = None if equal[0].labels is None else equal[0].labels.numpy()
@@ -104,8 +108,8 @@ def measure(samples: Dataset, reference: Reference, classifier: Classifier | Non
         measures.rows[FRECHET] = Row(comparison.samples, comparison.train, comparison.ratio, "training")
     else:
         measures.notes.append("accuracy and Frechet distance; there is no classifier of these images")
-    _add_nearest(measures, equal, reference.train, chosen[1])
-    spread, spread_train = diversity(equal[0]), diversity(equal[1])
+    _add_nearest(measures, equal, reference.train, chosen[1], ranks)
+    spread, spread_train = diversity(equal[0], ranks), diversity(equal[1], ranks)
     if spread is None or spread_train is None:
         measures.notes.append("diversity; no class has two samples")
     else:
@@ -137,13 +141,13 @@ def _add_accuracy(
             measures.by_class[name] = float(right[members].double().mean())
 
 
-def _add_nearest(measures: Measures, equal: list[Dataset], train: Dataset, chosen_train: Tensor) -> None:
-    of_samples = nearest_distances(equal[0], train)
+def _add_nearest(measures: Measures, equal: list[Dataset], train: Dataset, chosen_train: Tensor, ranks: Ranks) -> None:
+    of_samples = nearest_distances(equal[0], train, ranks)
     if len(equal) == 3:
-        of_real = nearest_distances(equal[2], train)
+        of_real = nearest_distances(equal[2], train, ranks)
     else:
         # As far from the others as a held-out image would be: which of the images is left out is immaterial.
-        of_real = nearest_distances(equal[1], train, skip=chosen_train)
+        of_real = nearest_distances(equal[1], train, ranks, skip=chosen_train)
     a, b = (bootstrapped(values, lambda v: float(np.median(v))) for values in (of_samples, of_real))
     measures.rows[NEAREST] = Row(a, b, ratio(a, b), "held-out")
     measures.near = float((of_samples < np.quantile(of_real, NEAR)).mean())

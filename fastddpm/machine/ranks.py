@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fastddpm.files.run_folder import differences
 
@@ -52,6 +55,40 @@ class Ranks:
             time.sleep(_LOOK_EVERY)
         return json.loads(self.store.get(name))
 
+    @contextlib.contextmanager
+    def connected(self, backend: str) -> Iterator[None]:
+        """Be torch.distributed's default process group; a process alone needs none.
+
+        Args:
+            backend: "gloo" for tensors on CPUs, "nccl" for CUDA.
+        """
+        if self.store is None:
+            yield
+            return
+        # Here, since a wait inside torch.distributed would hear no signal.
+        self.add("connecting")
+        while self.add("connecting", 0) < self.world:
+            time.sleep(_LOOK_EVERY)
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def wait_for_all(self) -> None:
+        """Wait until every connected rank has come here."""
+        if self.store is not None:
+            dist.barrier()
+
+    def each(self, f: Callable[[Tensor], Tensor], blocks: Sequence[Tensor]) -> Tensor:
+        """Return f of every block, end to end; connected ranks compute a share each, and all have the same result."""
+        own = [f(block) for block in blocks[self.rank :: self.world]]
+        if self.store is not None:
+            shares: list[Any] = [None] * self.world
+            dist.all_gather_object(shares, own)
+            own = [shares[i % self.world][i // self.world] for i in range(len(blocks))]
+        return torch.cat(own)
+
     def within(self, name: str) -> Ranks:
         """Return the same ranks with counters and values of their own."""
         store = None if self.store is None else dist.PrefixStore(name, self.store)
@@ -65,6 +102,9 @@ class Ranks:
         """
         if changed := differences(first, own):
             raise ValueError(f"rank {self.rank} does not do what rank 0 does: {'; '.join(changed)}")
+
+
+ALONE = Ranks()
 
 
 def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fastddpm
 from fastddpm import DiffusionConfig
 from fastddpm.cli import main
+from fastddpm.data.array_file import array_file
+from fastddpm.evaluation import real_images
+from fastddpm.evaluation.classifier import Classifier, save_classifier
 from tests.tiny import tiny_unet
 from tests.torchrun import torchrun
 
 # Of the first two processes, rank 1 dies by SIGKILL between the writing of its second file and its renaming.
 PROGRAM = """
-import os, signal, sys
+import json, os, signal, sys
+from pathlib import Path
 from fastddpm.cli import main
+from fastddpm.data.array_file import array_file
+from fastddpm.evaluation import real_images
 from fastddpm.files import atomic
 
 replace, files = os.replace, []
@@ -28,30 +37,66 @@ def dying(source, target):
     replace(source, target)
 
 atomic.os.replace = dying
-sys.exit(main(sys.argv[1:]))
+real_images._SPLITS["digits8x8"] = lambda split: array_file(Path(sys.argv[2], split + ".npz"))
+sys.exit(any(main(arguments) for arguments in json.loads(sys.argv[1])))
 """
+SAMPLE = ["sample", "--steps", "12", "--seeds", "0-22", "--batch", "2", "--format", "npz", "--grid"]
+EVAL = ["eval", "--steps", "2", "--samples", "300", "--batch", "50", "--data", "digits8x8", "--json"]
 
 
-def test_sample_survives_the_death_of_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, program = tmp_path / "model", tmp_path / "program.py"
-    network = tiny_unet(num_class_embeds=4, null_class=3)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A network and a classifier that have learned nothing; and images, in place of digits that are slow to import."""
+    network = tiny_unet(num_class_embeds=11, null_class=10)
     network.diffusion = DiffusionConfig(num_timesteps=200, beta_end=0.1)
-    fastddpm.save_pretrained(network, model)
-    program.write_text(PROGRAM)
-    arguments = ["sample", "--model", str(model), "--device", "cpu", "--steps", "12", "--seeds", "0-22", "--batch", "2"]
-    arguments += ["--format", "npz", "--grid", "--resume", "--outdir"]
+    fastddpm.save_pretrained(network, tmp_path / "model")
+    save_classifier(tmp_path / "model" / "c.safetensors", Classifier(10))
+    for split in ("train", "test"):
+        images = np.random.default_rng(len(split)).integers(0, 256, (300, 8, 8), np.uint8)
+        np.savez(tmp_path / "model" / f"{split}.npz", images=images, labels=np.arange(300) % 10)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As torchrun has it: more threads add in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert main([*arguments, str(tmp_path / "alone")]) == 0
+    yield
     torch.set_num_threads(threads)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_processes_write_what_one_writes_though_one_is_killed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(real_images._SPLITS, "digits8x8", lambda split: array_file(folder / f"{split}.npz"))
+    common = ["--model", str(folder), "--device", "cpu", "--resume", "--outdir"]
+    commands = {"sample": [*SAMPLE, *common], "eval": [*EVAL, "--classifier", str(folder / "c.safetensors"), *common]}
+    for name, command in commands.items():
+        assert main([*command, str(tmp_path / "alone" / name)]) == 0
     capsys.readouterr()
-    ended = torchrun(program, *arguments, str(tmp_path / "together"), restarts=1)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    together = [[*command, str(tmp_path / "together" / name)] for name, command in commands.items()]
+    ended = torchrun(program, json.dumps(together), str(folder), restarts=1)
     assert ended.returncode == 0, ended.stderr
-    assert "Signal 9" in ended.stderr or "exitcode: -9" in ended.stderr
-    assert " images, 12 steps, " in ended.stdout
-    assert ", 2 processes, cpu, " in ended.stdout
-    alone, together = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("alone", "together")
-    )
-    assert sorted(together) == ["grid.png", "manifest.json", "samples.npz"]
-    assert together == alone
+    assert "exitcode: -9" in ended.stderr
+    summary, report = ended.stdout.splitlines()
+    # Those that were missing after the restart.
+    assert 0 < int(summary.partition(" images, 12 steps, ")[0]) < 23
+    assert ", 2 processes, cpu, " in summary
+
+    sampled = contents(tmp_path / "together" / "sample")
+    assert sorted(sampled) == ["grid.png", "manifest.json", "samples.npz"]
+    assert sampled == contents(tmp_path / "alone" / "sample")
+    found, expected = json.loads(report), json.loads((tmp_path / "alone" / "eval" / "eval.json").read_text())
+    for result in (*found["results"], *expected["results"]):
+        assert result.pop("images_per_second") > 0
+    # To the last digit: all sums are of float64 values in the images' order.
+    assert found == expected
+    assert "frechet" in found["results"][0]
