@@ -93,7 +93,7 @@ def _sampler(args: argparse.Namespace, model: Any) -> RangedSampler:
 
 
 def _call(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    from fastddpm.sampling.sample import labels_for
+    from fastddpm.sampling.conditions import labels_for
 
     seeds = list(range(args.batch))
     return {"seeds": seeds, "class_labels": labels_for(model, seeds, None)}

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fastddpm.sampling import network
 
 Labels = int | Sequence[int] | Tensor
 
@@ -35,6 +38,22 @@ def resolve_labels(class_labels: Labels | None, B: int, num_labels: int | None) 
     if bad.any():
         known = "0 or more" if num_labels is None else f"0 to {num_labels - 1}"
         raise ValueError(f"class label {int(labels[bad][0])} is out of range; labels are {known}")
+    return labels
+
+
+def labels_for(model: network.Model, seeds: Sequence[int], class_labels: Labels | None) -> list[int] | None:
+    """Return one label per seed: those given, or seed % classes for a class-conditional model, else None.
+
+    Raises:
+        ValueError: the number of labels is not that of the seeds.
+    """
+    if class_labels is None:
+        classes = network.num_classes_of(model)
+        return None if not classes else [seed % classes for seed in seeds]
+    labels = np.asarray(class_labels.cpu() if isinstance(class_labels, Tensor) else class_labels).tolist()
+    labels = [labels] * len(seeds) if isinstance(labels, int) else labels
+    if len(labels) != len(seeds):
+        raise ValueError(f"class_labels holds {len(labels)} labels for {len(seeds)} seeds")
     return labels
 
 

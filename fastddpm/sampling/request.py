@@ -14,6 +14,7 @@ from torch import Tensor
 from fastddpm.checks import integer, nearest, number
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling.conditions import Labels, check_kwargs, resolve_labels, with_null_half
+from fastddpm.sampling.edits import as_samples, for_batch, refuse_without_levels
 from fastddpm.sampling.guidance import Weight, is_guided, weight_of
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
@@ -68,6 +69,7 @@ class Request:
         seed: int64 [B], keys of the noise (0 where it comes from elsewhere).
         sample_id: int64 [B].
         x_T: [B, ...] where the call brings it, else None: drawn from the seeds.
+        init: [B, ...], data that are noised to the first row's level, with `x_T` as the noise where that is given.
         draw: returns z of a step [B, ...], where the caller provides it.
         class_labels: int64, [B], or [2B] with guidance, see `conditions.with_null_half`.
         guidance: the weight w, or one per row.
@@ -80,6 +82,7 @@ class Request:
     seed: Tensor
     sample_id: Tensor
     x_T: Tensor | None  # noqa: N815
+    init: Tensor | None
     draw: Callable[[int], Tensor] | None
     class_labels: Tensor | None
     guidance: float | Tensor
@@ -98,6 +101,7 @@ class Conditions(TypedDict, total=False):
     """Keyword arguments of `Sampler.sample` that `fastddpm.sample` hands on: one value for all samples, or rows."""
 
     x_T: Tensor | None
+    init: Tensor | None
     guidance: Weight
     guidance_interval: tuple[float, float] | None
     guidance_rescale: float
@@ -136,6 +140,7 @@ def resolve_request(
     generator: Generators | None = None,
     noise: Noise | None = None,
     x_T: Tensor | None = None,
+    init: Tensor | None = None,
     batch_size: int | None = None,
     class_labels: Labels | None = None,
     guidance: Weight = 1.0,
@@ -160,15 +165,23 @@ def resolve_request(
     source = _only_source(seeds, seed, generator, noise)
     if x_T is not None and tuple(x_T.shape[1:]) != shape:
         raise ValueError(f"x_T must have shape [B, {', '.join(map(str, shape))}], got {list(x_T.shape)}")
+    if init is not None:
+        init = as_samples("init", init, shape)
+        refuse_without_levels("init", table)
+        if x_T is not None:
+            raise ValueError("init= and x_T= are two starts; give x_T alone, which may be a noised init of your own")
+    start = x_T if init is None else init
     draw: Callable[[int], Tensor] | None = None
     if source == "seeds":
-        batch = batch_size if x_T is None else len(x_T)
+        batch = batch_size
+        if start is not None and batch is None and seeds is None and sample_ids is None:
+            batch = len(start)
         many = seeds if seeds is None or isinstance(seeds, Iterable) else [seeds]
         seed_of, sample_id = resolve_seeds(seeds=many, seed=seed, sample_ids=sample_ids, batch=batch)
     else:
         if source is None and (stochastic or x_T is None):
             raise ValueError("no noise: pass seeds=, seed= with sample_ids=, generator=, or noise= with x_T=")
-        B = given_batch(generator, noise, x_T, batch_size, class_labels)
+        B = given_batch(generator, noise, start, batch_size, class_labels)
         seed_of = sample_id = torch.zeros(B, dtype=torch.int64, device="cpu")
         draw = _drawer(generator, noise, B, shape, len(table))
         if x_T is None:
@@ -180,6 +193,8 @@ def resolve_request(
     B = len(seed_of)
     if x_T is not None and len(x_T) != B:
         raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
+    if init is not None:
+        init = for_batch("init", init, B)
     w, phi = weight_of(guidance, guidance_interval, table), number("guidance_rescale", guidance_rescale, ge=0.0, le=1.0)
     guided = is_guided(w)
     if options.self_condition in (model_kwargs or {}):
@@ -199,7 +214,7 @@ def resolve_request(
         settings=options.global_settings(),
     )
     return Request(
-        key, seed_of, sample_id, x_T, draw if stochastic else None, labels, w, phi, kwargs, source == "seeds"
+        key, seed_of, sample_id, x_T, init, draw if stochastic else None, labels, w, phi, kwargs, source == "seeds"
     )
 
 

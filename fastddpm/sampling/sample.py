@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,7 +18,8 @@ from fastddpm.checks import integer
 from fastddpm.machine.devices import resolve_device
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import network as net
-from fastddpm.sampling.conditions import Labels
+from fastddpm.sampling.conditions import Labels, labels_for
+from fastddpm.sampling.edits import for_batch
 from fastddpm.sampling.guidance import Weight, is_guided
 from fastddpm.sampling.options import SamplerArguments, check_shape
 from fastddpm.sampling.request import Conditions, Generators, Noise, RequestArguments, given_batch, refuse_unknown
@@ -37,6 +37,8 @@ _ELEMENTS_PER_BATCH = {"cpu": 2**14, "cuda": 2**20}
 
 class Options(SamplerArguments, Conditions, total=False):
     """Keyword arguments that `sample` hands on."""
+
+    strength: float
 
 
 def sample(
@@ -64,7 +66,7 @@ def sample(
         model: a module or callable that keeps `Sampler`'s model contract; or what `fastddpm.load` takes: the name of a
             shipped model ("digits") or a directory.
         shape: one sample's shape, (C, H, W) or (D,); default from the model's config.
-        seeds: one seed per sample; an int is one sample. Default 0, or 0, 1, ... for the rows of `x_T`.
+        seeds: one seed per sample; an int is one sample. Default 0, or 0, 1, ... for the rows of `x_T` or `init`.
         steps: steps per sample; default those of "fast" (8, or 10 with guidance), else all timesteps of the diffusion.
         sampler: the name of a sampler, see `fastddpm.tables.names`; "fast" brings its own number of steps.
         class_labels: one label per sample or one for all. By default a class-conditional model draws class
@@ -79,7 +81,9 @@ def sample(
             steps, epsilon, fixed_small).
         sampler_options: further arguments of the sampler's table (eta, spacing, ...).
         **options: further arguments of `Sampler`: device, dtype, compile, cuda_graph, backend, check_finite, ...; and
-            of `Sampler.sample`: x_T, guidance, model_kwargs, ..., whose tensors of N rows are split among the batches.
+            of `Sampler.sample`: x_T, init, guidance, model_kwargs, ..., whose tensors of N rows are split among the
+            batches; and strength, in (0, 1]: the share of the steps that is taken, the last ones, from `init` (or from
+            an x_T of that level): how much of `init` changes. 1 draws anew.
 
     Returns:
         float32 [N, *shape] on the sampler's device.
@@ -89,14 +93,14 @@ def sample(
         TypeError: there is no argument of that name.
     """
     refuse_unknown("sample", options, [*Options.__annotations__, *inspect.signature(sample).parameters])
-    x_T = options.get("x_T")
+    start = options.get("x_T") if options.get("init") is None else options["init"]
     drawn = generator is not None or noise is not None
     if drawn and seeds is not None:
         raise ValueError(f"noise comes from one source, got seeds and {'generator' if noise is None else 'noise'}")
     if drawn:
-        n = given_batch(generator, noise, x_T, batch_size, class_labels)
+        n = given_batch(generator, noise, start, batch_size, class_labels)
     else:
-        n = 1 if x_T is None else len(x_T)
+        n = 1 if start is None else len(start)
     run = plan_run(
         model,
         shape,
@@ -215,11 +219,16 @@ def plan_run(
     seeds = list(seeds)
     resolve_seeds(seeds=seeds)
     known = SamplerArguments.__annotations__
-    conditions = cast(Conditions, {name: value for name, value in options.items() if name not in known})
+    conditions = cast(
+        Conditions, {name: value for name, value in options.items() if name in Conditions.__annotations__}
+    )
     how = cast(SamplerArguments, {name: value for name, value in options.items() if name in known})
-    x_T, guidance = conditions.get("x_T"), conditions.get("guidance", 1.0)
-    if x_T is not None and len(x_T) != len(seeds):
-        raise ValueError(f"x_T holds {len(x_T)} samples for {len(seeds)} seeds")
+    strength, guidance = options.get("strength", 1.0), conditions.get("guidance", 1.0)
+    starts = {name: x for name in ("x_T", "init") if (x := cast(Tensor | None, conditions.get(name))) is not None}
+    for name, start in starts.items():
+        for_batch(name, start, len(seeds))
+    if strength != 1.0 and not starts:
+        raise ValueError(f"strength={strength} begins part-way: pass init= too, or x_T= at the level of that step")
     diffusion = diffusion or diffusion_of(model)
     shape = shape_of(model, diffusion) if shape is None else check_shape(shape)
     steps = None if steps is None else integer("steps", steps, 1)
@@ -227,7 +236,9 @@ def plan_run(
         conditions["guidance"] = guidance.tolist()
     # Whatever torch.set_default_device asks for.
     with torch.device("cpu"):
-        table = make_table(sampler, diffusion, steps=steps, guided=is_guided(guidance), **(sampler_options or {}))
+        table = make_table(
+            sampler, diffusion, steps=steps, guided=is_guided(guidance), strength=strength, **(sampler_options or {})
+        )
     device = how.get("device")
     how["device"] = device = net.device_of(model) if device is None else resolve_device(device)
     if batch_size is None:
@@ -282,19 +293,3 @@ def diffusion_of(model: net.Model) -> DiffusionConfig:
         logger.info("the model names no diffusion: taking Ho et al.'s (linear betas, 1000 timesteps, epsilon)")
         return DiffusionConfig()
     return config
-
-
-def labels_for(model: net.Model, seeds: Sequence[int], class_labels: Labels | None) -> list[int] | None:
-    """Return one label per seed: those given, or seed % classes for a class-conditional model, else None.
-
-    Raises:
-        ValueError: the number of labels is not that of the seeds.
-    """
-    if class_labels is None:
-        classes = net.num_classes_of(model)
-        return None if not classes else [seed % classes for seed in seeds]
-    labels = np.asarray(class_labels.cpu() if isinstance(class_labels, Tensor) else class_labels).tolist()
-    labels = [labels] * len(seeds) if isinstance(labels, int) else labels
-    if len(labels) != len(seeds):
-        raise ValueError(f"class_labels holds {len(labels)} labels for {len(seeds)} seeds")
-    return labels

@@ -190,6 +190,8 @@ class Sampler:
                 that adds noise, in diffusers' order (always in float32).
             noise: z for every step, [steps, B, ...], or a callable: step index -> [B, ...]. Needs `x_T`.
             x_T: the start [B, ...] instead of one from the noise source.
+            init: data [B, ...], or one sample for all, in [-1, 1] to begin from: x_t ~ q(x_t | init) at the level of
+                the table's first row (SDEdit, Meng et al. 2022). A table that begins part-way keeps more of them.
             batch_size: B, where nothing else tells.
             class_labels: an int for all samples or integers [B].
             guidance: weight w of classifier-free guidance, m = m_u + w (m_c - m_u) (Ho & Salimans 2022, with w = 1 + w'

@@ -52,6 +52,7 @@ class StaticStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.rows = buffer(len(table), K)
         self.timesteps = buffer(len(table), dtype=table.timesteps.dtype)
+        self.levels = None if table.levels is None else table.levels.to(options.device, torch.float32)
         # The same for every input of the network; as a view of it, an index of its own is never made.
         self._index = buffer(n, dtype=torch.int64)
         self.row = self._index[:1]
@@ -161,7 +162,7 @@ class StaticStep:
                 scratch.zero_()
         if self.first_bad is not None:
             self.first_bad.fill_(-1)
-        self.x_t.copy_(self._draw_x_T() if request.x_T is None else request.x_T)
+        self.x_t.copy_(self._first_state(request))
         self.feed_network()
         self.network.load(self.class_labels)
 
@@ -180,9 +181,15 @@ class StaticStep:
         """Copy x_t into the network's input; needed after x_t was edited."""
         self.x_in[: self.key.batch].copy_(self.x_t)
 
-    def _draw_x_T(self) -> Tensor:
-        counter = noise.Counter(self.seed, self.sample_id, torch.zeros_like(self.row), noise.STREAM_X_T)
-        return ops.randn(counter, self.options.shape, torch.float32, self.x_t.device, self.options.backend)
+    def _first_state(self, request: Request) -> Tensor:
+        """x_T ~ N(0, I), or x_t ~ q(x_t | init) at the first row's level."""
+        counter = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_X_T)
+        backend, device = self.options.backend, self.x_t.device
+        if request.init is None or self.levels is None:
+            x_T = request.x_T
+            return ops.randn(counter, self.options.shape, torch.float32, device, backend) if x_T is None else x_T
+        eps = counter._replace(stream=noise.STREAM_FORWARD) if request.x_T is None else request.x_T.to(self.x_t)
+        return ops.q_sample(request.init.to(self.x_t), self.levels, self.row, eps, backend=backend)  # type: ignore[return-value]
 
     def _checked(self, m: Any) -> Tensor:
         if not isinstance(m, Tensor):

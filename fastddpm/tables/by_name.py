@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastddpm.checks import number
 from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
 from fastddpm.tables.ddim import ddim_table
 from fastddpm.tables.ddpm import ddpm_table
@@ -48,6 +49,7 @@ def make_table(
     steps: int | None = None,
     timesteps: Sequence[int] | Tensor | None = None,
     guided: bool = False,
+    strength: float = 1.0,
     **options: Any,
 ) -> Table:
     """Build the table of a named sampler for a network trained under `config`.
@@ -59,6 +61,8 @@ def make_table(
         steps: how many steps to take; all T by default, except for "fast".
         timesteps: the timesteps themselves, strictly descending, instead of `steps`.
         guided: the table is for classifier-free guidance.
+        strength: the share of the steps that is kept, from the end, in (0, 1], as in diffusers: int(strength n) of n,
+            but one at least. What is left begins like a table of its own, a multistep method at first order.
         options: further keywords of the builder (eta, spacing, clip_range, ...), which override the config's.
 
     Raises:
@@ -77,4 +81,14 @@ def make_table(
         defaults["variance_type"] = config.variance_type
     else:
         defaults["learned"] = config.variance_type in LEARNED
-    return SAMPLERS[name](config.schedule(), steps=steps, timesteps=timesteps, **{**defaults, **options})
+    build, options = partial(SAMPLERS[name], config.schedule()), {**defaults, **options}
+    strength = number("strength", strength, gt=0.0, le=1.0)
+    table = build(steps=steps, timesteps=timesteps, **options)
+    if strength == 1.0:
+        return table
+    visited = table.timesteps.unique_consecutive()
+    # A product such as 0.29 * 100 may fall just short of the integer that it means.
+    skipped = len(visited) - max(1, int(strength * len(visited) + 1e-9))
+    # Options with a value for each step: sigmas, tau, eps_square.
+    tails = {k: v[skipped:] for k, v in options.items() if isinstance(v, Sequence | Tensor) and not isinstance(v, str)}
+    return build(timesteps=visited[skipped:], **{**options, **tails})

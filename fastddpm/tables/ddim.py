@@ -11,7 +11,7 @@ from fastddpm.checks import number
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.schedules.spacing import resolve_timesteps
 from fastddpm.tables.ddpm import x0_coefficients
-from fastddpm.tables.table import Table, make_rows
+from fastddpm.tables.table import Table, level_rows, make_rows
 
 
 def ddim_table(
@@ -88,6 +88,7 @@ def ddim_table(
         clip=clip_range is not None,
         learned=learned,
         use_m="c_m" in columns,
+        levels=level_rows(alpha_bar, alpha_bar_prev[-1:]),
     )
 
 
@@ -151,6 +152,7 @@ def ddim_inversion_table(
         clip=clip_range is not None,
         learned=learned,
         use_m="c_m" in columns,
+        levels=level_rows(source, target[-1:]),
     )
 
 

@@ -11,7 +11,7 @@ from fastddpm.checks import one_of
 from fastddpm.schedules.diffusion import LEARNED, PREDICTION_TYPES, VARIANCE_TYPES
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.schedules.spacing import resolve_timesteps
-from fastddpm.tables.table import Table, make_rows
+from fastddpm.tables.table import Table, level_rows, make_rows
 
 # 1 / sqrt(alpha_bar), times a state, is finite in float32.
 _LEAST_ALPHA_BAR = 1e-68
@@ -72,6 +72,7 @@ def ddpm_table(
         name="ddpm",
         clip=clip_range is not None,
         learned=variance_type in LEARNED,
+        levels=level_rows(respaced.alphas_cumprod.flip(0), torch.ones(1, dtype=torch.float64, device="cpu")),
     )
 
 

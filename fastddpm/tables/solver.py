@@ -11,7 +11,7 @@ from fastddpm.checks import nearest
 from fastddpm.schedules.levels import Levels, noise_levels
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddpm import eps_coefficients, x0_coefficients
-from fastddpm.tables.table import HISTORY, Table, make_rows
+from fastddpm.tables.table import HISTORY, Table, level_rows, make_rows
 
 
 class SolverOptions(TypedDict, total=False):
@@ -79,4 +79,5 @@ def solver_table(
         learned=learned,
         history=max(used, default=0),
         estimate=estimate,
+        levels=level_rows(alpha_bar, levels.alphas_cumprod[-1:]),
     )

@@ -46,6 +46,8 @@ class Table:
         use_m: the term c_m * m is present.
         history: how many older x0 enter, 0..3: the terms c_1 * x0_1 to c_history * x0_history are present.
         estimate: what a * x_t + b * m is: "x_0", or "eps" for the solvers that interpolate eps. The rows keep it.
+        levels: float64 [R + 1, 2], (c, s) of each state: c x_0 + s eps before row r is what data become there, and the
+            last is what the last row leaves. Edits need them; None where they are not known.
 
     Raises:
         ValueError: a shape, dtype or value does not fit the above.
@@ -59,6 +61,7 @@ class Table:
     use_m: bool = False
     history: int = 0
     estimate: str = "x_0"
+    levels: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.rows64.dim() != 2 or self.rows64.shape[1] != K or self.rows64.shape[0] == 0:
@@ -72,6 +75,8 @@ class Table:
             )
         if self.history not in range(len(HISTORY) + 1):
             raise ValueError(f"history must lie in 0..{len(HISTORY)}, got {self.history!r}")
+        if self.levels is not None and self.levels.shape != (len(self.rows64) + 1, 2):
+            raise ValueError(f"levels must have shape [{len(self.rows64) + 1}, 2], got {list(self.levels.shape)}")
         bounds = torch.tensor([name in ("lo", "hi") for name in COLUMNS], device="cpu")
         bad = ~torch.where(bounds, ~self.rows.isnan(), self.rows.isfinite())
         if bad.any():
@@ -142,6 +147,12 @@ def make_rows(n_rows: int, clip_range: float | None = None, **columns: Tensor | 
     for name, value in {"lo": -bound, "hi": bound, "w": 1.0, **columns}.items():
         rows64[:, COLUMN[name]] = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     return rows64
+
+
+def level_rows(*alphas_cumprod: Tensor) -> Tensor:
+    """Write alpha_bar of every state, in parts, as a table's `levels`: (sqrt(alpha_bar), sqrt(1 - alpha_bar))."""
+    alpha_bar = torch.cat(alphas_cumprod)
+    return torch.stack([alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()], dim=1)
 
 
 def q_rows(schedule: Schedule) -> Tensor:

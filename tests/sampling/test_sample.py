@@ -152,7 +152,7 @@ def test_x_T_and_model_kwargs_are_split_among_the_batches() -> None:
     for i in range(5):
         alone = Sampler(lambda x, t, i=i: 0.5 * x + shift[i], table, (2,), compile=False)
         assert torch.equal(got[i : i + 1], alone.sample(seeds=[i], x_T=x_T[i : i + 1]))
-    with pytest.raises(ValueError, match="x_T holds 5 samples for 3 seeds"):
+    with pytest.raises(ValueError, match="x_T holds 5 samples, and 3 are drawn"):
         fastddpm.sample(Toy().eval(), (2,), x_T=x_T, seeds=[1, 2, 3])
 
 

@@ -1,0 +1,115 @@
+"""Edits of a run, against plain loops in float64: data to begin from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastddpm
+from fastddpm import DiffusionConfig, Sampler, ddpm_table
+from fastddpm.noise import v1 as noise
+from fastddpm.ops.draw import randn
+from fastddpm.tables.by_name import make_table
+from fastddpm.tables.table import make_rows
+from tests.sampling.test_sampler import SCHEDULE, SHAPE, Pointwise
+
+CONFIG = DiffusionConfig(num_timesteps=50, beta_start=1e-3, beta_end=0.2)
+X_0 = torch.linspace(-1, 1, 210).reshape(2, *SHAPE)
+
+
+def forward_noise(step: int = 0, seeds: tuple[int, ...] = (1, 2)) -> Tensor:
+    return randn((len(seeds), *SHAPE), seeds=seeds, step=step, stream=noise.STREAM_FORWARD)
+
+
+def noised(x_0: Tensor, t: int, eps: Tensor) -> Tensor:
+    """Eq. 4 of Ho et al. in float64."""
+    alpha_bar = SCHEDULE.alphas_cumprod[t]
+    return alpha_bar.sqrt() * x_0.double() + (1 - alpha_bar).sqrt() * eps.double()
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.29, 29), (0.6, 60), (0.004, 1), (1.0, 100)])
+def test_strength_keeps_that_share_of_the_steps(strength: float, steps: int) -> None:
+    whole = make_table("ddim", DiffusionConfig(), steps=100)
+    tail = make_table("ddim", DiffusionConfig(), steps=100, strength=strength)
+    assert tail.timesteps.tolist() == whole.timesteps.tolist()[100 - steps :]
+    torch.testing.assert_close(tail.rows64, whole.rows64[100 - steps :], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tail.levels, whole.levels[100 - steps :], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["unipc3", "dpm++2m", "heun", "sa_solver", "deis"])
+def test_a_multistep_method_begins_part_way_without_a_past(name: str) -> None:
+    options = {"tau": [0.5] * 10} if name == "sa_solver" else {}
+    whole = make_table(name, CONFIG, steps=10, **options)
+    tail = make_table(name, CONFIG, steps=10, strength=0.5, **options)
+    per_step = 2 if name == "heun" else 1
+    assert len(tail) == len(whole) - 5 * per_step
+    assert torch.equal(tail.timesteps, whole.timesteps[5 * per_step :])
+    assert not tail.column("c_1")[0]
+    assert not tail.column("c_2")[:2].any()
+    torch.testing.assert_close(tail.levels, whole.levels[5 * per_step :], rtol=1e-6, atol=1e-7)
+
+
+def test_a_list_of_levels_is_cut_too() -> None:
+    sigmas = [3.0, 2.0, 1.0, 0.5, 0.2, 0.0]
+    tail = make_table("dpm++2m", CONFIG, sigmas=sigmas, strength=0.6)
+    expected = make_table("dpm++2m", CONFIG, sigmas=sigmas[2:])
+    torch.testing.assert_close(tail.rows64, expected.rows64, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "unipc3", "euler_a", "heun"])
+def test_levels_are_what_data_become_at_each_row(name: str) -> None:
+    rows = make_table(name, CONFIG, steps=6)
+    alpha_bar = torch.cat([SCHEDULE.alphas_cumprod[rows.timesteps], torch.ones(1, dtype=torch.float64)])
+    torch.testing.assert_close(rows.levels[:, 0] ** 2, alpha_bar, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rows.levels.square().sum(dim=1), torch.ones_like(alpha_bar), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("t", [49, 20, 0])
+def test_init_is_noised_to_the_first_rows_level(t: int) -> None:
+    sampler = Sampler(Pointwise().eval(), ddpm_table(SCHEDULE, timesteps=[t]), SHAPE, compile=False)
+    sampler.sample(seeds=[1, 2], init=X_0)
+    seen = sampler.model.seen[0].x
+    torch.testing.assert_close(seen.double(), noised(X_0, t, forward_noise()), rtol=0, atol=1e-6)
+
+
+def test_init_with_a_generator_takes_its_first_draw_as_noise() -> None:
+    sampler = Sampler(Pointwise().eval(), ddpm_table(SCHEDULE, timesteps=[20, 10]), SHAPE, compile=False)
+    sampler.sample(generator=torch.Generator().manual_seed(0), init=X_0)
+    eps = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sampler.model.seen[0].x.double(), noised(X_0, 20, eps), rtol=0, atol=1e-6)
+
+
+def test_front_door_begins_part_way_in_any_batches() -> None:
+    def draw(init: Tensor, **options: object) -> Tensor:
+        return fastddpm.sample(
+            Pointwise().eval(), SHAPE, seeds=[1, 2], init=init, diffusion=CONFIG, steps=10, sampler="ddpm", **options
+        )
+
+    x = draw(X_0, strength=0.5)
+    assert torch.equal(x, draw(X_0, strength=0.5, batch_size=1))
+    rows = make_table("ddpm", CONFIG, steps=10, strength=0.5)
+    assert torch.equal(x, Sampler(Pointwise().eval(), rows, SHAPE, compile=False).sample(seeds=[1, 2], init=X_0))
+    assert torch.equal(draw(X_0[:1], strength=0.5)[0], x[0])
+    nearer = draw(X_0, strength=0.1)
+    assert (nearer - X_0).square().mean() < (x - X_0).square().mean()
+
+
+def test_init_that_does_not_fit_is_refused() -> None:
+    rows = ddpm_table(SCHEDULE, steps=2)
+    sampler = Sampler(Pointwise().eval(), rows, SHAPE, compile=False)
+    with pytest.raises(ValueError, match=r"init must be floating point of shape \[B, 3, 5, 7\].*image\[None\]"):
+        sampler.sample(seeds=[1, 2], init=X_0[0])
+    with pytest.raises(ValueError, match=r"init must be floating.*uint8.*x / 127.5 - 1"):
+        sampler.sample(seeds=[1, 2], init=X_0.to(torch.uint8))
+    with pytest.raises(ValueError, match="init holds 2 samples, and 3 are drawn"):
+        sampler.sample(seed=1, batch_size=3, init=X_0)
+    with pytest.raises(ValueError, match="init= and x_T= are two starts"):
+        sampler.sample(seeds=[1, 2], init=X_0, x_T=X_0)
+    with pytest.raises(ValueError, match="begins part-way: pass init="):
+        fastddpm.sample(Pointwise(), SHAPE, strength=0.5)
+    with pytest.raises(ValueError, match="strength must"):
+        fastddpm.sample(Pointwise(), SHAPE, strength=0.0, init=X_0)
+    bare = fastddpm.Table(make_rows(1, a=1.0), torch.zeros(1, dtype=torch.int64), name="bare")
+    with pytest.raises(ValueError, match="'bare' has no levels"):
+        Sampler(Pointwise().eval(), bare, SHAPE, compile=False).sample(seeds=[1, 2], init=X_0)
