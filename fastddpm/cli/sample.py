@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import sampling_options
@@ -50,6 +51,19 @@ def add_parser(subparsers: Any) -> None:
         "model draws class seed %% number of classes",
     )
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (default: 1)")
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar="T",
+        help="timesteps outside of which the weight is 1: 100 800",
+    )
+    parser.add_argument(
+        "--guidance-rescale", type=float, metavar="PHI", help="how far guidance keeps the spread, 0 to 1"
+    )
+    parser.add_argument(
+        "--condition", type=Path, metavar="FILE", help="seen beside x: .npy or .npz, a row per seed or one"
+    )
     parser.add_argument("--format", choices=("png", "npz"), default="png", help="one PNG per seed, or samples.npz")
     parser.add_argument("--grid", action="store_true", help="also write grid.png with all images")
     parser.add_argument("--scale", type=positive, default=1, metavar="N", help="enlarge the grid N times (default: 1)")
@@ -87,12 +101,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace, model: UNet) -> Run:
+    from fastddpm.data.array_file import read_condition
     from fastddpm.files.images import has_image_shape
     from fastddpm.sampling.network import null_class_of
 
     seeds = list(dict.fromkeys(args.seeds))
     labels = _labels(args.classes, len(seeds), null_class_of(model))
-    planned = sampling_options.plan(args, model, seeds, class_labels=labels, guidance=args.guidance)
+    given = {name: getattr(args, name) for name in ("guidance", "guidance_interval", "guidance_rescale")}
+    conditions: Any = {name: value for name, value in given.items() if value is not None}
+    if args.condition is not None:
+        condition = {"condition": read_condition(args.condition, len(seeds))}
+        conditions |= {"model_kwargs": condition, "null_kwargs": {"condition": 0.0}}
+    planned = sampling_options.plan(args, model, seeds, class_labels=labels, conditions=conditions)
+    missing = model.config.in_channels - planned.sampler.shape[0]
+    if missing and args.condition is None:
+        raise ValueError(f"the model sees {missing} channels beside x: give them as --condition FILE")
     if args.format == "png" and not has_image_shape(planned.sampler.shape):
         raise ValueError(f"samples of shape {planned.sampler.shape} are no images; use --format npz")
     return planned

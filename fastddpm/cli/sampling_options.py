@@ -13,6 +13,7 @@ from fastddpm.tables.names import listing
 if TYPE_CHECKING:
     import torch
 
+    from fastddpm.sampling.request import Conditions
     from fastddpm.sampling.sample import Run
     from fastddpm.unet.unet import UNet
 
@@ -57,7 +58,7 @@ def plan(
     seeds: Sequence[int],
     *,
     class_labels: list[int] | None = None,
-    guidance: float = 1.0,
+    conditions: Conditions | None = None,
 ) -> Run:
     """Plan the run that the options ask for.
 
@@ -77,7 +78,7 @@ def plan(
             sampler=args.sampler,
             sampler_options=given,
             class_labels=class_labels,
-            guidance=guidance,
+            **(conditions or {}),
             batch_size=args.batch,
             device=_device(args.device, os.environ),
             dtype=None if args.dtype is None else getattr(torch, args.dtype),

@@ -29,12 +29,14 @@ class Dataset:
         images: [N, C, H, W]; uint8 in 0..255 or float32 in [-1, 1].
         labels: [N] int64 in 0..len(classes)-1, or None.
         classes: the classes' names in label order; empty without labels.
+        condition: [N, C', H, W] float32, what the network sees beside each image, or None.
     """
 
     name: str
     images: Tensor
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
+    condition: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
@@ -45,18 +47,28 @@ class Dataset:
         C, H, W = self.images.shape[1:]
         return int(C), int(H), int(W)
 
+    @property
+    def beside(self) -> int:
+        """Channels of the condition."""
+        return 0 if self.condition is None else int(self.condition.shape[1])
+
     def x_0(self, k: Tensor) -> Tensor:
         """Return images k ([B] int64) as float32 [B, C, H, W] in [-1, 1]."""
-        images = self.images[k]
-        return images.to(torch.float32) / 127.5 - 1.0 if images.dtype == torch.uint8 else images
+        return as_floats(self.images[k])
 
     def fingerprint(self) -> str:
-        """SHA-256 of shape, images and labels, by which a resumed training knows its data again."""
+        """SHA-256 of shape, images, labels and condition, by which a resumed training knows its data again."""
         digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.images.dtype}".encode())
         digest.update(self.images.contiguous().numpy().tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.contiguous().numpy().tobytes())
+        for beside in (self.labels, self.condition):
+            if beside is not None:
+                digest.update(beside.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def as_floats(pixels: Tensor) -> Tensor:
+    """Map uint8 to float32 in [-1, 1]; floats are kept."""
+    return pixels.to(torch.float32) / 127.5 - 1.0 if pixels.dtype == torch.uint8 else pixels
 
 
 def mnist(split: Split = "train") -> Dataset:

@@ -132,7 +132,7 @@ def read_array(path: Path) -> np.ndarray:
     if path.suffix not in SUFFIXES or not path.is_file():
         known = ", ".join([*DATA_SETS, *data.BUILT_IN])
         raise ValueError(f"no data at '{path}'; give {known}, an image, or a file ending in {', '.join(SUFFIXES)}")
-    return _read_csv(path) if path.suffix == ".csv" else read_arrays(path)[0]
+    return _read_csv(path) if path.suffix == ".csv" else read_arrays(path)["images"]
 
 
 def _read_csv(path: Path) -> np.ndarray:

@@ -20,12 +20,12 @@ MAX_DATA_BYTES = 8 << 30
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError)
 
 
-def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read images and labels from a .npz file, or the one array of a .npy file.
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read images, and what belongs to them, from a .npz file, or the one array of a .npy file.
 
     Returns:
-        The array ``images`` (or ``arr_0``, or the only one), and ``labels`` (or ``arr_1``) where there is one: of
-        whatever shape and values.
+        ``images`` (or ``arr_0``, or the only one), and ``labels`` (or ``arr_1``) and ``condition`` where there are any:
+        of whatever shape and values.
 
     Raises:
         ValueError: the file is damaged, holds objects or declares too much.
@@ -34,7 +34,7 @@ def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if path.suffix == ".npz":
             return _read_npz(path)
         with path.open("rb") as stream:
-            return _read_array(stream, path.stat().st_size, "array"), None
+            return {"images": _read_array(stream, path.stat().st_size, "array")}
     except _UNREADABLE as error:
         raise ValueError(printable(f"{path}: not a usable array file: {error}")) from error
 
@@ -47,7 +47,7 @@ def check_bytes(name: str, n_bytes: int) -> None:
         )
 
 
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
 
@@ -56,11 +56,11 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                 return _read_array(stream, members[name].file_size, name)
 
         only = next(iter(members)) if len(members) == 1 else None
-        name = next((n for n in ("images", "arr_0", only) if n in members), None)
-        if name is None:
+        names = {"images": ("images", "arr_0", only), "labels": ("labels", "arr_1"), "condition": ("condition",)}
+        found = {kind: name for kind, known in names.items() for name in reversed(known) if name in members}
+        if "images" not in found:
             raise ValueError(f"no array called images or arr_0 among {sorted(members)[:8]}")
-        label_name = next((n for n in ("labels", "arr_1") if n in members), None)
-        return read(name), None if label_name is None else read(label_name)
+        return {kind: read(name) for kind, name in found.items()}
 
 
 def _read_array(stream: IO[bytes], size: int, name: str) -> np.ndarray:

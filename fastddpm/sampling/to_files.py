@@ -107,12 +107,20 @@ def describe(
         "batch": len(planned.batches[0]),
         "classes": classes,
         "guidance": planned.guidance,
+        **_written({name: value for name, value in planned.conditions.items() if name != "guidance"}),
         "dtype": str(options.dtype).removeprefix("torch."),
         "device": options.device.type,
         "backend": "triton" if options.uses_triton else "torch",
         "compile": compiled,
         "format": outputs.format,
     }
+
+
+def _written(value: Any) -> Any:
+    """Return an argument as JSON, a tensor by its digest."""
+    if isinstance(value, Tensor):
+        return hashlib.sha256(_raw_bytes(value)).hexdigest()
+    return {name: _written(part) for name, part in value.items()} if isinstance(value, dict) else value
 
 
 def table_digest(table: Table) -> str:

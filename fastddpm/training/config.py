@@ -53,7 +53,7 @@ class TrainConfig:
     grad_clip: float = setting("largest norm of the gradient, 0 for no bound", 1.0, ge=0)
     ema: float = setting("decay of the weights' moving average", 0.999, ge=0, lt=1)
     dropout: float = setting("dropout in the residual blocks", 0.1, ge=0, lt=1)
-    class_dropout: float = setting("how often a label becomes 'no class', for guidance", 0.1, ge=0, lt=1)
+    class_dropout: float = setting("how often a label becomes 'no class', a condition 0: for guidance", 0.1, ge=0, lt=1)
     flip: bool = setting("mirror images at random", False)
     seed: int = setting("seed of weights, image order, timesteps, noise and dropout", 0, ge=0, le=2**63 - 1)
     schedule: str = setting("beta schedule: linear, cosine, sigmoid_jabri, ...", "linear")

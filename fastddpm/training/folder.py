@@ -12,7 +12,6 @@ from typing import Any
 
 from fastddpm.data.datasets import Dataset
 from fastddpm.data.load import load_data
-from fastddpm.files.images import has_image_shape
 from fastddpm.files.run_folder import RunFolder, differences
 from fastddpm.files.safejson import read_object
 from fastddpm.machine.devices import plain_torch
@@ -79,11 +78,12 @@ def _check_suits(unet: UNetConfig, config: TrainConfig, data: Dataset) -> None:
     """Refuse too few images for a batch, and a network of other channels or without an embedding for each class."""
     if config.batch > len(data):
         raise ValueError(f"a batch of {config.batch} is more than the {len(data)} images; use a smaller --batch")
-    C, classes = data.shape[0], len(data.classes)
+    C, beside, classes = data.shape[0], data.beside, len(data.classes)
     name = config.init or config.model
-    if (unet.in_channels, unet.out_channels) != (C, C * (1 + config.learns_variance)):
+    if (unet.in_channels, unet.out_channels) != (C + beside, C * (1 + config.learns_variance)):
         raise ValueError(
             f"{name}: {unet.in_channels} channels in and {unet.out_channels} out; {data.name} has {C}"
+            + (f", and a condition of {beside} beside them" if beside else "")
             + (f", and a {config.variance} variance needs as many again" if config.learns_variance else "")
         )
     rows, null = unet.num_class_embeds or 0, unet.null_class
@@ -137,10 +137,8 @@ def open_run(config: TrainConfig) -> Iterator[TrainingRun]:
     with folder.locked():
         folder.refuse_unless_free(resume=resume, overwrite=overwrite)
         data = load_data(config.data, **config.data_options())
-        unet = unet or default_unet(data.shape, len(data.classes), config)
+        unet = unet or default_unet(data.shape, len(data.classes), config, data.beside)
         _check_suits(unet, config, data)
-        if config.sample_every and not has_image_shape(data.shape):
-            raise ValueError(f"{data.name} has {data.shape[0]} channels, which no PNG shows; give --sample-every 0")
         identity = {**config.identity(), "data_sha256": data.fingerprint(), "noise": NOISE_VERSION}
         settings = dataclasses.asdict(config)
         folder.begin(identity, resume=resume, overwrite=overwrite, defaults=TrainConfig.defaults(), settings=settings)
@@ -171,7 +169,7 @@ def read_settings(out: Path) -> dict[str, Any]:
     return settings
 
 
-def default_unet(shape: tuple[int, int, int], n_classes: int, config: TrainConfig) -> UNetConfig:
+def default_unet(shape: tuple[int, int, int], n_classes: int, config: TrainConfig, beside: int = 0) -> UNetConfig:
     """Choose a network by the images' size: 4x4 at its coarsest, attention at 8x8, four times wider for colour.
 
     It has an embedding for "no class" where labels are dropped, and further channels where the variance is learned.
@@ -192,7 +190,7 @@ def default_unet(shape: tuple[int, int, int], n_classes: int, config: TrainConfi
     return dataclasses.replace(
         digits,
         sample_size=H if H == W else (H, W),
-        in_channels=C,
+        in_channels=C + beside,
         out_channels=C * (1 + config.learns_variance),
         block_out_channels=tuple(w * (1 if C == 1 else 4) for w in widths[-levels:]),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),

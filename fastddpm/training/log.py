@@ -10,10 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import torch
+
 from fastddpm.checks import integer, number
+from fastddpm.data.datasets import Dataset
 from fastddpm.files.atomic import write_files
 from fastddpm.files.figures import new_figure, to_png
-from fastddpm.files.images import save_grid
+from fastddpm.files.images import has_image_shape, save_grid
 from fastddpm.files.outside import regular_size
 from fastddpm.files.safejson import parse_object
 from fastddpm.machine.progress import Progress
@@ -77,9 +80,9 @@ class TrainLog:
             self._sum, self._count = 0.0, 0
         self._progress.show(n + 1, self._note)
 
-    def picture(self, n: int, model: UNet, ema: EMA) -> None:
+    def picture(self, n: int, model: UNet, ema: EMA, data: Dataset) -> None:
         """Write a grid of samples of the averaged model after n steps, and, with matplotlib, the plot of the loss."""
-        _save_grid(self._out / f"samples-{n:07d}.png", averaged(model, ema))
+        _save_grid(self._out / f"samples-{n:07d}.png", averaged(model, ema), data)
         plot = loss_plot(list(read_log(self._out)))
         if plot is not None:
             write_files({self._out / PLOT: plot})
@@ -131,13 +134,20 @@ def loss_plot(lines: list[dict[str, float]], bins: int = 400) -> bytes | None:
     return to_png(figure)
 
 
-def _save_grid(path: Path, model: UNet) -> None:
-    """Draw four samples of each class (of at most ten), or sixteen, and save them as one picture."""
+def _save_grid(path: Path, model: UNet, data: Dataset) -> None:
+    """Draw four samples of each class (of at most ten), or sixteen, with the first conditions, as one picture.
+
+    Channels that are no grey, RGB or RGBA lie side by side.
+    """
     classes = num_classes_of(model)
     columns = min(classes, 10) if classes else 4
     count = 4 * columns
     labels = [i % columns for i in range(count)] if classes else None
     T = model.diffusion.num_timesteps if model.diffusion else 1000
-    x_0 = sample(model, seeds=range(count), steps=min(GRID_STEPS, T), class_labels=labels, compile=False)
+    given = {} if data.condition is None else {"condition": data.condition[torch.arange(count) % len(data)]}
+    steps = min(GRID_STEPS, T)
+    x_0 = sample(model, seeds=range(count), steps=steps, class_labels=labels, model_kwargs=given, compile=False)
+    if not has_image_shape(data.shape):
+        x_0, columns = x_0.flatten(0, 1)[:, None], columns * data.shape[0]
     scale = max(1, GRID_SIDE // min(x_0.shape[2:]))
     save_grid(x_0, path, columns=columns, scale=scale)

@@ -85,14 +85,19 @@ class Trainer:
     def loss(self, k: Tensor, n: int) -> Tensor:
         """Loss of images k ([B] int64) at step n: lines 2 to 5 of Algorithm 1; t and eps are drawn for (seed, k, n)."""
         config, device = self.config, next(self.model.parameters()).device
-        x_0 = self.data.x_0(k).to(device)
+        x_0, condition = self.data.x_0(k).to(device), self.data.condition
+        if condition is not None:
+            condition = drop(condition[k], 0.0, config.class_dropout, config.seed, k, n).to(device)
         if config.flip:
-            x_0 = torch.where(_flipped(config.seed, k, n).to(device)[:, None, None, None], x_0.flip(3), x_0)
+            mirrored = _flipped(config.seed, k, n).to(device)[:, None, None, None]
+            x_0 = torch.where(mirrored, x_0.flip(3), x_0)
+            condition = None if condition is None else torch.where(mirrored, condition.flip(3), condition)
+        options = config.loss_options() | ({} if condition is None else {"condition": condition})
         labels = None
         if self.data.labels is not None:
             labels = self.data.labels[k]
             if (null := self.model.config.null_class) is not None:
-                labels = drop_classes(labels, null, config.class_dropout, config.seed, k, n)
+                labels = drop(labels, null, config.class_dropout, config.seed, k, n)
             labels = labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return ddpm_loss(
@@ -103,7 +108,7 @@ class Trainer:
                 step=n,
                 sample_ids=k,
                 class_labels=labels,
-                **config.loss_options(),
+                **options,
             )
 
 
@@ -122,9 +127,10 @@ def batch_indices(seed: int, n: int, n_images: int, batch: int) -> Tensor:
     return torch.from_numpy(order[place * batch : (place + 1) * batch].astype(np.int64))
 
 
-def drop_classes(labels: Tensor, null: int, p: float, seed: int, k: Tensor, n: int) -> Tensor:
-    """Replace labels by ``null`` with probability p (Ho & Salimans 2022, Algorithm 1); image k and step n decide."""
-    return torch.where(_uniform(seed, k, n)[:, 0] < p, null, labels)
+def drop(given: Tensor, null: float, p: float, seed: int, k: Tensor, n: int) -> Tensor:
+    """Replace rows by ``null`` with probability p (Ho & Salimans 2022, Algorithm 1); image k and step n decide."""
+    dropped = _uniform(seed, k, n)[:, 0] < p
+    return torch.where(dropped.reshape(-1, *(1,) * (given.dim() - 1)), null, given)
 
 
 def _flipped(seed: int, k: Tensor, n: int) -> Tensor:
@@ -189,7 +195,7 @@ def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
             n += 1
             # The picture first: a run that is killed while drawing it draws it again.
             if config.sample_every and n % config.sample_every == 0:
-                log.picture(n, model, ema)
+                log.picture(n, model, ema, trainer.data)
             if config.save_every and n % config.save_every == 0:
                 save()
         save()

@@ -14,9 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import fastddpm
 from fastddpm.cli import main
 from fastddpm.machine import progress
+from fastddpm.sampling.outputs import read_x
 from fastddpm.training import trainer as training
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.folder import LOG, SETTINGS
@@ -42,10 +46,59 @@ def test_train_takes_arrays_of_two_channels(tmp_path: Path, capsys: pytest.Captu
     )
     options = ["--model", str(tmp_path / "tiny.json"), "--batch", "8", "--steps", "1", "--quiet"]
     command = ["train", "--data", str(tmp_path / "d.npy"), "--outdir", str(tmp_path / "run"), *options]
-    assert main([*command, "--sample-every", "1"]) == 1
-    assert "2 channels, which no PNG shows; give --sample-every 0" in capsys.readouterr().err
-    assert main(command) == 0
+    assert main([*command, "--sample-every", "1"]) == 0, capsys.readouterr().err
     assert load(tmp_path / "run").config.in_channels == 2
+    with Image.open(tmp_path / "run" / "samples-0000001.png") as grid:
+        # Sixteen samples, their two channels side by side: 8 columns of 8 pixels, eight times enlarged.
+        assert grid.size == (8 * 66 + 2, 4 * 66 + 2)
+
+
+def test_a_condition_goes_from_the_data_to_the_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng, run = np.random.default_rng(0), str(tmp_path / "run")
+    images, condition = (rng.integers(0, 256, (16, n, 8, 8), dtype=np.uint8) for n in (1, 2))
+    np.savez(tmp_path / "d.npz", images=images, condition=condition)
+    (tmp_path / "tiny.json").write_text(
+        json.dumps({**TINY, "in_channels": 3, "num_class_embeds": None, "null_class": None})
+    )
+    options = ["--model", str(tmp_path / "tiny.json"), "--batch", "8", "--steps", "1", "--sample-every", "1"]
+    assert main(["train", "--data", str(tmp_path / "d.npz"), "--outdir", run, "--quiet", *options]) == 0
+    np.save(tmp_path / "c.npy", condition[:3])
+    sample = [
+        "sample",
+        "--model",
+        run,
+        "--seeds",
+        "0-2",
+        "--steps",
+        "3",
+        "--format",
+        "npz",
+        "--quiet",
+        "--guidance",
+        "2",
+    ]
+    sample += ["--outdir", str(tmp_path / "drawn")]
+    assert main(sample) == 1
+    assert "the model sees 2 channels beside x: give them as --condition FILE" in capsys.readouterr().err
+    given = [*sample, "--guidance-interval", "100", "900", "--guidance-rescale", "0.5", "--condition"]
+    assert main([*given, str(tmp_path / "c.npy")]) == 0, capsys.readouterr().err
+    beside = torch.from_numpy(condition[:3]) / 127.5 - 1
+    expected = fastddpm.sample(
+        run,
+        seeds=range(3),
+        steps=3,
+        guidance=2.0,
+        guidance_interval=(100, 900),
+        guidance_rescale=0.5,
+        model_kwargs={"condition": beside},
+        null_kwargs={"condition": 0.0},
+    )
+    assert np.array_equal(read_x(tmp_path / "drawn" / "samples.npz"), expected.numpy())
+    for other in (condition[3:6], condition[:2]):
+        np.save(tmp_path / "c.npy", other)
+        assert main([*given, str(tmp_path / "c.npy"), "--resume"]) == 1
+        said = capsys.readouterr().err
+        assert ("condition" in said and "differ" in said) or "2 conditions for 3 samples" in said
 
 
 def test_train_writes_a_model_and_says_so(

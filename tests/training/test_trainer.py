@@ -27,7 +27,7 @@ from fastddpm.training.config import TrainConfig
 from fastddpm.training.folder import LOG
 from fastddpm.training.log import read_log
 from fastddpm.training.loss import ddpm_loss
-from fastddpm.training.trainer import DivergenceError, batch_indices, drop_classes, learning_rate, train
+from fastddpm.training.trainer import DivergenceError, batch_indices, drop, learning_rate, train
 from fastddpm.unet.load import load
 from fastddpm.unet.unet import UNet, UNetConfig
 from tests.training.train_cases import TINY, at_step, same_run, tiny_run
@@ -45,15 +45,15 @@ def test_batch_indices_visits_every_image_once_an_epoch_in_another_order() -> No
     assert not torch.equal(epochs[0][:8], batch_indices(6, 0, 32, 8))
 
 
-def test_drop_classes_drops_the_share_asked_for_by_image_and_step() -> None:
+def test_drop_drops_the_share_asked_for_by_image_and_step() -> None:
     k, labels = torch.arange(20_000), torch.full((20_000,), 4)
-    dropped = drop_classes(labels, 10, 0.1, 0, k, 3) == 10
-    assert set(drop_classes(labels, 10, 0.1, 0, k, 3).tolist()) == {4, 10}
+    dropped = drop(labels, 10, 0.1, 0, k, 3) == 10
+    assert set(drop(labels, 10, 0.1, 0, k, 3).tolist()) == {4, 10}
     # 5 standard errors of a binomial share: sqrt(0.1 * 0.9 / 20000) = 0.0021.
     assert abs(dropped.double().mean().item() - 0.1) < 5 * 0.0021213
-    alone = drop_classes(labels[:100], 10, 0.1, 0, k[:100], 3) == 10
+    alone = drop(labels[:100], 10, 0.1, 0, k[:100], 3) == 10
     assert torch.equal(alone, dropped[:100])
-    assert not torch.equal(dropped, drop_classes(labels, 10, 0.1, 0, k, 4) == 10)
+    assert not torch.equal(dropped, drop(labels, 10, 0.1, 0, k, 4) == 10)
 
 
 def test_learning_rate_rises_stays_and_falls(config: TrainConfig) -> None:
@@ -217,11 +217,39 @@ def test_trainer_weighs_the_timesteps_as_asked(config: TrainConfig) -> None:
         trainer = training.build_trainer(settings, data, UNet(UNetConfig.from_dict(TINY)))
         losses[weight] = trainer.loss(k, n=0).item()
         schedule, x_0 = settings.diffusion().schedule(), data.x_0(k)
-        labels = drop_classes(data.labels[k], 10, config.class_dropout, 7, k, 0)
+        labels = drop(data.labels[k], 10, config.class_dropout, 7, k, 0)
         options = {"weighting": weight, "gamma": gamma, "class_labels": labels}
         again = ddpm_loss(trainer.model, x_0, schedule, seed=7, step=0, sample_ids=k, **options)
         assert losses[weight] == again.item()
     assert len(set(losses.values())) == 3
+
+
+def test_trainer_drops_and_mirrors_the_condition_with_its_image(config: TrainConfig) -> None:
+    generator, k = torch.Generator().manual_seed(1), torch.arange(64)
+    images, other = (torch.randn(64, n, 8, 8, generator=generator) for n in (1, 2))
+    beside = torch.cat([images, other], dim=1)
+    net = UNet(UNetConfig.from_dict({**TINY, "in_channels": 4, "num_class_embeds": None, "null_class": None}))
+    seen: list[Tensor] = []
+
+    def spy(x_t: Tensor, t: Tensor, class_labels: Tensor | None, condition: Tensor) -> Tensor:
+        seen.append(condition)
+        return x_t
+
+    losses = []
+    for p in (0.0, 0.25):
+        settings = dataclasses.replace(config, batch=64, flip=True, class_dropout=p)
+        trainer = training.build_trainer(settings, Dataset("random", images, condition=beside), net)
+        trainer.net = spy
+        losses.append(trainer.loss(k, n=3))
+    mirrored = torch.tensor([bool(torch.equal(row, beside[i].flip(2))) for i, row in enumerate(seen[0])])
+    assert 16 <= int(mirrored.sum()) <= 48
+    assert torch.equal(seen[0], torch.where(mirrored[:, None, None, None], beside.flip(3), beside))
+    # Its first channel is the image that was noised.
+    x_0, schedule = seen[0][:, :1], config.diffusion().schedule()
+    assert losses[0] == losses[1] == ddpm_loss(lambda x_t, t: x_t, x_0, schedule, seed=7, step=3, sample_ids=k)
+    dropped = drop(torch.ones(64), 0.0, 0.25, 7, k, 3) == 0
+    assert 8 <= int(dropped.sum()) <= 24
+    assert torch.equal(seen[1], torch.where(dropped[:, None, None, None], 0.0, seen[0]))
 
 
 def test_train_saves_a_model_that_loads_with_its_diffusion(config: TrainConfig) -> None:
