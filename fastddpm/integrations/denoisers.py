@@ -44,9 +44,9 @@ class Denoiser(nn.Module):
         self._first = math.log(number("sigma_min", sigma_min, gt=0))
         span = math.log(number("sigma_max", sigma_max, gt=sigma_min)) - self._first
         self._step = span / (integer("num_timesteps", num_timesteps, 2) - 1)
-        log_sigma = self._first + self._step * torch.arange(num_timesteps, dtype=torch.float64)
-        log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), -torch.log1p((2 * log_sigma).exp())])
-        betas = tuple((-torch.expm1(log_alpha_bar.diff())).tolist())
+        log_sigma = self._first + self._step * torch.arange(num_timesteps, dtype=torch.float64, device="cpu")
+        log_alpha_bar = -torch.log1p((2 * log_sigma).exp())
+        betas = tuple((-torch.expm1(log_alpha_bar.diff(prepend=log_alpha_bar.new_zeros(1)))).tolist())
         self.diffusion = DiffusionConfig(
             num_timesteps=num_timesteps, trained_betas=betas, prediction_type="x_0", clip_range=None
         )
