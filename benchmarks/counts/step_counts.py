@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastddpm.sampling.network import Network
 from fastddpm.sampling.request import StepKey
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.step import StaticStep
@@ -120,21 +121,6 @@ def count(run: Callable[[], Any], threshold: int = 1) -> Counts:
     return counter.counts
 
 
-class _Network:
-    """Returns a tensor that is there already."""
-
-    memory_format = torch.contiguous_format
-
-    def __init__(self, m: Tensor) -> None:
-        self._m = m
-
-    def load(self, class_labels: Tensor | None) -> None:
-        """No labels."""
-
-    def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        return self._m
-
-
 def measure(*, smoke: bool = False) -> list[dict[str, Any]]:
     """Count one step of each on the CPU; rows with a "note" for those not installed."""
     rows = []
@@ -202,7 +188,8 @@ def _fastddpm(*, compiled: bool) -> Counts:
     _, m = _given()
     table = ddpm_table(schedule())
     sampler = Sampler(lambda x, t: m, table, CASE.shape, device="cpu", compile=compiled)
-    step = StaticStep(StepKey(CASE.batch), _Network(m), table, sampler.options)
+    network = Network(sampler.model, compile_model=False, strict=False)
+    step = StaticStep(StepKey(CASE.batch), network, table, sampler.options)
     sampler.reverse_step(step)
     with OpCounter(CASE.n_elements) as counter:
         sampler.reverse_step(step)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from fastddpm.checks import integer
 from fastddpm.machine.devices import plain_torch
-from fastddpm.sampling.network import ModelNetwork, Network
+from fastddpm.sampling.network import Network
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.training.loss import ddpm_loss
 
@@ -86,7 +86,7 @@ class _Block(nn.Module):
         return h + self.outer(nn.functional.silu(self.inner(nn.functional.silu(h)) + shift))
 
 
-class _ByRow(ModelNetwork):
+class _ByRow(Network):
     """Calls with the row of the table instead of t."""
 
     reads_t = False

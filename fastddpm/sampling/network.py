@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,31 +94,17 @@ def unwrap(output: Any) -> Any:
     return output if isinstance(output, Tensor) else getattr(output, "sample", output)
 
 
-class Network(Protocol):
-    """What a step calls.
+class Network:
+    """What a step calls: any model with the contract model(x, t, **kwargs) -> tensor, or an object with `.sample`.
 
-    A model may bring its own, made for sampling: it then has a method `sampling_networks(timesteps, *, compile_model,
-    strict)`, with timesteps [R] on the model's device, which returns a function: rows of x -> Network. Every step has
-    its own network, because it holds the labels of a run. One that knows its timesteps by row may set `reads_t` to
-    False: t is then not looked up for it, and holds nothing. One that keeps nothing made from weights may set
-    `shares_weights` to True: their bytes are then not compared before each run. One whose code another process compiles
-    sets `compiles_step` to False, for compiling the rest of a step would take seconds of this one; and it has a method
-    `settle(x, compiled)`, which decides for all later runs whether compiled code runs (None: by what is there), makes
-    it ready, and returns the decision.
-    """
-
-    memory_format: torch.memory_format
-    """Layout in which the network wants x."""
-
-    def load(self, class_labels: Tensor | None) -> None:
-        """Learn the labels of the next run, before its first step; the place to fill tables in static buffers."""
-
-    def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        """Predict from x [B, ...] (the network's dtype), t [B] and row [1], the index of t in the timesteps."""
-
-
-class ModelNetwork:
-    """Any model that keeps the contract model(x, t, **kwargs) -> tensor, or an object with `.sample`.
+    A model may bring others, made for sampling: it then has a method `sampling_networks(timesteps, *, compile_model,
+    strict)`, with timesteps [R] on the model's device, which returns a function: rows of x -> an object with this one's
+    `memory_format`, `load` and call. Every step has its own, because it holds the labels of a run. One that knows its
+    timesteps by row may set `reads_t` to False: t is then not looked up for it, and holds nothing. One that keeps
+    nothing made from weights may set `shares_weights` to True: their bytes are then not compared before each run. One
+    whose code another process compiles sets `compiles_step` to False, for compiling the rest of a step would take
+    seconds of this one; and it has a method `settle(x, compiled)`, which decides for all later runs whether compiled
+    code runs (None: by what is there), makes it ready, and returns the decision.
 
     Args:
         model: the model.
@@ -126,6 +112,9 @@ class ModelNetwork:
         strict: raise where that fails, instead of running uncompiled.
         dynamic: whether sizes are left open, see torch.compile.
         weights: what it runs with instead of its own, by name.
+
+    Attributes:
+        memory_format: the layout in which it wants x.
     """
 
     memory_format = torch.contiguous_format
@@ -149,16 +138,17 @@ class ModelNetwork:
         self._call = compile_call(call, strict=strict, dynamic=dynamic) if compile_model else model
 
     def load(self, class_labels: Tensor | None) -> None:
-        """Nothing to do: labels reach the model as a keyword argument."""
+        """Learn the labels of the next run, before its first step; here they are a keyword argument of the model."""
 
     def __call__(self, x: Tensor, t: Tensor, row: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        """Predict from x [B, ...] (the network's dtype), t [B] and row [1], the index of t in the timesteps."""
         return self._call(x, t, **kwargs)
 
 
 def sampling_networks(
     model: Model, timesteps: Tensor, *, want: Want, strict: bool, compiled: Path | None = None
-) -> Callable[[int], Network]:
-    """Return what makes a model's networks for sampling: rows of x -> Network.
+) -> Callable[[int], Any]:
+    """Return what makes a model's networks for sampling: rows of x -> `Network`, or its like.
 
     Args:
         model: on its device and in its dtype, see `place`; not changed.
@@ -179,10 +169,10 @@ def sampling_networks(
         return own_form(timesteps, compile_model=want is Want.NOW, strict=strict)
     if want is Want.NOW and timesteps.device.type == "cuda":
         # Where the batch size is left open, Inductor gives up its channels-last layouts.
-        make = functools.partial(ModelNetwork, model, compile_model=True, strict=strict, dynamic=False)
+        make = functools.partial(Network, model, compile_model=True, strict=strict, dynamic=False)
         weights = channels_last_weights(model)
         return functools.lru_cache(MAX_NETWORKS)(lambda batch: make(weights=weights))
-    shared = ModelNetwork(model, compile_model=want is Want.NOW, strict=strict)
+    shared = Network(model, compile_model=want is Want.NOW, strict=strict)
     return lambda batch: shared
 
 

@@ -17,7 +17,7 @@ import torch
 from fastddpm.errors import ModelOutputError
 from fastddpm.machine.devices import device_guard, synchronisation_raises
 from fastddpm.sampling import changes
-from fastddpm.sampling.network import Model, Network, place, sampling_networks
+from fastddpm.sampling.network import Model, place, sampling_networks
 from fastddpm.sampling.options import Options
 from fastddpm.sampling.request import StepKey
 from fastddpm.sampling.step import StaticStep, explain, explain_cuda, is_oom
@@ -56,7 +56,7 @@ class StepPool:
         # The last one used stands last.
         self._idle: list[StaticStep] = []
         self._graphs = GraphPool(options.device)
-        self._networks: Callable[[int], Network] | None = None
+        self._networks: Callable[[int], Any] | None = None
         self._generation = 0
         # What the model was when its networks were made; sums of its weights, where they were copied.
         self._structure: tuple[Any, ...] = ()

@@ -22,7 +22,7 @@ from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import building, packages
 from fastddpm.machine.building import Want
 from fastddpm.sampling import options
-from fastddpm.sampling.network import ModelNetwork, sampling_networks
+from fastddpm.sampling.network import Network, sampling_networks
 from fastddpm.unet.inference import UNetForms
 
 SHAPE = (3, 8, 8)
@@ -303,7 +303,7 @@ def test_package_is_not_for_a_network_that_differs_in_more_than_weights(
     images = sampler(changed).sample(seeds=SEEDS)
     assert torch.equal(torch.get_rng_state(), before)
     networks = sampling_networks(changed, torch.arange(3), want=Want.FOR_LATER, strict=False)
-    assert isinstance(networks(2), ModelNetwork)
+    assert isinstance(networks(2), Network)
     assert not torch.equal(images, uncompiled())
     assert builds == []
 

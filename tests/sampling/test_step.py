@@ -20,7 +20,7 @@ from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
 from fastddpm.machine import torch_compile
 from fastddpm.machine.building import Want
 from fastddpm.sampling import options as sampling_options
-from fastddpm.sampling.network import ModelNetwork, sampling_networks
+from fastddpm.sampling.network import Network, sampling_networks
 from fastddpm.sampling.options import Options
 from fastddpm.sampling.request import StepKey
 from fastddpm.sampling.step import StaticStep
@@ -76,7 +76,7 @@ def options(device: str, dtype: torch.dtype = torch.float32, **changed: Any) -> 
 
 
 def static_step(key: StepKey, device: str, dtype: torch.dtype) -> StaticStep:
-    network = ModelNetwork(Small(device, dtype), compile_model=False, strict=False)
+    network = Network(Small(device, dtype), compile_model=False, strict=False)
     return StaticStep(key, network, TABLE, options(device, dtype))
 
 
@@ -159,7 +159,7 @@ def allocations(run: Callable[[], None]) -> list[int]:
     ],
 )
 def test_compiled_step_takes_no_memory_beyond_the_network(key: str, dtype: torch.dtype) -> None:
-    network = ModelNetwork(Small(), compile_model=False, strict=False)
+    network = Network(Small(), compile_model=False, strict=False)
     step = StaticStep(KEYS[key], network, TABLE, options("cpu", dtype, want=Want.NOW))
     m = torch.ones_like(step.x_in)
     step.network = lambda x, t, row, kwargs: m  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import torch_compile
 from fastddpm.machine.building import Job, Want
 from fastddpm.machine.torch_compile import compile_call
-from fastddpm.sampling.network import ModelNetwork, sampling_networks
+from fastddpm.sampling.network import Network, sampling_networks
 from fastddpm.unet import forms as unet_forms
 from fastddpm.unet import inference as unet_inference
 from fastddpm.unet.forms import (
@@ -331,7 +331,7 @@ def replaced(model: UNet) -> None:
 def test_altered_unet_runs_as_it_is(change: Callable[[UNet], None]) -> None:
     model = small_unet()
     change(model)
-    assert isinstance(network_of(model, TABLE.timesteps, 2), ModelNetwork)
+    assert isinstance(network_of(model, TABLE.timesteps, 2), Network)
 
 
 def test_form_refuses_what_the_unet_refuses() -> None:
