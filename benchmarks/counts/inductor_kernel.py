@@ -50,7 +50,6 @@ class InductorKernel:
     """What one configuration of Inductor's kernel costs.
 
     Attributes:
-        block, warps: the configuration.
         executed: SASS instructions per element.
         registers, spills, shared, barriers: as in `fastddpm.diagnostics.inspect.Report`.
         avoided: rare paths left out of the count.

@@ -25,9 +25,6 @@ class Case:
     """One set of sizes.
 
     Attributes:
-        benchmark: name of the benchmark.
-        batch: B.
-        shape: one sample's shape.
         network: name of the network, see `networks.build`; empty where none runs.
         steps: network calls per sample; 0 where no loop runs.
         sampler: "ddpm" or "ddim".
@@ -77,7 +74,6 @@ class Prepared:
     """A provider made ready for a case.
 
     Attributes:
-        run: one call, which is what gets timed.
         evaluate: runs once more, on declared inputs, and returns what the gate needs to judge it.
     """
 
@@ -102,7 +98,6 @@ class Provider:
     Attributes:
         name: unique in its benchmark.
         build: makes it ready for a case; may take long.
-        dtype: what the network, or the operation, runs in.
         needs: packages without which it cannot run: import name to what pip calls it.
         compiled: its first call compiles.
         skips: returns why a case is not for this provider; None if it is.
@@ -138,10 +133,7 @@ class Check:
     """A gate's verdict.
 
     Attributes:
-        ok: the provider may be timed.
         error: what was found, in the unit of `tolerance`.
-        tolerance: what is allowed.
-        what: what was compared with what.
     """
 
     ok: bool
@@ -161,7 +153,6 @@ class Benchmark:
 
     Attributes:
         name: the stem of its benchmark.
-        title: heading of its table.
         providers: the first is the baseline of the ratios.
         second: a provider whose ratios are printed beside the baseline's, by the dtype of the row.
         cases: (device, smoke) to the cases.

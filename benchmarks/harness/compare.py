@@ -89,7 +89,6 @@ def compare(runners: Sequence[Runner], rounds: int = MIN_ROUNDS, *, pause: float
     """Time every runner once per round, in the same order each round.
 
     Args:
-        runners: ready and warm.
         rounds: at least 1; fewer than `MIN_ROUNDS` are for trying out.
         pause: seconds of rest before each measurement, in which threads of the last one stop spinning.
 

@@ -15,7 +15,6 @@ class LocalRunner:
     """Builds a provider and calls it once.
 
     Attributes:
-        name: the provider's.
         setup_s: seconds to build it.
         first_call_s: seconds of the first call, compilation included.
     """

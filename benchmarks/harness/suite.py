@@ -45,7 +45,6 @@ def run(
     Args:
         names: benchmarks, see `case.NAMES`.
         device: "cpu" or "cuda".
-        rounds: interleaved rounds per case.
         smoke: tiny sizes, one call per measurement, nothing compiled, all in this process: that everything works, not
             how fast.
         chosen: only cases whose id has all the parts of one of these, such as "cifar10-B16"; empty for all.

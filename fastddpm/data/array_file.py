@@ -26,7 +26,6 @@ def array_file(path: Path, *, value_range: tuple[float, float] | None = None, ch
     some are negative, or anything in ``value_range``.
 
     Args:
-        path: the file.
         value_range: the values of black and white.
         channels: "first" or "last", where the shape does not say it.
 

@@ -155,7 +155,6 @@ def sliced_wasserstein(x: Tensor, y: Tensor, n_directions: int = 128) -> float:
     Args:
         x: [N, 2].
         y: [N, 2].
-        n_directions: number of directions.
 
     Raises:
         ValueError: the shapes are not both [N, 2] with N >= 1.
@@ -176,8 +175,6 @@ def compare(
     Args:
         name: of `DATA_SETS`.
         sample: called with n and a seed; returns n samples [n, 2].
-        n: points per cloud.
-        draws: pairs of clouds.
         first_seed: of the first cloud; no seed is used twice for data.
 
     Returns:

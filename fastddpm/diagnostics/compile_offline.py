@@ -29,11 +29,8 @@ class Compiled:
     """A kernel compiled for one architecture.
 
     Attributes:
-        name: the kernel's symbol.
         arch: "sm_90" or "gfx942".
-        assembly: PTX, or the AMDGCN text.
         binary: cubin, or the code object.
-        threads: threads per program.
         shared: bytes of shared memory per program.
     """
 
@@ -85,12 +82,10 @@ def compile_kernel(
     """Compile a ``triton.jit`` function for an architecture; no GPU is needed.
 
     Args:
-        kernel: the jitted function.
         signature: Triton type of each argument that is no constant, such as ``{"x_ptr": "*fp32", "n": "i64"}``.
         constants: value of each ``tl.constexpr`` argument; None for a pointer that is not passed.
         arch: one of ``ARCHITECTURES``, or another "sm_NN" or "gfxNNN" that Triton knows.
         aligned: arguments that are multiples of 16.
-        num_warps: warps per program.
         options: further compile options, which win; contraction is off unless they say otherwise.
 
     Raises:

@@ -30,7 +30,6 @@ class Report:
     """What one variant costs on one architecture.
 
     Attributes:
-        kernel, variant, arch: what was compiled.
         registers: per thread.
         spills, shared: bytes per thread and per program.
         barriers: in the listing.

@@ -44,7 +44,6 @@ class Walk:
         avoided: what rare paths were left out, and why; empty for straight-line arithmetic.
         loops: number of loops on the path.
         accesses: (opcode stem, bytes) of the path's loads and stores, with how often each runs.
-        barriers: barriers in the listing.
     """
 
     executed: int
@@ -64,8 +63,6 @@ def walk(listing: str, kernel: str, trips: Sequence[int] = ()) -> Walk:
     """Walk one kernel of a listing.
 
     Args:
-        listing: what nvdisasm prints, labels included.
-        kernel: its symbol.
         trips: how often the body of each loop runs, in order of address; loops without a number are avoided. If the
             compiler has unrolled them all, the numbers are not needed and not used.
 

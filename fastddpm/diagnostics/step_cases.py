@@ -58,14 +58,11 @@ class StepCase:
     Attributes:
         shape: of x_t.
         x, m: storage types of the state (and its history) and of the network's output.
-        flags: what the step computes.
         noise: "counter", "given" or "none".
-        z: storage type of given noise.
         x0_out, low_out: storage types of the further outputs, None where they are not asked for.
         layout: of x_t: "contiguous", "channels_last", "expanded" along the batch, or "shifted" by one element.
         m_layout, low_layout: "contiguous", "channels_last" or "shifted".
         shared: one row and step for all samples instead of one each.
-        in_place: x_prev goes where x_t was.
     """
 
     shape: tuple[int, ...] = (2, 3, 4, 4)

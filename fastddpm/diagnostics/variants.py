@@ -35,9 +35,6 @@ class Variant:
 
     Attributes:
         kernel: stem of the kernel, "p_sample".
-        name: what sets this variant apart.
-        launch: the launch.
-        elements: of x_t in the batch.
         tensors: name in the paper of each pointer argument that scales with the batch.
         accesses: how often an element of such a tensor moves, where it is not once.
     """

@@ -28,9 +28,6 @@ class Classifier(nn.Module):
     """Five convolutions, the mean over the picture, and a linear layer; 70 k parameters.
 
     GroupNorm rather than BatchNorm: what an image is taken for does not depend on the images beside it.
-
-    Args:
-        classes: number of classes.
     """
 
     def __init__(self, classes: int = 10) -> None:

@@ -29,7 +29,6 @@ def train_classifier(
     """Train a classifier on labelled grey images.
 
     Args:
-        data: the training images.
         epochs: how often each image is shown.
         seed: of weights, order and distortions.
         progress: called with the loss after each gradient step (see `count_steps`).

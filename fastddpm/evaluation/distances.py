@@ -20,9 +20,7 @@ def nearest_distances(data: Dataset, reference: Dataset, ranks: Ranks = ALONE, *
     """Return the distance from each image to the nearest of the reference, float64 [N].
 
     Args:
-        data: N images.
         reference: images of the same shape.
-        ranks: the processes that compute it.
         skip: [N] int64, for each image a reference image that does not count: itself, where it is one of them.
     """
 

@@ -81,7 +81,6 @@ def compare(
         classes: [N], where row i of all three is of class classes[i]; each class keeps its number of rows in every
             draw, as it has it by choice and not by chance.
         resamples: how many bootstrap draws.
-        seed: of the draws.
 
     Raises:
         ValueError: the numbers of images differ, or there are fewer than two.

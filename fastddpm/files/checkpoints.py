@@ -37,7 +37,6 @@ class Checkpoint:
         path: a file in torch's zip format or its older one.
 
     Attributes:
-        path: the file.
         tensors: what it holds, in the file's order; the entries of a list are named by their numbers.
 
     Raises:

@@ -35,8 +35,6 @@ class ImageHeader:
     """What is known of an image before its pixels are decoded.
 
     Attributes:
-        height: of the upright image.
-        width: of the upright image.
         grey: whether it has one channel; it has three else.
         dtype: what `read_image` returns: uint8, uint16, int32 or float32.
         lost: what reading it loses, "" for nothing.
@@ -76,7 +74,6 @@ def read_image(path: str | os.PathLike[str], background: str | None = None) -> n
     """Read an image's first frame, upright, with the values that the file holds.
 
     Args:
-        path: the file.
         background: colour behind transparent pixels, by name or as "#rrggbb".
 
     Returns:

@@ -81,7 +81,6 @@ class RunFolder:
         Args:
             config: what decides the bytes of the run's files, as JSON types.
             resume: complete an earlier run of the same config, if there is one.
-            overwrite: remove what an earlier run wrote.
             defaults: what a manifest has that was written before there were these fields.
             more: further entries of the manifest.
 

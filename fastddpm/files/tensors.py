@@ -52,7 +52,6 @@ class SafetensorsFile:
     """A safetensors file whose header has been checked.
 
     Args:
-        path: the file.
         digest: its SHA-256 in hexadecimal, compared before the first tensor is read.
 
     Raises:
@@ -129,7 +128,6 @@ def read_tensors(
     """Read exactly the tensors that a network has.
 
     Args:
-        file: the file.
         expected: shape by the network's own names.
         places: from those names to the file's; default: they are the same.
 

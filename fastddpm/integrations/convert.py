@@ -73,8 +73,6 @@ def convert(
     """Convert a model and write it; nothing is written unless all of it can be.
 
     Args:
-        source: a folder or checkpoint, see this module.
-        destination: a folder that holds no model yet.
         layout: "flat" or "pipeline", see `save_pretrained`.
         dtype: dtype to store; None means float32.
         schedule_only: write scheduler_config.json alone, for networks that this library does not have.

@@ -41,10 +41,6 @@ _RENAMED = [
 def convert_unet(weights: Mapping[str, Tensor], source: Path) -> UNet:
     """Build the UNet that computes what Ho et al.'s network with these weights computes.
 
-    Args:
-        weights: its state_dict.
-        source: the file, for messages.
-
     Raises:
         ValueError: it is of another build.
     """

@@ -40,7 +40,6 @@ class StoredNetwork:
         prefix: what stands before its parameters' names, "" at the top; of averages kept as a list, the list's place.
         places: by its parameters' names, their places in the checkpoint, in order.
         average: whether it is a moving average of the weights.
-        n_parameters: how many numbers it has.
     """
 
     kind: str
@@ -81,7 +80,6 @@ def choose_network(checkpoint: TensorFile, weights: Weights, prefix: str | None 
     """Choose one network of a checkpoint, or return None where it holds none that is known.
 
     Args:
-        checkpoint: where to look.
         weights: "average" takes a moving average where there is one, "last" never.
         prefix: what stands before the names of the one to take; decides alone.
 

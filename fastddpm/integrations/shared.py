@@ -28,7 +28,6 @@ class Seeding(TypedDict, total=False):
     Attributes:
         seeds: one per sample; equal seeds give equal noise. An int is one sample.
         seed: or one for all, told apart by
-        sample_ids: one id per sample.
     """
 
     seeds: Seeds | None
@@ -130,8 +129,6 @@ def replay(
     """Run a whole table, drawing exactly where the original draws; return what `Sampler.sample` does.
 
     Args:
-        sampler: the table and its model.
-        source: where noise comes from.
         x_T: the start, [B, ...], in the dtype that the original draws in.
         draws: per row, whether the original draws z there, used or not.
         on_step: called after each step with live tensors.

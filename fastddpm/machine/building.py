@@ -55,8 +55,6 @@ def obtain(identity: Mapping[str, str], want: Want, job: Callable[[], Job]) -> C
 
     Args:
         identity: see `packages.identify`.
-        want: how much it is wanted.
-        job: makes what a build needs.
 
     Raises:
         BackendUnavailable: it is wanted now, and it cannot be built.

@@ -14,14 +14,7 @@ LINE_EVERY = 60.0
 
 
 class Progress:
-    """How far a run is, on stderr; a context manager.
-
-    Args:
-        name: what is being done.
-        total: steps in all.
-        start: steps done before.
-        hidden: show nothing.
-    """
+    """How far a run is, on stderr; a context manager."""
 
     def __init__(self, name: str, total: int, start: int = 0, *, hidden: bool) -> None:
         self._name, self._total = name, total

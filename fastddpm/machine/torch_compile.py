@@ -32,7 +32,6 @@ def compile_call(
     """Return a function that is compiled as one graph at its first call.
 
     Args:
-        function: a function or module.
         strict: raise where torch.compile fails (BackendUnavailable); else warn once and go on uncompiled.
         dynamic: whether sizes are left open, see torch.compile.
         name: what the function is, for the warning.
@@ -99,7 +98,6 @@ class Cache:
     """One of the three caches.
 
     Attributes:
-        variable: environment variable that moves it.
         path: where it lies; it need not exist yet.
         writable: it can be written, or made.
         others_can_write: it exists, and is somebody else's, or its group or everybody may write to it.

@@ -33,7 +33,6 @@ class Frame(NamedTuple):
     Attributes:
         forward: of the forward process, else of the reverse.
         k: place among the recorded states, the fraction being the way from one to the next.
-        milliseconds: how long it stays.
     """
 
     forward: bool

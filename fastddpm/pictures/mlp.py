@@ -28,9 +28,6 @@ class PointMLP(nn.Module):
 
     Args:
         diffusion: the process that the network is trained for; kept as `.diffusion`, where the sampler looks for it.
-        dimension: coordinates of a point.
-        width: units per layer.
-        depth: residual blocks.
     """
 
     def __init__(self, diffusion: DiffusionConfig, dimension: int = 2, width: int = 128, depth: int = 3) -> None:
@@ -115,12 +112,8 @@ def train_points(
     Args:
         x_0: float32 [N, D], the data.
         diffusion: schedule and T; predicts epsilon.
-        steps: gradient steps.
         batch: points per step, drawn with replacement.
-        lr: learning rate at the start.
         seed: of weights, batches, timesteps and noise.
-        device: where to train.
-        backend: of the fused noising and loss.
         progress: show a bar with the loss on stderr; or what is called with step and loss after each step.
 
     Returns:

@@ -32,7 +32,6 @@ class Process:
     """A forward process, and what its states are called.
 
     Attributes:
-        schedule: of R steps.
         t: [R + 1] the states' names, 0 first; 0..R, unless the process visits R of a model's T timesteps.
     """
 
@@ -104,9 +103,7 @@ def forward_walk(
 
     Args:
         x_0: [N, ...] float32.
-        schedule: of R steps.
         indices: K ascending states of 0..R.
-        seed: of the noise.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -131,10 +128,8 @@ def reverse_walk(
     """Sample from x_T ~ N(0, I) (Ho et al. 2020, Algorithm 2), and record the states `indices`.
 
     Args:
-        sampler: of R steps.
         n: samples, with ids 0..n-1.
         indices: K ascending states of 0..R, 0 among them.
-        seed: of the noise.
         class_labels: one per sample, for a conditional model.
 
     Returns:
@@ -166,7 +161,6 @@ class ExactDenoiser:
 
     Args:
         x_0: [N, ...] the points or images.
-        schedule: what t indexes.
         device: where it will be called.
     """
 

@@ -40,8 +40,6 @@ class Recording:
     """Everything that the picture shows.
 
     Attributes:
-        name: what the data are.
-        process: the forward process.
         indices: K states that were recorded, ascending, the first 0 and the last `process.steps`.
         x_0: [N, ...] the data set, whose exact moments are drawn.
         forward: [K, n, ...] the same n of its points or images at each of these states.
@@ -76,7 +74,6 @@ class RecordingSettings:
 
     Attributes:
         data: a name of `points.DATA_SETS` or `data.BUILT_IN`, a file of points, an image, or a file of images.
-        steps: T.
         schedule: a name of `Schedule.named`.
         exact: let the exact denoiser of the data predict the reverse process; so it does for images without a model.
         model: a model for images, by name or directory; it brings schedule and T, and `steps` are the network calls.
@@ -84,8 +81,6 @@ class RecordingSettings:
         train_steps: gradient steps of the points' network.
         states: how many states are recorded at most.
         seed: of data, weights and noise.
-        device: where to compute.
-        backend: of the fused operations.
     """
 
     data: str = "swiss-roll"
@@ -103,10 +98,6 @@ class RecordingSettings:
 
 def record(settings: RecordingSettings, progress: bool = False) -> tuple[Recording, Sampler]:
     """Walk both processes, training the points' network on the way.
-
-    Args:
-        settings: what to record.
-        progress: show a bar while training.
 
     Returns:
         The recording, and the sampler of its reverse process.

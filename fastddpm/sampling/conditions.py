@@ -79,7 +79,6 @@ def with_null_half(
     Args:
         labels: int64 [B].
         kwargs: the model's further arguments; without a null, tensors of B rows are the same in both halves.
-        B: samples.
         null_class: the label that means "no class".
         null_kwargs: by argument a value, a tensor that broadcasts to its rows, or a function of its rows.
 

@@ -107,8 +107,6 @@ class Network:
     code runs (None: by what is there), makes it ready, and returns the decision.
 
     Args:
-        model: the model.
-        compile_model: run it through torch.compile.
         strict: raise where that fails, instead of running uncompiled.
         dynamic: whether sizes are left open, see torch.compile.
         weights: what it runs with instead of its own, by name.
@@ -153,9 +151,7 @@ def sampling_networks(
     Args:
         model: on its device and in its dtype, see `place`; not changed.
         timesteps: [R], what the rows of the table ask for, on the model's device.
-        want: how much compiled code is wanted.
         strict: raise where it is wanted now and cannot be had, instead of running uncompiled.
-        compiled: a package to take it from.
 
     Raises:
         BackendUnavailable: the model is no `UNet`, and a package was given.

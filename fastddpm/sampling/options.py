@@ -64,16 +64,13 @@ class Options:
     """What a sampler was told, and what it decided.
 
     Attributes:
-        shape: one sample's shape.
         device: where to sample, with its index.
         dtype: what the network is given.
         convert_to: what its weights are converted to, None where nothing was asked for.
         backend: "auto", "triton" or "torch", for the fused step.
         uses_triton: what `backend` comes to on this device.
-        want: how much compiled code is wanted.
         strict_compile: raise where it is wanted now and cannot be had, instead of running uncompiled.
         compiled: a package to take it from.
-        uses_graph: steps are replayed as CUDA graphs.
         strict_graph: raise where a step cannot be captured, instead of running it in the loop.
         check_finite: record each sample's first step with a NaN or Inf.
         frozen: the weights never change in place.
@@ -139,9 +136,6 @@ def resolve_options(
     """Check the arguments of `Sampler` and decide what they leave open.
 
     Args:
-        model: the network.
-        shape: one sample's shape.
-        steps: rows of the table.
         device, ..., compiled: see `Sampler`.
 
     Raises:
@@ -231,8 +225,6 @@ def decide_compile(
     Args:
         choice: "auto", True or False.
         device: where the model runs.
-        model: the network.
-        shape: one sample's shape.
         calls_ahead: samples to be drawn, times steps.
 
     Raises:

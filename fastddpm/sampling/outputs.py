@@ -30,9 +30,7 @@ class Outputs:
     then ``samples.npz`` (x float32 [N, ...], seeds uint64 [N], class_labels int64 [N] where there are classes).
 
     Args:
-        directory: where to; it is made.
         file_format: "png" or "npz".
-        seeds: one per sample, none twice.
         labels: one per sample, or None.
         batches: all batches of the run, as ranges of indices into seeds.
     """

@@ -30,11 +30,9 @@ class StepKey:
     """What a step is found again by: everything about a request that is not in a buffer.
 
     Attributes:
-        batch: B, samples per step.
         noise: where z comes from: "counter" (seeds), "given" (a buffer that the caller fills) or "none".
         guided: two predictions per sample, and m = m_u + w (m_c - m_u).
         rescaled: m keeps the spread of m_c.
-        labels: the model is given class_labels.
         x0_out: the estimate of x_0 is kept.
         check_finite: each sample's first step with a NaN or Inf is recorded.
         buffers: name, shape and dtype of the tensors and floats among the model's further keyword arguments, where code
@@ -72,7 +70,6 @@ class Request:
         init: [B, ...], data that are noised to the first row's level, with `x_T` as the noise where that is given.
         draw: returns z of a step [B, ...], where the caller provides it.
         class_labels: int64, [B], or [2B] with guidance, see `conditions.with_null_half`.
-        guidance: the weight w, or one per row.
         rescale: phi of `guidance.rescaled`.
         kwargs: further keyword arguments of the model, likewise.
         seeded: x_T or the noise comes from `seed` and `sample_id`.

@@ -27,9 +27,6 @@ class StaticStep:
     so that the step may be captured before the first request's data arrive.
 
     Args:
-        key: batch size and switches.
-        network: what predicts.
-        table: the rows.
         options: shape, device, the network's dtype, the fused step's backend.
 
     Attributes:

@@ -42,9 +42,6 @@ class StepPool:
     """The prepared steps of one sampler, shared by threads that take turns.
 
     Args:
-        model: the network.
-        table: the rows.
-        options: the sampler's.
         run: one step over the buffers that it is given. Whatever changes between two steps lies in buffers that keep
             their address; whatever it reads from Python is what it was when a graph was captured.
     """

@@ -46,14 +46,8 @@ def begun(
     the run that this one goes on with used it.
 
     Args:
-        model: the network.
-        planned: the run.
         outputs: where it goes.
-        ranks: the processes that draw it.
-        sampler: name of the sampler.
-        classes: the classes asked for, as JSON.
         resume: complete an earlier run of the same config.
-        overwrite: replace an earlier run.
 
     Raises:
         BlockingIOError, FileExistsError, NotADirectoryError: see `RunFolder`.
@@ -86,11 +80,7 @@ def describe(
     """Return everything that decides the bytes of a run's output, for its manifest.
 
     Args:
-        model: the network.
-        planned: the run.
         outputs: where it goes.
-        sampler: name of the sampler.
-        classes: the classes asked for, as JSON.
         compiled: whether to use compiled code; None where it is there.
     """
     compiled = planned.settle(compiled)

@@ -39,12 +39,7 @@ WRITTEN = (
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A folder that is ready for training, its data, and the network to train.
-
-    Attributes:
-        unet: the network's configuration.
-        trained: the model to start from, if any.
-    """
+    """A folder that is ready for training, its data, and the network to train."""
 
     config: TrainConfig
     out: Path

@@ -35,7 +35,6 @@ class TrainLog:
     """Progress bar and log file of one run; a context manager.
 
     Args:
-        config: the run's settings.
         out: its folder; lines of its log that lie beyond ``start`` are dropped.
         start: gradient steps taken before.
         state: what `state()` returned at ``start``; empty at the beginning.

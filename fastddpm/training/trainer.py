@@ -44,10 +44,7 @@ class Trainer:
     """Everything that a training step touches.
 
     Attributes:
-        config: the run's settings.
-        data: the training images.
         net: the network, its float32 weights in `model`; `net` is `model` or its compiled form.
-        schedule: of the forward process.
     """
 
     config: TrainConfig

@@ -125,7 +125,6 @@ def use_winograd(form: UNet, batch: int, height: int, width: int) -> None:
 
     Args:
         form: from `inference_form`; changed in place.
-        batch, height, width: of the input.
     """
     deepest = len(form.down_blocks) - 1
     levels = [*enumerate(form.down_blocks), (deepest, form.mid_block)]

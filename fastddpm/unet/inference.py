@@ -247,7 +247,6 @@ def slice_rows(x: Tensor, channels: int) -> int:
     """How many images of a batch to denoise at a time.
 
     Args:
-        x: the batch.
         channels: of the activations at x's resolution.
 
     Returns:
@@ -279,7 +278,6 @@ def time_table(unet: UNet, timesteps: Tensor, labels: Tensor) -> Tensor:
     Computed in float32 whatever the weights' dtype, and rounded to it once.
 
     Args:
-        unet: the network.
         timesteps: [R].
         labels: int64 [L]; any single value where the network has no classes.
 

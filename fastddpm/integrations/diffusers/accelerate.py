@@ -20,7 +20,6 @@ def accelerate(target: Any, **options: Any) -> Any:
     ones, custom subclasses) becomes a shallow copy with its scheduler in the fast form. Networks are shared.
 
     Args:
-        target: the pipeline or scheduler.
         **options: further arguments of `Sampler`, for the first kind: compile, cuda_graph, backend, check_finite, ...
 
     Raises:

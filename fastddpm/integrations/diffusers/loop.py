@@ -55,7 +55,6 @@ def step_by_step(
         scheduler: steps from its own `timesteps`.
         source: where noise comes from; without seeds, the scheduler's step draws from `generator` itself.
         x_T: the start, [B, ...].
-        generator: diffusers' argument.
         class_labels: one label for all images or one each; None for an unconditional network.
         guidance: weight of classifier-free guidance, as in `Sampler.sample`; 1.0 means none.
         null_class: the label that means "no class", for guidance.

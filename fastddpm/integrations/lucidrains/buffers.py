@@ -27,8 +27,6 @@ def read_diffusion(checkpoint: TensorFile, prefix: str, prediction: str | None, 
     """Recognise a schedule by its betas, and the target by the weights of denoising-diffusion-pytorch's loss.
 
     Args:
-        checkpoint: what holds the buffers.
-        prefix: what stands before their names.
         prediction: "epsilon", "x_0" or "v", where the file cannot say it.
         default: the prediction where neither does; None refuses.
 
