@@ -94,7 +94,7 @@ def case_section(rows: Sequence[Row]) -> str:
     """One case: a table of the providers that were timed, and why the others were not."""
     case = rows[0]["case"]
     timed = [row for row in rows if row["checked"]]
-    columns = _loop_columns(timed) if case["network"] else _op_columns(timed)
+    columns = _columns(timed, loop=bool(case["network"]))
     silent: dict[str, list[str]] = {}
     for row in rows:
         if row["note"]:
@@ -130,28 +130,22 @@ def _case_remark(case: Row, timed: Sequence[Row]) -> str:
 Columns = Sequence[tuple[str, Sequence[str]]]
 
 
-def _loop_columns(rows: Sequence[Row]) -> Columns:
-    return [
+def _columns(rows: Sequence[Row], *, loop: bool) -> Columns:
+    unit, scale = ("ms", 1.0) if loop else ("us", 1e3)
+    columns = [
         ("provider", [row["provider"] for row in rows]),
-        ("ms", [number(row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
+        (unit, [number(scale * row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
         ("ratio", [ratio(row.get("ratio")) for row in rows]),
-        ("2nd", [_median(row.get("ratio_second")) for row in rows]),
+        ("2nd", ["-" if row.get("ratio_second") is None else f"{row['ratio_second']['median']:.2f}" for row in rows]),
         ("1st s", [f"{row['first_call_s']:.1f}" for row in rows]),
-        ("MB", [optional(row["peak_mem_mb"], "{:.0f}") for row in rows]),
-        ("err", [f"{row['check']['error']:.0e}" for row in rows]),
     ]
-
-
-def _op_columns(rows: Sequence[Row]) -> Columns:
-    return [
-        ("provider", [row["provider"] for row in rows]),
-        ("us", [number(1e3 * row["p50_ms"]) + ("~" if row["noisy"] else "") for row in rows]),
-        ("ratio", [ratio(row.get("ratio")) for row in rows]),
-        ("2nd", [_median(row.get("ratio_second")) for row in rows]),
-        ("1st s", [f"{row['first_call_s']:.1f}" for row in rows]),
-        ("GB/s", [optional(row["gb_per_s"], "{:.1f}") for row in rows]),
-        ("% copy", [optional(row.get("pct_peak"), "{:.0f}") for row in rows]),
-    ]
+    if loop:
+        columns.append(("MB", [optional(row["peak_mem_mb"], "{:.0f}") for row in rows]))
+        columns.append(("err", [f"{row['check']['error']:.0e}" for row in rows]))
+    else:
+        columns.append(("GB/s", [optional(row["gb_per_s"], "{:.1f}") for row in rows]))
+        columns.append(("% copy", [optional(row.get("pct_peak"), "{:.0f}") for row in rows]))
+    return columns
 
 
 def ratio(value: Mapping[str, Any] | None) -> str:
@@ -160,10 +154,6 @@ def ratio(value: Mapping[str, Any] | None) -> str:
         return "-"
     text = f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})"
     return text if value["verdict"] == "faster" or value["median"] == 1.0 else f"{text} {value['verdict']}"
-
-
-def _median(value: Mapping[str, Any] | None) -> str:
-    return "-" if value is None else f"{value['median']:.2f}"
 
 
 def number(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.integrations.convert import convert
     from fastddpm.integrations.openai.unet_weights import OpenAIFlags
 
-    flags = OpenAIFlags(
-        num_heads=args.num_heads,
-        num_head_channels=args.num_head_channels,
-        new_attention_order=args.new_attention_order,
-        image_size=args.image_size,
-        diffusion_steps=args.diffusion_steps,
-        noise_schedule=args.noise_schedule,
-        rescale_timesteps=args.rescale_timesteps,
-        predict_xstart=args.predict_xstart,
-        sigma_small=args.sigma_small,
-    )
+    flags = OpenAIFlags(**{flag.name: getattr(args, flag.name) for flag in dataclasses.fields(OpenAIFlags)})
     converted = convert(
         args.source,
         args.destination,

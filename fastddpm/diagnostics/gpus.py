@@ -52,62 +52,21 @@ class Gpu:
 
 _MB = 1 << 20
 
+# Name, architecture, bandwidth, processors, clock, L2; source.
 GPUS = (
-    Gpu(
-        name="T4",
-        arch="sm_75",
-        bandwidth=320e9,
-        processors=40,
-        clock=1.59e9,
-        l2=4 * _MB,
-        source="NVIDIA T4 data sheet (320 GB/s); NVIDIA Turing GPU architecture white paper (TU104: 40 SMs, 4 MB L2)",
-    ),
-    Gpu(
-        name="A100 SXM 80GB",
-        arch="sm_80",
-        bandwidth=2039e9,
-        processors=108,
-        clock=1.41e9,
-        l2=40 * _MB,
-        source="NVIDIA A100 data sheet (2,039 GB/s); NVIDIA A100 white paper (108 SMs, 1,410 MHz, 40 MB L2)",
-    ),
-    Gpu(
-        name="H100 SXM",
-        arch="sm_90",
-        bandwidth=3.35e12,
-        processors=132,
-        clock=1.98e9,
-        l2=50 * _MB,
-        source="NVIDIA H100 data sheet (3.35 TB/s, 67 TFLOPS FP32); NVIDIA H100 white paper (132 SMs, 50 MB L2)",
-    ),
-    Gpu(
-        name="H200 SXM",
-        arch="sm_90",
-        bandwidth=4.8e12,
-        processors=132,
-        clock=1.98e9,
-        l2=50 * _MB,
-        source="NVIDIA H200 data sheet (4.8 TB/s, 67 TFLOPS FP32); NVIDIA H100 white paper (132 SMs, 50 MB L2)",
-    ),
-    Gpu(
-        name="B200",
-        arch="sm_100",
-        bandwidth=8e12,
-        processors=148,
-        clock=1.98e9,
-        l2=126 * _MB,
-        source="NVIDIA HGX B200 data sheet (8 TB/s, 75 TFLOPS FP32); SMs and L2 as the device reports them",
-    ),
-    Gpu(
-        name="RTX 5090",
-        arch="sm_120",
-        bandwidth=1792e9,
-        processors=170,
-        clock=2.407e9,
-        l2=96 * _MB,
-        source="NVIDIA RTX Blackwell white paper (1,792 GB/s, 170 SMs, 2,407 MHz, 98,304 KB L2)",
-    ),
-)
+    Gpu("T4", "sm_75", 320e9, 40, 1.59e9, 4 * _MB,
+        "NVIDIA T4 data sheet (320 GB/s); NVIDIA Turing GPU architecture white paper (TU104: 40 SMs, 4 MB L2)"),
+    Gpu("A100 SXM 80GB", "sm_80", 2039e9, 108, 1.41e9, 40 * _MB,
+        "NVIDIA A100 data sheet (2,039 GB/s); NVIDIA A100 white paper (108 SMs, 1,410 MHz, 40 MB L2)"),
+    Gpu("H100 SXM", "sm_90", 3.35e12, 132, 1.98e9, 50 * _MB,
+        "NVIDIA H100 data sheet (3.35 TB/s, 67 TFLOPS FP32); NVIDIA H100 white paper (132 SMs, 50 MB L2)"),
+    Gpu("H200 SXM", "sm_90", 4.8e12, 132, 1.98e9, 50 * _MB,
+        "NVIDIA H200 data sheet (4.8 TB/s, 67 TFLOPS FP32); NVIDIA H100 white paper (132 SMs, 50 MB L2)"),
+    Gpu("B200", "sm_100", 8e12, 148, 1.98e9, 126 * _MB,
+        "NVIDIA HGX B200 data sheet (8 TB/s, 75 TFLOPS FP32); SMs and L2 as the device reports them"),
+    Gpu("RTX 5090", "sm_120", 1792e9, 170, 2.407e9, 96 * _MB,
+        "NVIDIA RTX Blackwell white paper (1,792 GB/s, 170 SMs, 2,407 MHz, 98,304 KB L2)"),
+)  # fmt: skip
 BY_NAME = {gpu.name: gpu for gpu in GPUS}
 
 
@@ -148,11 +107,6 @@ class Roofline:
     def binds(self) -> str:
         """The roof that binds once the tensors have left L2: "DRAM", "issue" or "integer"."""
         return max((self.dram, "DRAM"), (self.issue, "issue"), (self.integer, "integer"))[1]
-
-    @property
-    def elements_per_second(self) -> float:
-        """The most that the binding roof allows."""
-        return 1.0 / max(self.dram, self.issue, self.integer)
 
     @property
     def compute_share(self) -> float:

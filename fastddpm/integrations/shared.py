@@ -28,6 +28,7 @@ class Seeding(TypedDict, total=False):
     Attributes:
         seeds: one per sample; equal seeds give equal noise. An int is one sample.
         seed: or one for all, told apart by
+        sample_ids: one id per sample.
     """
 
     seeds: Seeds | None

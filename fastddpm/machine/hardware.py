@@ -12,28 +12,13 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "fastddpm",
-    "torch",
-    "triton",
-    "numpy",
-    "safetensors",
-    "diffusers",
-    "denoising-diffusion-pytorch",
-    "openvino",
-    "pytest-benchmark",
+    *("fastddpm", "torch", "triton", "numpy", "safetensors"),
+    *("diffusers", "denoising-diffusion-pytorch", "openvino", "pytest-benchmark"),
 )
 # What decides which instructions torch, oneDNN and OpenVINO choose on x86 and Arm.
 CPU_FLAGS = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "sve",
-    "bf16",
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
+    *("sve", "bf16"),
 )
 _GIB = 1 << 30
 

@@ -6,10 +6,11 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -255,17 +256,8 @@ def plan_run(
 
 def split_evenly(n: int, batch_size: int) -> list[range]:
     """Split range(n) into the fewest ranges of at most batch_size, equally long up to one."""
-    count = math.ceil(n / batch_size)
-    return list(_ranges(n, count)) if count else []
-
-
-def _ranges(n: int, count: int) -> Iterator[range]:
-    size, larger = divmod(n, count)
-    start = 0
-    for i in range(count):
-        stop = start + size + (i < larger)
-        yield range(start, stop)
-        start = stop
+    parts = np.array_split(np.arange(n), max(1, math.ceil(n / batch_size)))
+    return [range(part[0], part[-1] + 1) for part in parts if len(part)]
 
 
 def shape_of(model: net.Model, diffusion: DiffusionConfig | None = None) -> tuple[int, ...]:
