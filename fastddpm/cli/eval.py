@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     classifier = _classifier(args, reference)
     planned = sampling_options.plan(args, model, range(args.seed, args.seed + args.samples))
     ranks = join_ranks()
-    with RunFolder(args.outdir, ()).locked() if ranks.rank == 0 else contextlib.nullcontext(), ranks.connected("gloo"):
+    with RunFolder(args.outdir, ()).locked() if ranks.rank == 0 else contextlib.nullcontext(), ranks.connected():
         results = [
             _result(
                 args, model, dataclasses.replace(planned, conditions={"guidance": weight}), reference, classifier, ranks

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastddpm.cli.parser import COMPILE, add_machine, add_outdir, add_output, positive
 from fastddpm.tables.names import listing
 
 if TYPE_CHECKING:
-    import torch
-
     from fastddpm.sampling.request import Conditions
     from fastddpm.sampling.sample import Run
     from fastddpm.unet.unet import UNet
@@ -67,6 +64,7 @@ def plan(
     """
     import torch
 
+    from fastddpm.machine.ranks import device_of_rank
     from fastddpm.sampling.sample import plan_run
 
     given = {name: getattr(args, name) for name, _, _ in TABLE_OPTIONS if getattr(args, name) is not None}
@@ -80,7 +78,7 @@ def plan(
             class_labels=class_labels,
             **(conditions or {}),
             batch_size=args.batch,
-            device=_device(args.device, os.environ),
+            device=device_of_rank(args.device),
             dtype=None if args.dtype is None else getattr(torch, args.dtype),
             backend=args.backend,
             compile=COMPILE[args.compile],
@@ -91,13 +89,3 @@ def plan(
             if f"unexpected keyword argument '{name}'" in str(error):
                 raise ValueError(f"--{name}: the sampler {args.sampler} has no such option; leave it out") from None
         raise
-
-
-def _device(name: str, environment: Mapping[str, str]) -> torch.device:
-    import torch
-
-    from fastddpm.machine.devices import resolve_device
-
-    if "LOCAL_RANK" in environment and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
-        name = f"cuda:{environment['LOCAL_RANK']}"
-    return resolve_device(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from fastddpm.cli import parser as shared
 from fastddpm.training.config import TrainConfig
 
 DESCRIPTION = """Train a network by Algorithm 1 of Ho et al. 2020. Ctrl-C ends a run after its current step with a
-checkpoint, and --resume continues it; then options that are not given keep the run's values."""
+checkpoint, and --resume continues it; then options that are not given keep the run's values. Processes that torchrun
+starts share each step's batch, and take the steps that one process takes, but for dropout and the order of sums."""
 
 EXAMPLES = shared.examples(
     "fastddpm train --data mnist --outdir runs/digits",
     "fastddpm train --data pictures/ --resolution 32 --flip --outdir runs/pictures",
     "fastddpm train --outdir runs/digits --resume --steps 20000",
+    "torchrun --nproc-per-node 8 --max-restarts 3 -m fastddpm train --data pictures/ --outdir runs/pictures --resume",
 )
 
 
@@ -58,6 +61,7 @@ def _add_option(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]
 
 def run(args: argparse.Namespace) -> int:
     """Train, and return 0, or 128 + the signal that interrupted it."""
+    from fastddpm.machine.ranks import rank_and_world
     from fastddpm.training.folder import read_settings
     from fastddpm.training.trainer import train
 
@@ -78,6 +82,6 @@ def run(args: argparse.Namespace) -> int:
         name = signal.Signals(result.signal).name
         print(f"fastddpm: stopped by {name} at step {result.steps}; continue with --resume", file=sys.stderr)
         return 128 + result.signal
-    if not quiet:
+    if not quiet and rank_and_world(os.environ)[0] == 0:
         print(f"{result.steps} steps, loss {result.loss:.4f}, model in {config.out}")
     return 0

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastddpm.files.run_folder import differences
+from fastddpm.machine.devices import resolve_device
 
 # Seconds between two looks at the store: a wait inside the store would hear no signal.
 _LOOK_EVERY = 0.02
@@ -56,12 +57,8 @@ class Ranks:
         return json.loads(self.store.get(name))
 
     @contextlib.contextmanager
-    def connected(self, backend: str) -> Iterator[None]:
-        """Be torch.distributed's default process group; a process alone needs none.
-
-        Args:
-            backend: "gloo" for tensors on CPUs, "nccl" for CUDA.
-        """
+    def connected(self) -> Iterator[None]:
+        """Be torch.distributed's default process group, Gloo on CPUs and NCCL on CUDA; one process needs none."""
         if self.store is None:
             yield
             return
@@ -69,11 +66,18 @@ class Ranks:
         self.add("connecting")
         while self.add("connecting", 0) < self.world:
             time.sleep(_LOOK_EVERY)
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world)
+        dist.init_process_group(store=self.store, rank=self.rank, world_size=self.world)
         try:
             yield
         finally:
             dist.destroy_process_group()
+
+    def reduced(self, value: float, operation: Any = dist.ReduceOp.SUM) -> float:
+        """Return the sum, or another reduction, of what all connected ranks give."""
+        total = torch.tensor(value, dtype=torch.float64, device="cpu")
+        if self.store is not None:
+            dist.all_reduce(total, operation)
+        return total.item()
 
     def wait_for_all(self) -> None:
         """Wait until every connected rank has come here."""
@@ -105,6 +109,13 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def device_of_rank(name: str) -> torch.device:
+    """Return a device by its name, where "cuda" is the one of torchrun's LOCAL_RANK; see `resolve_device`."""
+    if "LOCAL_RANK" in os.environ and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return resolve_device(name)
 
 
 def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:

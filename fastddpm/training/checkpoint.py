@@ -41,8 +41,10 @@ def save_checkpoint(
     write_files({folder / CHECKPOINT: save(on_disk, metadata)})
 
 
-def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load ``folder/checkpoint.safetensors`` into model, average and optimiser, and return its ``state``.
+def load_checkpoint(
+    folder: Path, model: nn.Module, ema: EMA | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Load ``folder/checkpoint.safetensors`` into model, average (if any) and optimiser, and return its ``state``.
 
     Raises:
         ValueError: the file is damaged or belongs to another model.
@@ -53,7 +55,8 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.o
     expected = {f"{kind}.{name}": p.shape for kind in kinds for name, p in parameters.items()}
     expected |= {f"optimizer.step.{name}": torch.Size() for name in parameters}
     tensors = read_tensors(SafetensorsFile(path), expected)
-    ema.load({name: tensors[f"ema.{name}"] for name in parameters})
+    if ema is not None:
+        ema.load({name: tensors[f"ema.{name}"] for name in parameters})
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"model.{name}"])

@@ -141,14 +141,14 @@ class TrainConfig:
         }
 
     def resolved_device(self) -> torch.device:
-        """The device that ``device`` names.
+        """The device that ``device`` names; of torchrun's processes on CUDA each has its own.
 
         Raises:
             ValueError: there is no such device.
         """
-        from fastddpm.machine.devices import resolve_device
+        from fastddpm.machine.ranks import device_of_rank
 
-        return resolve_device(self.device)
+        return device_of_rank(self.device)
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, which a resumed run must share."""

@@ -15,6 +15,7 @@ from fastddpm.data.load import load_data
 from fastddpm.files.run_folder import RunFolder, differences
 from fastddpm.files.safejson import read_object
 from fastddpm.machine.devices import plain_torch
+from fastddpm.machine.ranks import ALONE, Ranks
 from fastddpm.noise.v1 import NOISE_VERSION
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
@@ -69,8 +70,10 @@ class TrainingRun:
         return model
 
 
-def _check_suits(unet: UNetConfig, config: TrainConfig, data: Dataset) -> None:
+def _check_suits(unet: UNetConfig, config: TrainConfig, data: Dataset, world: int) -> None:
     """Refuse too few images for a batch, and a network of other channels or without an embedding for each class."""
+    if config.batch < world:
+        raise ValueError(f"a batch of {config.batch} is less than one image for each of {world} processes")
     if config.batch > len(data):
         raise ValueError(f"a batch of {config.batch} is more than the {len(data)} images; use a smaller --batch")
     C, beside, classes = data.shape[0], data.beside, len(data.classes)
@@ -107,17 +110,19 @@ def _shared_diffusion(config: TrainConfig, trained: DiffusionConfig | None) -> D
 
 
 @contextlib.contextmanager
-def open_run(config: TrainConfig) -> Iterator[TrainingRun]:
+def open_run(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[TrainingRun]:
     """Load the data and prepare ``config.out``, which is ours until the context ends.
 
     What can be refused without the data is refused before they are loaded, and the rest before the folder is touched.
+    Only rank 0 writes there; the others follow when it is ready.
 
     Raises:
         FileExistsError: the folder holds a run, and neither resume nor overwrite was asked for.
         NotADirectoryError: ``out`` is a file.
         BlockingIOError: another process trains there.
         ValueError: resume was asked for and the folder holds a run of other settings, or files that nothing says what
-            made; overwrite would remove the model to start from; or the network does not suit the images.
+            made; overwrite would remove the model to start from; the network does not suit the images; or this rank's
+            data, settings or folder are not those of rank 0.
     """
     _check_kept(config)
     config.resolved_device()
@@ -129,15 +134,23 @@ def open_run(config: TrainConfig) -> Iterator[TrainingRun]:
         _shared_diffusion(config, trained.diffusion)
     folder = run_folder(Path(config.out))
     resume, overwrite = config.resume, config.overwrite
-    with folder.locked():
-        folder.refuse_unless_free(resume=resume, overwrite=overwrite)
+    with folder.locked() if ranks.rank == 0 else contextlib.nullcontext():
+        if ranks.rank == 0:
+            folder.refuse_unless_free(resume=resume, overwrite=overwrite)
         data = load_data(config.data, **config.data_options())
         unet = unet or default_unet(data.shape, len(data.classes), config, data.beside)
-        _check_suits(unet, config, data)
+        _check_suits(unet, config, data, ranks.world)
         identity = {**config.identity(), "data_sha256": data.fingerprint(), "noise": NOISE_VERSION}
         settings = dataclasses.asdict(config)
-        folder.begin(identity, resume=resume, overwrite=overwrite, defaults=TrainConfig.defaults(), settings=settings)
-        yield TrainingRun(config, folder.path, data, unet, trained)
+        run = TrainingRun(config, folder.path, data, unet, trained)
+        if ranks.rank == 0:
+            defaults = TrainConfig.defaults()
+            folder.begin(identity, resume=resume, overwrite=overwrite, defaults=defaults, settings=settings)
+            ranks.tell("run", {**identity, "steps": config.steps, "checkpoint": run.has_checkpoint})
+        else:
+            own = {**identity, "steps": config.steps}
+            ranks.refuse_unless_same(ranks.told("run"), {**own, "checkpoint": run.has_checkpoint})
+        yield run
 
 
 def run_folder(out: Path) -> RunFolder:

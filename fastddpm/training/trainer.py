@@ -3,6 +3,9 @@
 Nothing of a step depends on a generator's state: the images of step n are a function of (seed, n), and the timestep,
 the noise and the class dropout of image k are functions of (seed, k, n). So a checkpoint needs the weights, their
 average, the optimiser's moments and n, and on the CPU (same thread count) a resumed run equals an uninterrupted one.
+
+Of the processes that torchrun starts each takes a share of a step's images, and DistributedDataParallel adds up their
+gradients; timesteps and noise are those of one process, and a checkpoint is resumed by any number of them.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
+from torch.nn.parallel import DistributedDataParallel
 
 from fastddpm.data.datasets import Dataset
 from fastddpm.errors import FastDDPMError
+from fastddpm.machine.ranks import ALONE, Ranks, join_ranks
 from fastddpm.noise import v1 as noise
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.training.checkpoint import load_checkpoint, save_checkpoint
@@ -45,15 +51,17 @@ class Trainer:
 
     Attributes:
         net: the network, its float32 weights in `model`; `net` is `model` or its compiled form.
+        ranks: the processes that share a step; rank 0 alone has the average.
     """
 
     config: TrainConfig
     data: Dataset
     model: UNet
     net: Model
-    ema: EMA
+    ema: EMA | None
     optimizer: torch.optim.Optimizer
     schedule: Schedule
+    ranks: Ranks = ALONE
 
     def step(self, n: int) -> float:
         """Take gradient step n and return its loss.
@@ -61,14 +69,20 @@ class Trainer:
         Raises:
             DivergenceError: loss or gradient is not finite; the weights are those before the step.
         """
-        config = self.config
+        config, ranks = self.config, self.ranks
         k = batch_indices(config.seed, n, len(self.data), config.batch)
-        _seed_dropout(config.seed, n)
+        _seed_dropout(config.seed, n, ranks.rank)
         loss = 0.0
-        for part in k.chunk(config.accumulate):
-            partial = self.loss(part, n) * (len(part) / len(k))
-            partial.backward()
+        net = self.net if isinstance(self.net, DistributedDataParallel) else None
+        parts = k.tensor_split(ranks.world)[ranks.rank].chunk(config.accumulate)
+        for part in parts:
+            # The parts' gradients add up; with those of the last part the ranks'.
+            with net.no_sync() if net is not None and part is not parts[-1] else contextlib.nullcontext():
+                partial = self.loss(part, n) * (len(part) / len(k))
+                # DistributedDataParallel divides by the number of ranks.
+                (partial * ranks.world).backward()
             loss += partial.item()
+        loss = ranks.reduced(loss)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergenceError(f"loss {loss}, gradient norm {float(norm)} at step {n}")
@@ -76,7 +90,8 @@ class Trainer:
             group["lr"] = learning_rate(config, n)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(n)
+        if self.ema is not None:
+            self.ema.update(n)
         return loss
 
     def loss(self, k: Tensor, n: int) -> Tensor:
@@ -140,8 +155,8 @@ def _uniform(seed: int, k: Tensor, n: int) -> Tensor:
     return torch.special.ndtr(z[:, 4:6].double())
 
 
-def _seed_dropout(seed: int, n: int) -> None:
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + n) % 2**63)
+def _seed_dropout(seed: int, n: int, rank: int) -> None:
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + n + rank * 0xD1B54A32D192ED03) % 2**63)
 
 
 @dataclass(frozen=True)
@@ -156,51 +171,57 @@ class TrainResult:
 def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     """Train a network, leaving checkpoints, a log and finally the model in ``config.out``.
 
-    SIGINT and SIGTERM end it after the current step with a checkpoint; a second one ends it at once.
+    SIGINT and SIGTERM end it after the current step with a checkpoint; a second one ends it at once. Processes that
+    torchrun started train the network together.
 
     Raises:
         FileExistsError: the folder holds a run and neither resume nor overwrite was asked for.
         ValueError: a setting or the data are unusable, or resume finds a run of other settings.
         DivergenceError: the loss became infinite or NaN.
     """
-    with torch.random.fork_rng(), open_run(config) as run:
+    ranks = join_ranks()
+    with torch.random.fork_rng(), open_run(config, ranks) as run, ranks.connected():
         torch.manual_seed(config.seed)
-        return _train(run, build_trainer(config, run.data, run.build_model()), quiet)
+        return _train(run, build_trainer(config, run.data, run.build_model(), ranks), quiet)
 
 
 def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
-    config, model, ema = run.config, trainer.model, trainer.ema
+    config, model, ema, ranks = run.config, trainer.model, trainer.ema, trainer.ranks
     state: dict[str, Any] = {"step": 0, "log": {}}
     if run.has_checkpoint:
         state = load_checkpoint(run.out, model, ema, trainer.optimizer)
-    n, loss = state["step"], math.nan
-    with _interruptible() as interrupt, TrainLog(config, run.out, n, state["log"], quiet=quiet) as log:
+    n, loss, stopped = state["step"], math.nan, 0
+    with _interruptible() as interrupt, contextlib.ExitStack() as stack:
+        log = None if ema is None else stack.enter_context(TrainLog(config, run.out, n, state["log"], quiet=quiet))
         saved = n
 
         def save() -> None:
             nonlocal saved
-            if n != saved:
+            if n != saved and ema is not None and log is not None:
                 save_checkpoint(run.out, model, ema, trainer.optimizer, {"step": n, "log": log.state()})
                 saved = n
 
-        while n < config.steps and interrupt.signal is None:
+        # Ranks that hear of a signal at different steps stop after the same one.
+        while n < config.steps and not (stopped := int(ranks.reduced(interrupt.signal or 0, ReduceOp.MAX))):
             try:
                 loss = trainer.step(n)
             except DivergenceError as error:
                 raise DivergenceError(f"{error}; {run.last_checkpoint()}; try a lower --lr") from None
-            log.add(n, loss, learning_rate(config, n))
             n += 1
-            # The picture first: a run that is killed while drawing it draws it again.
-            if config.sample_every and n % config.sample_every == 0:
-                log.picture(n, model, ema, trainer.data)
+            if ema is not None and log is not None:
+                log.add(n - 1, loss, learning_rate(config, n - 1))
+                # The picture first: a run that is killed while drawing it draws it again.
+                if config.sample_every and n % config.sample_every == 0:
+                    log.picture(n, model, ema, trainer.data)
             if config.save_every and n % config.save_every == 0:
                 save()
         save()
-        export(run.out, model, ema)
-    return TrainResult(n, loss, interrupt.signal)
+        if ema is not None:
+            export(run.out, model, ema)
+    return TrainResult(n, loss, stopped or interrupt.signal)
 
 
-def build_trainer(config: TrainConfig, data: Dataset, model: UNet) -> Trainer:
+def build_trainer(config: TrainConfig, data: Dataset, model: UNet, ranks: Ranks = ALONE) -> Trainer:
     """Put model, average, optimiser and schedule on the device, ready for step 0."""
     device = config.resolved_device()
     model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -209,7 +230,10 @@ def build_trainer(config: TrainConfig, data: Dataset, model: UNet) -> Trainer:
     )
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile
     net = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    return Trainer(config, data, model, net, EMA(model, config.ema), optimizer, config.diffusion().schedule())
+    if ranks.world > 1:
+        net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+    ema = EMA(model, config.ema) if ranks.rank == 0 else None
+    return Trainer(config, data, model, net, ema, optimizer, config.diffusion().schedule(), ranks)
 
 
 class _Interrupt:

@@ -16,7 +16,7 @@ from fastddpm.cli import main
 from fastddpm.data.array_file import array_file
 from fastddpm.evaluation import real_images
 from fastddpm.evaluation.classifier import Classifier, save_classifier
-from tests.tiny import tiny_unet
+from tests.tiny import PLAIN, tiny_unet
 from tests.torchrun import torchrun
 
 # Of the first two processes, rank 1 dies by SIGKILL between the writing of its second file and its renaming.
@@ -41,15 +41,32 @@ real_images._SPLITS["digits8x8"] = lambda split: array_file(Path(sys.argv[2], sp
 sys.exit(any(main(arguments) for arguments in json.loads(sys.argv[1])))
 """
 SAMPLE = ["sample", "--steps", "12", "--seeds", "0-22", "--batch", "2", "--format", "npz", "--grid"]
+TRAIN = [
+    "train",
+    "--steps",
+    "20",
+    "--batch",
+    "7",
+    "--accumulate",
+    "2",
+    "--dropout",
+    "0",
+    "--warmup",
+    "5",
+    "--log-every",
+]
+TRAIN += ["1", "--save-every", "6", "--sample-every", "20"]
 EVAL = ["eval", "--steps", "2", "--samples", "300", "--batch", "50", "--data", "digits8x8", "--json"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A network and a classifier that have learned nothing; and images, in place of digits that are slow to import."""
-    network = tiny_unet(num_class_embeds=11, null_class=10)
+    classes = {"num_class_embeds": 11, "null_class": 10}
+    network = tiny_unet(**classes)
     network.diffusion = DiffusionConfig(num_timesteps=200, beta_end=0.1)
     fastddpm.save_pretrained(network, tmp_path / "model")
+    (tmp_path / "model" / "net.json").write_text(json.dumps({**PLAIN, **classes}))
     save_classifier(tmp_path / "model" / "c.safetensors", Classifier(10))
     for split in ("train", "test"):
         images = np.random.default_rng(len(split)).integers(0, 256, (300, 8, 8), np.uint8)
@@ -67,7 +84,11 @@ def one_thread() -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -76,7 +97,11 @@ def test_processes_write_what_one_writes_though_one_is_killed(
 ) -> None:
     monkeypatch.setitem(real_images._SPLITS, "digits8x8", lambda split: array_file(folder / f"{split}.npz"))
     common = ["--model", str(folder), "--device", "cpu", "--resume", "--outdir"]
-    commands = {"sample": [*SAMPLE, *common], "eval": [*EVAL, "--classifier", str(folder / "c.safetensors"), *common]}
+    commands = {
+        "sample": [*SAMPLE, *common],
+        "train": [*TRAIN, "--data", str(folder / "train.npz"), "--model", str(folder / "net.json"), *common[2:]],
+        "eval": [*EVAL, "--classifier", str(folder / "c.safetensors"), *common],
+    }
     for name, command in commands.items():
         assert main([*command, str(tmp_path / "alone" / name)]) == 0
     capsys.readouterr()
@@ -86,7 +111,7 @@ def test_processes_write_what_one_writes_though_one_is_killed(
     ended = torchrun(program, json.dumps(together), str(folder), restarts=1)
     assert ended.returncode == 0, ended.stderr
     assert "exitcode: -9" in ended.stderr
-    summary, report = ended.stdout.splitlines()
+    summary, trained, report = ended.stdout.splitlines()
     # Those that were missing after the restart.
     assert 0 < int(summary.partition(" images, 12 steps, ")[0]) < 23
     assert ", 2 processes, cpu, " in summary
@@ -100,3 +125,13 @@ def test_processes_write_what_one_writes_though_one_is_killed(
     # To the last digit: all sums are of float64 values in the images' order.
     assert found == expected
     assert "frechet" in found["results"][0]
+
+    assert trained.startswith("20 steps, loss ")
+    assert contents(tmp_path / "together" / "train").keys() == contents(tmp_path / "alone" / "train").keys()
+    # A checkpoint of two processes, resumed by one.
+    for name in ("alone", "together"):
+        assert main([*commands["train"], str(tmp_path / name / "train"), "--steps", "25"]) == 0
+    expected, found = (losses(tmp_path / name / "train") for name in ("alone", "together"))
+    assert len(expected) == 25
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert max(expected) - min(expected) > 0.1
