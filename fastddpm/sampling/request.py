@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypedDict
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.checks import integer, nearest, number
+from fastddpm.checks import integer, nearest
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling.conditions import Labels, check_kwargs, resolve_labels, with_null_half
 from fastddpm.sampling.edits import as_samples, for_batch, refuse_without_levels
-from fastddpm.sampling.guidance import Weight, is_guided, weight_of
+from fastddpm.sampling.guidance import CondFn, CondForm, Guidance, GuidanceArguments, is_guided, resolve_guidance
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
 
@@ -33,6 +33,7 @@ class StepKey:
         noise: where z comes from: "counter" (seeds), "given" (a buffer that the caller fills) or "none".
         guided: two predictions per sample, and m = m_u + w (m_c - m_u).
         rescaled: m keeps the spread of m_c.
+        cond: see `Guidance`.
         x0_out: the estimate of x_0 is kept.
         check_finite: each sample's first step with a NaN or Inf is recorded.
         buffers: name, shape and dtype of the tensors and floats among the model's further keyword arguments, where code
@@ -45,6 +46,7 @@ class StepKey:
     noise: str = COUNTER
     guided: bool = False
     rescaled: bool = False
+    cond: tuple[CondFn, CondForm] | None = None
     labels: bool = False
     x0_out: bool = False
     check_finite: bool = False
@@ -70,8 +72,7 @@ class Request:
         init: [B, ...], data that are noised to the first row's level, with `x_T` as the noise where that is given.
         draw: returns z of a step [B, ...], where the caller provides it.
         class_labels: int64, [B], or [2B] with guidance, see `conditions.with_null_half`.
-        rescale: phi of `guidance.rescaled`.
-        kwargs: further keyword arguments of the model, likewise.
+        kwargs: further keyword arguments of the model, as the labels.
         seeded: x_T or the noise comes from `seed` and `sample_id`.
     """
 
@@ -82,8 +83,7 @@ class Request:
     init: Tensor | None
     draw: Callable[[int], Tensor] | None
     class_labels: Tensor | None
-    guidance: float | Tensor
-    rescale: float
+    guidance: Guidance
     kwargs: dict[str, Any]
     seeded: bool
 
@@ -94,14 +94,11 @@ class Request:
         return f"sample {i} (seed {int(self.seed[i]) % 2**64}, sample id {int(self.sample_id[i])})"
 
 
-class Conditions(TypedDict, total=False):
+class Conditions(GuidanceArguments, total=False):
     """Keyword arguments of `Sampler.sample` that `fastddpm.sample` hands on: one value for all samples, or rows."""
 
-    x_T: Tensor | None
+    x_T: Tensor | None  # noqa: N815
     init: Tensor | None
-    guidance: Weight
-    guidance_interval: tuple[float, float] | None
-    guidance_rescale: float
     model_kwargs: Mapping[str, Any] | None
     null_kwargs: Mapping[str, Any] | None
 
@@ -140,11 +137,9 @@ def resolve_request(
     init: Tensor | None = None,
     batch_size: int | None = None,
     class_labels: Labels | None = None,
-    guidance: Weight = 1.0,
-    guidance_interval: tuple[float, float] | None = None,
-    guidance_rescale: float = 0.0,
     model_kwargs: Mapping[str, Any] | None = None,
     null_kwargs: Mapping[str, Any] | None = None,
+    **guiding: Unpack[GuidanceArguments],
 ) -> Request:
     """Check the arguments of `Sampler.sample` and complete them.
 
@@ -192,8 +187,8 @@ def resolve_request(
         raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
     if init is not None:
         init = for_batch("init", init, B)
-    w, phi = weight_of(guidance, guidance_interval, table), number("guidance_rescale", guidance_rescale, ge=0.0, le=1.0)
-    guided = is_guided(w)
+    guidance = resolve_guidance(table, **guiding)
+    guided = is_guided(guidance.w)
     if options.self_condition in (model_kwargs or {}):
         raise ValueError(f"{options.self_condition!r} is given the estimate of x_0; leave it out of model_kwargs")
     labels, kwargs = resolve_labels(class_labels, B, options.num_labels), check_kwargs(model_kwargs, null_kwargs)
@@ -203,7 +198,8 @@ def resolve_request(
         batch=B,
         noise=NONE if not stochastic else COUNTER if source == "seeds" else GIVEN,
         guided=guided,
-        rescaled=guided and phi > 0.0,
+        rescaled=guided and guidance.phi > 0.0,
+        cond=guidance.cond,
         labels=labels is not None,
         x0_out=x0_out,
         check_finite=options.check_finite,
@@ -211,7 +207,7 @@ def resolve_request(
         settings=options.global_settings(),
     )
     return Request(
-        key, seed_of, sample_id, x_T, init, draw if stochastic else None, labels, w, phi, kwargs, source == "seeds"
+        key, seed_of, sample_id, x_T, init, draw if stochastic else None, labels, guidance, kwargs, source == "seeds"
     )
 
 

@@ -198,6 +198,11 @@ class Sampler:
                 of their eq. 6), or one per row; 1.0 means none, and runs one network call per sample instead of two.
             guidance_interval: timesteps (low, high) outside of which it is 1 (Kynkäänniemi et al. 2024).
             guidance_rescale: phi of Lin et al. 2023, 0 to 1: how far m keeps the standard deviation of m_c.
+            cond_fn: gradient of log p(y | x_t) by x, [B, ...], called as OpenAI's, ``cond_fn(x, t, **model_kwargs)``,
+                with the conditional rows, class_labels too; the same function each time, for a step is prepared for it.
+            cond_form: "mean" adds Sigma g to mu, "epsilon" takes sqrt(1 - alpha_bar) g from eps, before the clip
+                (Dhariwal & Nichol 2021, Algorithms 1 and 2). Default "mean" where all rows but the last, which is not
+                moved, add noise.
             model_kwargs: further keyword arguments of the model; tensors of B rows are repeated for guidance.
             null_kwargs: what some of them are in guidance's unconditional half: for each a number, a tensor that
                 broadcasts to the argument's rows, or a function of them (``torch.zeros_like``).

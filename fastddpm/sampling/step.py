@@ -13,7 +13,7 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.errors import FastDDPMError, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
-from fastddpm.sampling.guidance import rescaled
+from fastddpm.sampling.guidance import gradient, rescaled, shifted
 from fastddpm.sampling.network import Network, unwrap
 from fastddpm.sampling.options import Options
 from fastddpm.sampling.request import COUNTER, GIVEN, Request, StepKey
@@ -64,9 +64,11 @@ class StaticStep:
         self.history = buffer(table.history, B, *shape) if table.history else None
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
         # compiled twin of the draw needs none.
+        self._shift = None if key.cond is None or key.cond[1] == "mean" else buffer(len(table))
         twin = options.device.type == "cpu" and not options.uses_triton
         self._compiled = options.compiles and getattr(network, "compiles_step", True)
-        self._draws_ahead = self._compiled and twin and key.noise == COUNTER and math.prod(shape) % 2 == 0
+        pays = self._compiled and twin and math.prod(shape) % 2 == 0
+        self._draws_ahead = key.noise == COUNTER and (pays or bool(key.cond and self._shift is None))
         self.z = buffer(B, *shape) if key.noise == GIVEN or self._draws_ahead else None
         self.first_bad = buffer(B, dtype=torch.int64) if key.check_finite else None
         self._rescale = buffer(1) if key.rescaled else None
@@ -85,13 +87,22 @@ class StaticStep:
         """Return m = model(x_t, t), [B, ...], or [2B, ...] with guidance that is left to the step."""
         if self.key.guided:
             self.x_in[self.key.batch :].copy_(self.x_in[: self.key.batch])
-        if self._reads_t:
+        if self._reads_t or self.key.cond:
             torch.index_select(self.timesteps, 0, self._index, out=self.t)
         m = self._checked(unwrap(self.network(self.x_in, self.t, self.row, self.kwargs)))
-        if self._rescale is None:
-            return m
-        w = self.rows[:, COLUMN["w"]].index_select(0, self.row)
-        return rescaled(m, w, self._rescale, self.options.shape[0])
+        if self._rescale is not None:
+            m = rescaled(m, self._column("w"), self._rescale, self.options.shape[0])
+        if self._shift is not None:
+            m = shifted(m, self._shift.index_select(0, self.row) * self._gradient(), self.options.shape[0])
+        return m
+
+    def _column(self, name: str) -> Tensor:
+        return self.rows[:, COLUMN[name]].index_select(0, self.row)
+
+    def _gradient(self) -> Tensor:
+        assert self.key.cond is not None
+        kwargs = {name: value for name, value in self.kwargs.items() if value is not self._x0_in}
+        return gradient(self.key.cond[0], self.x_t, self.t, kwargs)
 
     def p_sample(self, m: Tensor) -> None:
         """Replace x_t by x_{t-1} ~ p_theta(x_{t-1} | x_t), given the network's output m."""
@@ -101,7 +112,7 @@ class StaticStep:
             m,
             self.rows,
             self.row,
-            self._noise(),
+            self._noise(m),
             clip=table.clip,
             learned=table.learned,
             guided=self.key.guided and not self.key.rescaled,
@@ -127,13 +138,20 @@ class StaticStep:
         """Go on to the next row of the table."""
         self._index.add_(1)
 
-    def _noise(self) -> noise.Counter | Tensor | None:
-        if self.key.noise != COUNTER:
-            return self.z
-        counter = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_REVERSE)
-        if not self._draws_ahead:
-            return counter
-        return ops.randn(counter, self.options.shape, backend=self.options.backend, compiled=True, out=self.z)
+    def _noise(self, m: Tensor) -> noise.Counter | Tensor | None:
+        if self.key.noise == COUNTER:
+            counter = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_REVERSE)
+            if not self._draws_ahead:
+                return counter
+            ops.randn(counter, self.options.shape, backend=self.options.backend, compiled=self._compiled, out=self.z)
+        if self.key.cond is not None and self._shift is None and self.z is not None:
+            # mu + std (z + std g): the mean moves by Sigma g   (Dhariwal & Nichol 2021, Algorithm 1).
+            std = self._column("sigma")
+            if self.table.learned:
+                v = m[: self.key.batch, self.options.shape[0] :]
+                std = std * torch.exp(self._column("h0") + self._column("h1") * v)
+            self.z.add_(std * self._gradient())
+        return self.z
 
     def _record_non_finite(self, first_bad: Tensor) -> None:
         bad = ~torch.isfinite(self.x_t).flatten(1).all(dim=1)
@@ -148,9 +166,11 @@ class StaticStep:
         self.rewind()
         self.seed.copy_(request.seed)
         self.sample_id.copy_(request.sample_id)
-        self.rows[:, COLUMN["w"]] = request.guidance
+        self.rows[:, COLUMN["w"]] = request.guidance.w
         if self._rescale is not None:
-            self._rescale.fill_(request.rescale)
+            self._rescale.fill_(request.guidance.phi)
+        if self._shift is not None and request.guidance.shift is not None:
+            self._shift.copy_(request.guidance.shift)
         if self.class_labels is not None and request.class_labels is not None:
             self.class_labels.copy_(request.class_labels)
         self._load_kwargs(request.kwargs)

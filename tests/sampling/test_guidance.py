@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import fastddpm
 from fastddpm import Sampler, Schedule, ddim_table, ddpm_table
+from fastddpm.errors import ModelOutputError
 from fastddpm.noise import v1 as noise
 from fastddpm.ops.draw import randn
 from fastddpm.tables.deis import deis_table
@@ -38,7 +40,7 @@ class Net(nn.Module):
     ) -> Tensor:
         m = x * self.weight / (1 + x.abs()) + (t.to(x.dtype) / 64).reshape(-1, 1, 1, 1)
         if class_labels is not None:
-            m = m * (1 - 0.125 * class_labels.to(x.dtype).reshape(-1, 1, 1, 1)) + 0.1 * x**2
+            m = m * (1 - 0.125 * class_labels.to(x.dtype).reshape(-1, 1, 1, 1)) + 0.1 * (2 * x).sin()
         if x_self_cond is not None:
             m = m + 0.25 * x_self_cond
         return torch.cat([m, 0.5 * m], dim=1) if self.learned else m
@@ -237,3 +239,121 @@ def test_unet_of_lucidrains_is_self_conditioned_by_default() -> None:
     torch.testing.assert_close(sampler.sample(x_T=x_T, noise=z), x, rtol=0, atol=1e-5)
     without = Sampler(lambda x, t: unet(x, t), table_of(theirs), (3, 8, 8), compile=False)
     assert (without.sample(x_T=x_T, noise=z) - x).abs().max() > 0.01
+
+
+TARGET = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+
+
+def classifier(x: Tensor, t: Tensor, class_labels: Tensor | None = None, scale: float | Tensor = 1.0) -> Tensor:
+    """The gradient by autograd of a made-up log p(y | x_t), as OpenAI's classifier_sample.py takes it."""
+    assert t.shape == (len(x),)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        target = TARGET.to(x.dtype) * (
+            1.0 if class_labels is None else 0.5 + class_labels.to(x.dtype)[:, None, None, None]
+        )
+        log_p = -((x - target) ** 2).sum() * 0.5 - (0.02 * t.to(x.dtype)[:, None, None, None] * x).sin().sum()
+        return torch.autograd.grad(log_p, x)[0] * scale
+
+
+def alpha_bars(timesteps: Sequence[int]) -> list[tuple[int, Tensor, Tensor]]:
+    alpha_bar = torch.cat([SCHEDULE.alphas_cumprod[list(timesteps)], torch.ones(1, dtype=torch.float64)])
+    return [(t, alpha_bar[i], alpha_bar[i + 1]) for i, t in enumerate(timesteps)]
+
+
+def respaced(timesteps: Sequence[int], variance: str, by: Predict, model: Predict, clip: bool = True) -> Tensor:
+    """Algorithm 1 of Dhariwal & Nichol 2021: x_{t-1} ~ N(mu + Sigma g, Sigma); without noise or shift at t = 0."""
+    x, z = drawn()
+    for i, (step, now, after) in enumerate(alpha_bars(timesteps)):
+        t, beta = torch.full((len(x),), step), 1 - now / after
+        eps = model(x, t)
+        x_0 = (x - (1 - now).sqrt() * eps[:, :3]) / now.sqrt()
+        x_0 = x_0.clamp(-1, 1) if clip else x_0
+        mean = (after.sqrt() * beta * x_0 + (now / after).sqrt() * (1 - after) * x) / (1 - now)
+        small = (1 - after) / (1 - now) * beta
+        if variance == "learned_range" and i + 1 < len(timesteps):
+            fraction = (eps[:, 3:] + 1) / 2
+            sigma2 = (fraction * beta.log() + (1 - fraction) * small.log()).exp()
+        else:
+            sigma2 = {"fixed_small": small, "fixed_large": beta}.get(variance, small) * (i + 1 < len(timesteps))
+        x = mean + sigma2 * by(x, t) + sigma2**0.5 * z[i]
+    return x
+
+
+@pytest.mark.parametrize("engine", ["loop", "tape"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_a_classifiers_gradient_moves_the_mean(variance: str, engine: str) -> None:
+    learned = variance == "learned_range"
+    sampler = Sampler(Net(learned=learned).eval(), table(variance_type=variance), SHAPE, compile=False)
+    sampler = with_tape(sampler) if engine == "tape" else sampler
+    call: dict[str, Any] = {"class_labels": LABELS, "cond_fn": classifier}
+    sampler.sample(seeds=[8, 9], **call)
+    got = sampler.sample(seeds=SEEDS, **call)
+    double, labels = Net(learned=learned).double(), torch.tensor(LABELS)
+    exact = respaced(TIMES, variance, lambda x, t: classifier(x, t, labels), lambda x, t: double(x, t, labels))
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=TOLERANCE)
+    # The caller's noise takes the same way.
+    x_T, z = drawn()
+    given = sampler.sample(x_T=x_T.float(), noise=torch.stack(z).float(), **call)
+    torch.testing.assert_close(given, got, rtol=0, atol=1e-6)
+
+
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "epsilon": lambda x, m, now: m,
+    "v": lambda x, m, now: (1 - now).sqrt() * x + now.sqrt() * m,
+    "x_0": lambda x, m, now: (x - now.sqrt() * m) / (1 - now).sqrt(),
+}
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_classifiers_gradient_is_taken_from_eps(prediction: str, clip: float | None, guided: bool) -> None:
+    """Algorithm 2 of Dhariwal & Nichol 2021, DDIM; x_0 is clipped after it."""
+    rows = ddim_table(SCHEDULE, steps=STEPS, prediction_type=prediction, clip_range=clip, rederive_eps=True)
+    call: dict[str, Any] = {"guidance": 2.0} if guided else {}
+    got = Sampler(Net().eval(), rows, SHAPE, compile=False).sample(
+        seeds=SEEDS, class_labels=LABELS, cond_fn=classifier, **call
+    )
+    model = labelled(Net().double(), lambda i: 2.0 if guided else 1.0)
+    x, _ = drawn()
+    for step, now, after in alpha_bars(rows.timesteps.tolist()):
+        t = torch.full((2,), step)
+        eps = PREDICTIONS[prediction](x, model(x, t, 0), now) - (1 - now).sqrt() * classifier(
+            x, t, torch.tensor(LABELS)
+        )
+        x_0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
+        if clip is not None:
+            x_0 = x_0.clamp(-1, 1)
+            eps = (x - now.sqrt() * x_0) / (1 - now).sqrt()
+        x = after.sqrt() * x_0 + (1 - after).sqrt() * eps
+    torch.testing.assert_close(got.double(), x, rtol=2e-6, atol=TOLERANCE)
+
+
+def test_a_gradient_pulls_where_the_rows_keep_eps_and_where_it_is_asked_for() -> None:
+    """A linear multistep method over eps' is one over eps whose network already knows the classifier."""
+    model = Net().eval()
+
+    def knowing(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        s = (1 - SCHEDULE.alphas_cumprod[t[0]]).sqrt().float()
+        return model(x, t, class_labels) - s * classifier(x, t, class_labels)
+
+    for rows in (deis_table(SCHEDULE, steps=STEPS), ddim_table(SCHEDULE, steps=STEPS, eta=1.0)):
+        call: dict[str, Any] = {"seeds": SEEDS, "class_labels": LABELS}
+        got = Sampler(model, rows, SHAPE, compile=False).sample(**call, cond_fn=classifier, cond_form="epsilon")
+        torch.testing.assert_close(
+            got, Sampler(knowing, rows, SHAPE, compile=False).sample(**call), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_gradients_that_cannot_be_are_refused() -> None:
+    rows = ddim_table(SCHEDULE, steps=3)
+    sampler = Sampler(Net().eval(), rows, SHAPE, compile=False)
+    with pytest.raises(ValueError, match="table 'ddim' has none; use 'epsilon'"):
+        sampler.sample(seeds=SEEDS, cond_fn=classifier, cond_form="mean")
+    zero = ddim_table(SCHEDULE.zero_terminal_snr(), steps=3, prediction_type="v", spacing="trailing")
+    for bad, message in ((dataclasses.replace(rows, levels=None), "has no levels"), (zero, "has no signal")):
+        with pytest.raises(ValueError, match=message):
+            Sampler(Net().eval(), bad, SHAPE, compile=False).sample(seeds=SEEDS, cond_fn=classifier)
+    with pytest.raises(ModelOutputError, match=r"gradient for x, \[2, 3, 5, 7\], got \[\]"):
+        sampler.sample(seeds=SEEDS, cond_fn=lambda x, t: x.sum())

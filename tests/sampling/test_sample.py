@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastddpm
 from fastddpm import DiffusionConfig, Sampler, UNet
 from fastddpm.sampling import sample as sampling
+from fastddpm.sampling.guidance import GuidanceArguments, resolve_guidance
 from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.request import RequestArguments, resolve_request
 from fastddpm.tables import by_name as samplers
@@ -205,7 +206,9 @@ def test_typed_arguments_are_those_of_the_functions() -> None:
         for function in (Sampler.__init__, resolve_request)
     }
     assert list(SamplerArguments.__annotations__) == keywords[Sampler.__init__]
-    assert {*RequestArguments.__annotations__, "x0_out"} == set(keywords[resolve_request])
+    guiding = inspect.signature(resolve_guidance).parameters.keys() - {"table"}
+    assert guiding == GuidanceArguments.__annotations__.keys()
+    assert {*RequestArguments.__annotations__, "x0_out"} == {*keywords[resolve_request], *guiding}
 
 
 @pytest.mark.parametrize(
