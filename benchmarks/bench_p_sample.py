@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from fastddpm.benchmarks.harness import gate
 from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
-from fastddpm.benchmarks.harness.inputs import MIDDLE, Coefficients, T, counter, gaussian, schedule, twin_only
+from fastddpm.benchmarks.harness.inputs import MIDDLE, Coefficients, T, counter, gaussian, normals, schedule, twin_only
 from fastddpm.benchmarks.peers import lucidrains
 from torch import Tensor, nn
 
@@ -114,9 +114,8 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     mean, variance = means[MIDDLE]
     z = (found["x_prev"].cpu().double() - mean) / variance.sqrt()
     if provider.name.startswith("fastddpm") and "torch's z" not in provider.name:
-        key = counter(host, noise.STREAM_REVERSE, _ROW)
-        expected = noise.normals(key.seed, key.sample_id, key.step, key.stream, case.n_elements // case.batch)
-        drawn = gate.close(z, expected.reshape(case.full_shape), 2e-5, "(x_{t-1} - mean) / sigma against noise-v1")
+        expected = normals(case, noise.STREAM_REVERSE, _ROW)
+        drawn = gate.close(z, expected, 2e-5, "(x_{t-1} - mean) / sigma against noise-v1")
         return gate.all_of(last, drawn)
     return gate.all_of(last, gate.normal(z, "(x_{t-1} - mean) / sigma"))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from fastddpm.benchmarks.harness import gate, inputs
 from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
-from fastddpm.benchmarks.harness.inputs import Coefficients, counter, gaussian, schedule, twin_only
+from fastddpm.benchmarks.harness.inputs import Coefficients, counter, gaussian, normals, schedule, twin_only, two_sizes
 from fastddpm.benchmarks.peers import lucidrains
 from torch import Tensor
 
@@ -28,22 +28,22 @@ def _given(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def _prepared(run: Callable[[], tuple[Tensor, Tensor]]) -> Prepared:
-    def evaluate() -> dict[str, Tensor]:
-        x_t, eps = run()
-        return {"x_t": x_t, "eps": eps}
-
-    return Prepared(run, evaluate)
+    return Prepared(run, lambda: dict(zip(("x_t", "eps"), run(), strict=True)))
 
 
-def _pytorch(case: Case) -> Prepared:
+def _mixing(case: Case, q_sample: Callable[[Tensor, Tensor, Tensor], Any]) -> Prepared:
+    """q_sample takes x_0, t and eps, which torch draws."""
     x_0, t = _given(case)
-    table = Coefficients.of(schedule(), case.device)
 
     def run() -> tuple[Tensor, Tensor]:
         eps = torch.randn_like(x_0)
-        return table.q_sample(x_0, t, eps), eps
+        return q_sample(x_0, t, eps), eps
 
     return _prepared(run)
+
+
+def _pytorch(case: Case) -> Prepared:
+    return _mixing(case, Coefficients.of(schedule(), case.device).q_sample)
 
 
 def _compiled(case: Case) -> Prepared:
@@ -59,25 +59,12 @@ def _compiled(case: Case) -> Prepared:
 
 
 def _diffusers(case: Case) -> Prepared:
-    x_0, t = _given(case)
     scheduler: Any = importlib.import_module("diffusers").DDPMScheduler(num_train_timesteps=inputs.T)
-
-    def run() -> tuple[Tensor, Tensor]:
-        eps = torch.randn_like(x_0)
-        return scheduler.add_noise(x_0, eps, t), eps
-
-    return _prepared(run)
+    return _mixing(case, lambda x_0, t, eps: scheduler.add_noise(x_0, eps, t))
 
 
 def _lucidrains(case: Case) -> Prepared:
-    x_0, t = _given(case)
-    diffusion = lucidrains.diffusion(case, torch.nn.Identity(), inputs.T)
-
-    def run() -> tuple[Tensor, Tensor]:
-        eps = torch.randn_like(x_0)
-        return diffusion.q_sample(x_0, t, eps), eps
-
-    return _prepared(run)
+    return _mixing(case, lucidrains.diffusion(case, torch.nn.Identity(), inputs.T).q_sample)
 
 
 def _fastddpm(case: Case, *, compiled: bool) -> Prepared:
@@ -91,22 +78,13 @@ def _fastddpm(case: Case, *, compiled: bool) -> Prepared:
 
 
 def _fastddpm_given(case: Case) -> Prepared:
-    x_0, t = _given(case)
     rows = q_rows(schedule()).to(case.device)
-
-    def run() -> tuple[Tensor, Tensor]:
-        eps = torch.randn_like(x_0)
-        return ops.q_sample(x_0, rows, t, eps, compiled=True), eps  # type: ignore[return-value]
-
-    return _prepared(run)
+    return _mixing(case, lambda x_0, t, eps: ops.q_sample(x_0, rows, t, eps, compiled=True))
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
     """One batch inside the caches, one far outside."""
-    if smoke:
-        return [Case("q_sample", 2, (3, 32, 32), device=device)]
-    large = 64 if device == "cpu" else 128
-    return [Case("q_sample", 16, (3, 32, 32), device=device), Case("q_sample", large, (3, 256, 256), device=device)]
+    return two_sizes("q_sample", device, smoke)
 
 
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
@@ -119,9 +97,7 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     tolerance = gate.ARITHMETIC if "fastddpm" in provider.name or "PyTorch" in provider.name else 1e-4
     exact = gate.close(x_t, expected, tolerance, "x_t against eq. 4 in float64")
     if provider.name in ("fastddpm", "fastddpm, eager twin"):
-        where = counter(host, noise.STREAM_TRAIN)
-        z = noise.normals(where.seed, where.sample_id, where.step, where.stream, case.n_elements // case.batch)
-        return gate.all_of(gate.equal(eps, z.reshape(case.full_shape), "eps against noise-v1"), exact)
+        return gate.all_of(gate.equal(eps, normals(case, noise.STREAM_TRAIN), "eps against noise-v1"), exact)
     return gate.all_of(gate.normal(eps, "eps"), exact)
 
 

@@ -183,16 +183,12 @@ def cases(device: str, smoke: bool) -> list[Case]:
     return [*(case("cifar10", batch) for batch in batches), case("cifar10", 1, 20, "ddim"), case("digits", 16), *series]
 
 
-def _ours(case: Case) -> str | None:
-    return networks.unavailable(case.network)
-
-
 def _cuda_only(case: Case) -> str | None:
-    return NOT_ASKED if case.device != "cuda" else _ours(case)
+    return NOT_ASKED if case.device != "cuda" else None
 
 
 def _ddpm_only(case: Case) -> str | None:
-    return NOT_ASKED if case.sampler != "ddpm" else _ours(case)
+    return NOT_ASKED if case.sampler != "ddpm" else None
 
 
 _PEER = {"diffusers": "diffusers"}
@@ -202,9 +198,9 @@ BENCHMARK = Benchmark(
     name="sampling",
     title="Whole sampling loop",
     providers=(
-        Provider("diffusers", _diffusers, needs=_PEER, skips=_ours, sweep=True),
-        Provider("diffusers, tuned", lambda c: _diffusers(c, _F32, tuned=True), "float32", _PEER, True, _ours),
-        Provider("diffusers, tuned, bf16", lambda c: _diffusers(c, _BF16, tuned=True), "bfloat16", _PEER, True, _ours),
+        Provider("diffusers", _diffusers, needs=_PEER, sweep=True),
+        Provider("diffusers, tuned", lambda c: _diffusers(c, _F32, tuned=True), "float32", _PEER, True),
+        Provider("diffusers, tuned, bf16", lambda c: _diffusers(c, _BF16, tuned=True), "bfloat16", _PEER, True),
         Provider(
             "diffusers, reduce-overhead, bf16",
             lambda c: _diffusers(c, _BF16, tuned=True, mode="reduce-overhead"),
@@ -225,10 +221,8 @@ BENCHMARK = Benchmark(
             skips=openvino.skips,
             tolerance=openvino.BF16_TOLERANCE,
         ),
-        Provider("fastddpm", lambda c: fastddpm_loop(c, _F32), compiled=True, skips=_ours, sweep=True),
-        Provider(
-            "fastddpm, bf16", lambda c: fastddpm_loop(c, _BF16), "bfloat16", compiled=True, skips=_ours, sweep=True
-        ),
+        Provider("fastddpm", lambda c: fastddpm_loop(c, _F32), compiled=True, sweep=True),
+        Provider("fastddpm, bf16", lambda c: fastddpm_loop(c, _BF16), "bfloat16", compiled=True, sweep=True),
     ),
     cases=cases,
     check=loop_gate.check,

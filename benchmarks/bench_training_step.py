@@ -142,27 +142,21 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     )
 
 
-def _ours(case: Case) -> str | None:
-    return networks.unavailable(case.network)
-
-
 _PEER = {"diffusers": "diffusers"}
-# What `fastddpm.training.trainer` imports for its checkpoints.
-_OWN = {"safetensors": "safetensors"}
 
 BENCHMARK = Benchmark(
     name="training_step",
     title="Training step",
     providers=(
-        Provider("diffusers", _diffusers, needs=_PEER, skips=_ours),
-        Provider("diffusers, bf16", lambda c: _diffusers(c, low=True), "bfloat16", _PEER, skips=_ours),
-        Provider("PyTorch", _pytorch, skips=_ours),
-        Provider("PyTorch, compiled", lambda c: _pytorch(c, compiled=True), compiled=True, skips=_ours),
-        Provider("lucidrains", _lucidrains, needs=lucidrains.NEEDS, skips=_ours),
-        Provider("fastddpm", _fastddpm, needs=_OWN, skips=_ours),
-        Provider("fastddpm, compiled", lambda c: _fastddpm(c, compiled=True), "float32", _OWN, True, _ours),
+        Provider("diffusers", _diffusers, needs=_PEER),
+        Provider("diffusers, bf16", lambda c: _diffusers(c, low=True), "bfloat16", _PEER),
+        Provider("PyTorch", _pytorch),
+        Provider("PyTorch, compiled", lambda c: _pytorch(c, compiled=True), compiled=True),
+        Provider("lucidrains", _lucidrains, needs=lucidrains.NEEDS),
+        Provider("fastddpm", _fastddpm),
+        Provider("fastddpm, compiled", lambda c: _fastddpm(c, compiled=True), compiled=True),
         Provider(
-            "fastddpm, compiled, bf16", lambda c: _fastddpm(c, compiled=True, low=True), "bfloat16", _OWN, True, _ours
+            "fastddpm, compiled, bf16", lambda c: _fastddpm(c, compiled=True, low=True), "bfloat16", compiled=True
         ),
     ),
     cases=cases,

@@ -117,11 +117,6 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     return Check.of(errors[worst], tolerance, f"eps at {len(errors)} timesteps against float32")
 
 
-def needs_network(case: Case) -> str | None:
-    """Return why the network cannot be had; None if it can."""
-    return networks.unavailable(case.network)
-
-
 _PEER = {"diffusers": "diffusers"}
 _BF16 = torch.bfloat16
 
@@ -129,13 +124,11 @@ BENCHMARK = Benchmark(
     name="unet",
     title="The network alone",
     providers=(
-        Provider("diffusers", _diffusers, needs=_PEER, skips=needs_network),
-        Provider(
-            "diffusers, tuned", lambda c: _tuned(c, torch.float32), needs=_PEER, compiled=True, skips=needs_network
-        ),
-        Provider("diffusers, tuned, bf16", lambda c: _tuned(c, _BF16), "bfloat16", _PEER, True, needs_network),
-        Provider("PyTorch", _pytorch, skips=needs_network),
-        Provider("PyTorch, compiled", lambda c: _compiled(c, torch.float32), compiled=True, skips=needs_network),
+        Provider("diffusers", _diffusers, needs=_PEER),
+        Provider("diffusers, tuned", lambda c: _tuned(c, torch.float32), needs=_PEER, compiled=True),
+        Provider("diffusers, tuned, bf16", lambda c: _tuned(c, _BF16), "bfloat16", _PEER, True),
+        Provider("PyTorch", _pytorch),
+        Provider("PyTorch, compiled", lambda c: _compiled(c, torch.float32), compiled=True),
         Provider("OpenVINO", lambda c: _openvino(c, "f32"), needs=openvino.NEEDS, skips=openvino.skips),
         Provider(
             "OpenVINO, bf16",
@@ -145,8 +138,8 @@ BENCHMARK = Benchmark(
             skips=openvino.skips,
             tolerance=openvino.BF16_TOLERANCE,
         ),
-        Provider("fastddpm", lambda c: _fastddpm(c, torch.float32), compiled=True, skips=needs_network),
-        Provider("fastddpm, bf16", lambda c: _fastddpm(c, _BF16), "bfloat16", compiled=True, skips=needs_network),
+        Provider("fastddpm", lambda c: _fastddpm(c, torch.float32), compiled=True),
+        Provider("fastddpm, bf16", lambda c: _fastddpm(c, _BF16), "bfloat16", compiled=True),
     ),
     cases=cases,
     check=check,

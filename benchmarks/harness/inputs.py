@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from fastddpm.benchmarks.harness.case import Case
 from torch import Tensor
 
+from fastddpm.noise import v1 as noise
 from fastddpm.noise.v1 import Counter
 from fastddpm.schedules.schedule import Schedule
 
@@ -36,6 +38,19 @@ def counter(case: Case, stream: int, step: int = 0) -> Counter:
         step=torch.full((1,), step, **where),  # type: ignore[call-overload]
         stream=stream,
     )
+
+
+def normals(case: Case, stream: int, step: int = 0) -> Tensor:
+    """What noise-v1 draws for `counter`, by its twin on the CPU."""
+    words = counter(replace(case, device="cpu"), stream, step)
+    return noise.normals(*words, case.n_elements // case.batch).reshape(case.full_shape)
+
+
+def two_sizes(benchmark: str, device: str, smoke: bool) -> list[Case]:
+    """One batch inside the caches, one far outside."""
+    large = (64 if device == "cpu" else 128, (3, 256, 256))
+    sizes = [(2, (3, 32, 32))] if smoke else [(16, (3, 32, 32)), large]
+    return [Case(benchmark, batch, shape, device=device) for batch, shape in sizes]
 
 
 def twin_only(case: Case) -> str | None:

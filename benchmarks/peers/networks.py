@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastddpm.benchmarks.harness.case import not_installed
 from torch import Tensor, nn
 
 from fastddpm.unet.config import UNetConfig
+from fastddpm.unet.load import load
 from fastddpm.unet.unet import UNet
 
 TITLES = {
@@ -59,8 +59,6 @@ def shape(name: str) -> tuple[int, ...]:
 def build(name: str) -> UNet:
     """Build a named network in eval mode, float32 on the CPU: shipped weights, or the same random ones each time."""
     if name == "digits":
-        from fastddpm.unet.load import load
-
         return load("digits")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -85,19 +83,6 @@ def labels(name: str, batch: int, device: str = "cpu") -> Tensor | None:
         return None
     classes = chosen.num_class_embeds - (chosen.null_class is not None)
     return torch.arange(batch, device=device) % classes
-
-
-def unavailable(name: str) -> str | None:
-    """Return why a network cannot be had; None if it can."""
-    if name == "digits":
-        missing = not_installed({"safetensors": "safetensors"})
-        if missing is not None:
-            return missing
-        from fastddpm.unet.load import SHIPPED
-
-        if not (SHIPPED / "digits").is_dir():
-            return "this installation has no models/digits"
-    return None
 
 
 def fix_labels(unet: Any, class_labels: Tensor | None) -> None:

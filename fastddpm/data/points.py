@@ -85,18 +85,6 @@ DATA_SETS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 
 
-def load_points(path: Path) -> Tensor:
-    """Load points from a .npy or .npz file (one array [N, 2]) or a .csv file (x,y per line), and standardise them.
-
-    Returns:
-        float32 [N, 2], mean 0 and mean square norm 2.
-
-    Raises:
-        ValueError: the file is missing, damaged, too large, holds objects, or holds no points that differ.
-    """
-    return standardised(read_array(path), str(path))
-
-
 def standardised(points: np.ndarray, name: str = "points") -> Tensor:
     """Centre points and scale both axes by one factor, so that their mean square norm is 2.
 

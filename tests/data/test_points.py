@@ -123,9 +123,14 @@ def save(path: Path, array: np.ndarray) -> Path:
     return path
 
 
+def load_points(path: Path) -> Tensor:
+    """The points of a file, as `fastddpm diffuse` draws them."""
+    return points.standardised(points.read_array(path), str(path))
+
+
 @pytest.mark.parametrize("suffix", points.SUFFIXES)
 def test_load_points_centres_and_scales_both_axes_alike(tmp_path: Path, suffix: str) -> None:
-    x = points.load_points(save(tmp_path / f"p{suffix}", RAW))
+    x = load_points(save(tmp_path / f"p{suffix}", RAW))
     # Centred: (+-2, +-1), whose mean square norm is 5.
     expected = torch.tensor([[-2.0, -1.0], [2.0, -1.0], [2.0, 1.0], [-2.0, 1.0]], dtype=torch.float64) * math.sqrt(
         2 / 5
@@ -147,10 +152,10 @@ def test_load_points_centres_and_scales_both_axes_alike(tmp_path: Path, suffix: 
 def test_load_points_checks_the_values(tmp_path: Path, array: np.ndarray, message: str | None) -> None:
     path = save(tmp_path / "p.npy", array)
     if message is None:
-        assert torch.equal(points.load_points(path).abs()[:, 0], torch.full((2,), math.sqrt(2)))
+        assert torch.equal(load_points(path).abs()[:, 0], torch.full((2,), math.sqrt(2)))
         return
     with pytest.raises(ValueError, match=message):
-        points.load_points(path)
+        load_points(path)
 
 
 def test_load_points_refuses_files_that_are_no_arrays(tmp_path: Path) -> None:
@@ -162,18 +167,18 @@ def test_load_points_refuses_files_that_are_no_arrays(tmp_path: Path) -> None:
     (tmp_path / "points.txt").write_text("1,2\n")
     for name in ("cut.npy", "pickle.npy", "objects.npy"):
         with pytest.raises(ValueError, match=f"{name}: not a usable array file"):
-            points.load_points(tmp_path / name)
+            load_points(tmp_path / name)
     with pytest.raises(ValueError, match="not numbers separated by commas"):
-        points.load_points(tmp_path / "text.csv")
+        load_points(tmp_path / "text.csv")
     for name in ("points.txt", "missing.npy"):
         with pytest.raises(ValueError, match=r"no data at .*; give swiss-roll"):
-            points.load_points(tmp_path / name)
+            load_points(tmp_path / name)
 
 
 def test_load_points_refuses_text_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(points, "MAX_CSV_BYTES", 10)
     with pytest.raises(ValueError, match="bytes of text, more than 10; save the points"):
-        points.load_points(save(tmp_path / "p.csv", RAW))
+        load_points(save(tmp_path / "p.csv", RAW))
 
 
 def diffusion(T: int) -> DiffusionConfig:
