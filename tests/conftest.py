@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +26,18 @@ hypothesis.settings.load_profile("fixed")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Compiled networks of the user are neither used nor added to."""
     os.environ["FASTDDPM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def still_generators() -> Iterator[None]:
+    """The test may not move a global generator."""
+
+    def states() -> list[Any]:
+        return [torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]
+
+    before = states()
+    yield
+    assert states() == before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

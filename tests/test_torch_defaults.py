@@ -38,6 +38,8 @@ from fastddpm.unet.unet import UNet
 from tests.tiny import RGB, tiny_unet
 from tests.training.train_cases import tiny_run
 
+pytestmark = pytest.mark.usefixtures("still_generators")
+
 PACKAGE = Path(fastddpm.__file__).parent
 SHAPE = (2, 3, 8, 8)
 X = torch.linspace(-1, 1, 384).reshape(SHAPE)

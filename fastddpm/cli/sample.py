@@ -42,7 +42,13 @@ def add_parser(subparsers: Any) -> None:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    parser.add_argument("--seeds", type=_seeds, default="0-15", help="for example 0-15,20 (default: 0-15)")
+    parser.add_argument("--seeds", type=_seeds, help="for example 0-15,20 (default: 0-15, or one per start of --x-T)")
+    parser.add_argument(
+        "--x-T",
+        type=Path,
+        metavar="FILE",
+        help="the start of each sample, [N, ...], instead of noise from its seed: a .npy, .npz or .safetensors file",
+    )
     parser.add_argument(
         "--class",
         dest="classes",
@@ -103,12 +109,14 @@ def run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace, model: UNet) -> Run:
     from fastddpm.data.array_file import read_condition
     from fastddpm.files.images import has_image_shape
+    from fastddpm.files.tensors import read_numbers
     from fastddpm.sampling.network import null_class_of
 
-    seeds = list(dict.fromkeys(args.seeds))
+    x_T = None if args.x_T is None else read_numbers(args.x_T, "x_T")
+    seeds = list(dict.fromkeys(args.seeds or range(16 if x_T is None else len(x_T))))
     labels = _labels(args.classes, len(seeds), null_class_of(model))
     given = {name: getattr(args, name) for name in ("guidance", "guidance_interval", "guidance_rescale")}
-    conditions: Any = {name: value for name, value in given.items() if value is not None}
+    conditions: Any = {name: value for name, value in {**given, "x_T": x_T}.items() if value is not None}
     if args.condition is not None:
         condition = {"condition": read_condition(args.condition, len(seeds))}
         conditions |= {"model_kwargs": condition, "null_kwargs": {"condition": 0.0}}
@@ -116,8 +124,8 @@ def _plan(args: argparse.Namespace, model: UNet) -> Run:
     missing = model.config.in_channels - planned.sampler.shape[0]
     if missing and args.condition is None:
         raise ValueError(f"the model sees {missing} channels beside x: give them as --condition FILE")
-    if args.format == "png" and not has_image_shape(planned.sampler.shape):
-        raise ValueError(f"samples of shape {planned.sampler.shape} are no images; use --format npz")
+    if (args.format == "png" or args.grid) and not has_image_shape(planned.sampler.shape):
+        raise ValueError(f"samples of shape {planned.sampler.shape} are no images; use --format npz, without --grid")
     return planned
 
 

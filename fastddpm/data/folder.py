@@ -117,6 +117,7 @@ def _classes(folder: Path, paths: list[Path]) -> tuple[torch.Tensor | None, tupl
 
 
 def _warn_of_losses(source: Path, paths: list[Path], headers: list[ImageHeader]) -> None:
-    for lost in sorted({header.lost for header in headers} - {""}):
-        files = [path for path, header in zip(paths, headers, strict=True) if header.lost == lost]
-        warnings.warn(f"{source}: {len(files)} images, {files[0].name!r} first, lose {lost}", stacklevel=4)
+    if files := [path for path, header in zip(paths, headers, strict=True) if header.animated]:
+        warnings.warn(
+            f"{source}: {len(files)} images, {files[0].name!r} first, lose every frame but the first", stacklevel=4
+        )

@@ -14,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from fastddpm.checks import printable
+from fastddpm.files.outside import regular_size
 
 MAX_DATA_BYTES = 8 << 30
 # What NumPy and zipfile raise on damaged, encrypted or exotic files.
@@ -35,6 +36,29 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return _read_npz(path)
         with path.open("rb") as stream:
             return {"images": _read_array(stream, path.stat().st_size, "array")}
+    except _UNREADABLE as error:
+        raise ValueError(printable(f"{path}: not a usable array file: {error}")) from error
+
+
+def read_named(path: Path, name: str) -> np.ndarray:
+    """Read one array from a .npz file, by its name or because it is the only one; or that of a .npy file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no regular file, damaged, holds objects, declares too much, or has no such array.
+    """
+    size = regular_size(path)
+    try:
+        if path.suffix != ".npz":
+            with path.open("rb") as stream:
+                return _read_array(stream, size, name)
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            member = next(iter(members.values())) if len(members) == 1 else members.get(name)
+            if member is None:
+                raise ValueError(f"no array called {name} among {sorted(members)[:8]}")
+            with archive.open(member) as stream:
+                return _read_array(stream, member.file_size, name)
     except _UNREADABLE as error:
         raise ValueError(printable(f"{path}: not a usable array file: {error}")) from error
 

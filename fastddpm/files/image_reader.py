@@ -37,14 +37,14 @@ class ImageHeader:
     Attributes:
         grey: whether it has one channel; it has three else.
         dtype: what `read_image` returns: uint8, uint16, int32 or float32.
-        lost: what reading it loses, "" for nothing.
+        animated: whether it has frames that are not read.
     """
 
     height: int
     width: int
     grey: bool
     dtype: np.dtype[Any]
-    lost: str
+    animated: bool
 
 
 def read_header(path: str | os.PathLike[str]) -> ImageHeader:
@@ -52,7 +52,7 @@ def read_header(path: str | os.PathLike[str]) -> ImageHeader:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image of `FORMATS`, damaged, or declares too many pixels.
+        ValueError: it is no image of `FORMATS`, damaged, has colours of 16 bits, or declares too many pixels.
     """
     with open_image(path) as image:
         width, height = image.size
@@ -60,14 +60,15 @@ def read_header(path: str | os.PathLike[str]) -> ImageHeader:
         if Image.Image.getexif(image).get(_ORIENTATION) in _SIDEWAYS:
             width, height = height, width
         mode, dtype = image.mode, _dtype(image)
-        lost = []
-        if getattr(image, "is_animated", False) and image.format != "MPO":
-            lost.append("every frame but the first")
         # Pillow has no mode for colours of 16 bits; those of a BMP have 5.
         encodings = str([tile[3] for tile in getattr(image, "tile", ())])
         if dtype == np.uint8 and image.format != "BMP" and ";16" in encodings:
-            lost.append("the lower 8 of the 16 bits of its colours")
-        return ImageHeader(height, width, mode in ("1", "L", "F") or mode[0] == "I", dtype, " and ".join(lost))
+            raise ValueError(
+                "has colours of 16 bits, of which Pillow reads 8; give the pixels as an array of uint16 [N, H, W, 3] "
+                "in a .npy file, or images of 8 bits"
+            )
+        animated = getattr(image, "is_animated", False) and image.format != "MPO"
+        return ImageHeader(height, width, mode in ("1", "L", "F") or mode[0] == "I", dtype, animated)
 
 
 def read_image(path: str | os.PathLike[str], background: str | None = None) -> np.ndarray:

@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastddpm.checks import printable, shown
+from fastddpm.files.arrays import read_named
 from fastddpm.files.outside import regular_size
 from fastddpm.files.pickles import Storage, StoredTensor
 from fastddpm.files.safejson import parse_object
@@ -149,6 +151,29 @@ def read_tensors(
                 f"{file.path}: {name} holds NaN or infinity: the file is damaged, or its training diverged"
             )
     return {name: tensors[place] for name, place in places.items()}
+
+
+def read_numbers(path: Path, name: str) -> Tensor:
+    """Read the numbers called ``name``, or the only ones, from a .npy, .npz or .safetensors file.
+
+    Returns:
+        float32 on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, has no such numbers, or one that is NaN or infinite.
+    """
+    if path.suffix == ".safetensors":
+        file = SafetensorsFile(path)
+        found = next(iter(file.tensors)) if len(file.tensors) == 1 else name
+        if found not in file.tensors:
+            raise ValueError(f"{path}: no tensor called {name} among {list(map(shown, file.tensors))[:8]}")
+        numbers = file.read([found])[found]
+    else:
+        numbers = torch.from_numpy(read_named(path, name).astype(np.float32))
+    if not numbers.isfinite().all():
+        raise ValueError(f"{path}: {name} holds NaN or infinity")
+    return numbers
 
 
 def sha256(path: Path) -> str:

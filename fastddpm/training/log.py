@@ -143,7 +143,9 @@ def _save_grid(path: Path, model: UNet, data: Dataset) -> None:
     count = 4 * columns
     labels = [i % columns for i in range(count)] if classes else None
     T = model.diffusion.num_timesteps if model.diffusion else 1000
-    given = {} if data.condition is None else {"condition": data.condition[torch.arange(count) % len(data)]}
+    given = (
+        {} if data.condition is None else {"condition": data.condition[torch.arange(count, device="cpu") % len(data)]}
+    )
     steps = min(GRID_STEPS, T)
     x_0 = sample(model, seeds=range(count), steps=steps, class_labels=labels, model_kwargs=given, compile=False)
     if not has_image_shape(data.shape):

@@ -15,6 +15,8 @@ from fastddpm.cli import main
 from fastddpm.data import points
 from fastddpm.pictures import gif as animation
 
+pytestmark = pytest.mark.usefixtures("still_generators")
+
 
 def run(*arguments: str) -> int:
     return main(["diffuse", "--quiet", *arguments])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import fastddpm
 from fastddpm import DiffusionConfig
@@ -24,6 +25,8 @@ from fastddpm.files import images
 from fastddpm.files.run_folder import RunFolder
 from fastddpm.sampling import outputs
 from tests.tiny import tiny_unet
+
+pytestmark = pytest.mark.usefixtures("still_generators")
 
 STEPS = 3
 
@@ -352,3 +355,56 @@ def test_signal_keeps_finished_files_and_resume_completes(
     assert len(resumed) == 7
     whole = {name: data for name, data in finished.items() if not name.endswith(".tmp")}
     assert {name: resumed[name] for name in whole} == whole
+
+
+def test_samples_of_any_channels_are_saved_as_the_message_says(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    network = tiny_unet(in_channels=7, out_channels=7, sample_size=(16, 24))
+    network.diffusion = DiffusionConfig(num_timesteps=200, beta_end=0.1)
+    fastddpm.save_pretrained(network, tmp_path / "model")
+    out = tmp_path / "out"
+    command = ["sample", "--model", str(tmp_path / "model"), "--steps", "3", "--seeds", "4,9", "--outdir", str(out)]
+    for wrong in ([], ["--format", "npz", "--grid"]):
+        assert main([*command, *wrong]) == 1
+        assert "(7, 16, 24) are no images; use --format npz, without --grid" in capsys.readouterr().err
+    assert main([*command, "--format", "npz"]) == 0
+    expected = fastddpm.sample(network, seeds=[4, 9], steps=3)
+    assert torch.equal(torch.from_numpy(np.load(out / "samples.npz")["x"]), expected)
+
+
+def test_samples_start_from_a_file(run: Any, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    x_T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = fastddpm.sample(model, x_T=x_T, seeds=[0, 1, 2], steps=STEPS, sampler="ddpm")
+    np.save(tmp_path / "a.npy", x_T.double().numpy())
+    np.savez(tmp_path / "b.npz", x_T=x_T.numpy(), more=np.zeros(1))
+    save_file({"noise": x_T}, tmp_path / "c.safetensors")
+    for name in ("a.npy", "b.npz", "c.safetensors"):
+        out = tmp_path / name[0]
+        assert run("--x-T", str(tmp_path / name), "--sampler", "ddpm", "--format", "npz", out=out) == 0
+        assert torch.equal(torch.from_numpy(np.load(out / "samples.npz")["x"]), expected)
+    # What they start from decides their bytes.
+    again = ["--sampler", "ddpm", "--format", "npz", "--resume"]
+    np.save(tmp_path / "a.npy", -x_T.numpy())
+    assert run("--x-T", str(tmp_path / "a.npy"), *again, out=tmp_path / "a") == 1
+    assert run("--seeds", "0-2", *again, out=tmp_path / "b") == 1
+    assert capsys.readouterr().err.count("x_T was") == 2
+
+
+def test_a_start_that_does_not_fit_is_refused(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "x.npy"
+    for values, message in (
+        (np.zeros((3, 1, 8, 8)), "x_T holds 3 samples, and 2 are drawn"),
+        (np.zeros((2, 3, 8, 8)), "x_T must have shape [B, 1, 8, 8], got [2, 3, 8, 8]"),
+        (np.full((2, 1, 8, 8), np.nan), "x_T holds NaN"),
+        (np.array(["text"]), "x_T: holds <U4, not numbers"),
+    ):
+        np.save(path, values)
+        assert run("--seeds", "0,1", "--x-T", str(path)) == 1
+        assert message in capsys.readouterr().err
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "x.safetensors")
+    np.savez(tmp_path / "x.npz", a=np.zeros(1), b=np.zeros(1))
+    os.mkfifo(tmp_path / "fifo.npy")
+    for name, message in (("x.safetensors", "no tensor called x_T"), ("x.npz", "no array called x_T")):
+        assert run("--x-T", str(tmp_path / name)) == 1
+        assert message in capsys.readouterr().err
+    assert run("--x-T", str(tmp_path / "fifo.npy")) == 1
+    assert "not a regular file" in capsys.readouterr().err

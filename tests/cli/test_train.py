@@ -27,6 +27,8 @@ from fastddpm.training.folder import LOG, SETTINGS
 from fastddpm.unet.load import load
 from tests.training.train_cases import TINY, at_step
 
+pytestmark = pytest.mark.usefixtures("still_generators")
+
 NAMES = (("loss", "loss"), ("learning rate", "lr"))
 
 

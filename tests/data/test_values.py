@@ -126,14 +126,18 @@ def test_resizing_keeps_16_bits_and_stays_in_range(tmp_path: Path) -> None:
     assert len(np.unique(np.round((x_0 + 1) * 127.5, 3) % 1)) > 2  # values between those of 8 bits
 
 
-def test_colours_of_16_bits_and_frames_that_are_lost_are_named(tmp_path: Path) -> None:
-    colours = np.arange(18, dtype=np.uint16).reshape(2, 3, 3) * 3000 + 7
+def test_colours_of_16_bits_are_taken_as_the_message_says(tmp_path: Path) -> None:
+    colours = np.arange(48, dtype=np.uint16).reshape(4, 4, 3) * 1000 + 14_535
     (tmp_path / "a.png").write_bytes(png(colours))
-    with pytest.warns(UserWarning, match=r"1 images, 'a\.png' first, lose the lower 8 of the 16 bits"):
-        data = load_data(str(tmp_path))
-    assert torch.equal(data.images[0].permute(1, 2, 0), torch.from_numpy((colours >> 8).astype(np.uint8)))
+    with pytest.raises(ValueError, match=r"a\.png: .*of uint16 \[N, H, W, 3\] in a \.npy file"):
+        load_data(str(tmp_path))
+    np.save(tmp_path / "a.npy", colours[None])
+    x_0 = load_data(str(tmp_path / "a.npy")).images[0].permute(1, 2, 0)
+    np.testing.assert_allclose(x_0, expected(colours, 0, 65_535), rtol=0, atol=1e-7)
+
+
+def test_frames_that_are_lost_are_named(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.full((2, 3), value, np.uint8)) for value in (10, 200)]
-    (tmp_path / "a.png").unlink()
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with pytest.warns(UserWarning, match="lose every frame but the first"):
         data = load_data(str(tmp_path))

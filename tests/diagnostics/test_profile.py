@@ -25,6 +25,8 @@ from fastddpm.sampling.step import StaticStep
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddpm import ddpm_table
 
+pytestmark = pytest.mark.usefixtures("still_generators")
+
 STEPS = 3
 ARGUMENTS = ["profile", "--model", "tiny", "--batch", "2", "--steps", str(STEPS), "--device", "cpu"]
 

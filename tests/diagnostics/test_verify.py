@@ -16,6 +16,8 @@ from fastddpm.noise import v1 as noise
 from fastddpm.ops.checks import DTYPES
 from fastddpm.sampling.sampler import Sampler
 
+pytestmark = pytest.mark.usefixtures("still_generators")
+
 CPU = torch.device("cpu")
 
 

@@ -31,6 +31,8 @@ from fastddpm.training.folder import LOG
 from fastddpm.training.likelihood import bits_per_dim
 from tests.tiny import tiny_unet
 
+pytestmark = pytest.mark.usefixtures("still_generators")
+
 SAMPLES = 20
 ROWS = ("accuracy", "frechet", "nearest", "diversity")
 

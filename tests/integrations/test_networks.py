@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,21 @@ def test_a_network_is_found_under_any_prefix_and_nesting(
     model = read(tmp_path / "a.pt", config=config).model
     assert model is not None
     assert all(torch.equal(tensor, last[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_with_objects_is_taken_as_the_message_says(
+    tmp_path: Path, last: State, average: State, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lightning writes them: callbacks and hyperparameters are objects of its own and its user's classes."""
+    content = BOTH["LitEma"](last, average) | {"callbacks": {"checkpoint": types.SimpleNamespace(best=0.1)}}
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"it needs 'types\.SimpleNamespace'") as refusal:
+        read(tmp_path / "last.ckpt", config=config)
+    monkeypatch.chdir(tmp_path)
+    exec(str(refusal.value)[str(refusal.value).index("torch.save(") :], {"torch": torch})
+    model = read("weights.pt", config=config).model
+    assert model is not None
+    assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("layout", BOTH)
