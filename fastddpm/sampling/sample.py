@@ -13,6 +13,7 @@ from typing import Any, Unpack, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
 from fastddpm.checks import integer
@@ -57,6 +58,7 @@ def sample(
     progress: bool = False,
     diffusion: DiffusionConfig | None = None,
     sampler_options: dict[str, Any] | None = None,
+    process_group: ProcessGroup | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
     """Draw one sample per seed, in batches; or one batch whose noise comes from a generator or from the caller.
@@ -81,6 +83,8 @@ def sample(
         diffusion: what the model was trained for; default `model.diffusion`, else Ho et al.'s (linear schedule of 1000
             steps, epsilon, fixed_small).
         sampler_options: further arguments of the sampler's table (eta, spacing, ...).
+        process_group: of torch.distributed, whose processes all make this call: each draws a share of the batches, by
+            default small enough for all to have one, and all return all samples.
         **options: further arguments of `Sampler`: device, dtype, compile, cuda_graph, backend, check_finite, ...; and
             of `Sampler.sample`: x_T, init, guidance, model_kwargs, ..., whose tensors of N rows are split among the
             batches; and strength, in (0, 1]: the share of the steps that is taken, the last ones, from `init` (or from
@@ -98,6 +102,8 @@ def sample(
     drawn = generator is not None or noise is not None
     if drawn and seeds is not None:
         raise ValueError(f"noise comes from one source, got seeds and {'generator' if noise is None else 'noise'}")
+    if drawn and process_group is not None:
+        raise ValueError("processes share the batches of seeds=; a generator or noise draws one batch")
     if drawn:
         n = given_batch(generator, noise, start, batch_size, class_labels)
     else:
@@ -117,7 +123,11 @@ def sample(
     )
     if not drawn:
         run.settle()
-    with tqdm(total=run.total_steps, desc="sampling", unit="step", disable=not progress) as bar:
+    rank, world = (0, 1) if process_group is None else (process_group.rank(), process_group.size())
+    if world > 1 and batch_size is None and run.seeds:
+        run.batches = split_evenly(len(run.seeds), min(len(run.batches[0]), math.ceil(len(run.seeds) / world)))
+    batches = run.batches[rank::world]
+    with tqdm(total=len(batches) * len(run.sampler.table), desc="sampling", unit="step", disable=not progress) as bar:
 
         def after(result: StepResult[None]) -> None:
             bar.update()
@@ -133,9 +143,12 @@ def sample(
                 callback=after,
                 **run.conditions,
             )
-        out = torch.empty(len(run.seeds), *run.sampler.shape, dtype=torch.float32, device=run.sampler.device)
-        for batch in run.batches:
+        out = torch.zeros(len(run.seeds), *run.sampler.shape, dtype=torch.float32, device=run.sampler.device)
+        for batch in batches:
             out[batch.start : batch.stop] = run.draw(batch, after)
+        if world > 1:
+            # What others have drawn is zero here. As integers, since floating-point sums would lose the sign of 0.
+            torch.distributed.all_reduce(out.view(torch.int32), group=process_group)
         return out
 
 
@@ -162,11 +175,6 @@ class Run:
     def guidance(self) -> Weight:
         """The weight of classifier-free guidance, or one per row."""
         return self.conditions.get("guidance", 1.0)
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of all batches together."""
-        return len(self.batches) * len(self.sampler.table)
 
     def settle(self, compiled: bool | None = None) -> bool:
         """Decide once for all batches whether the network runs compiled, see `Sampler.settle`, and return that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,19 @@ def dying(source, target):
 
 atomic.os.replace = dying
 real_images._SPLITS["digits8x8"] = lambda split: array_file(Path(sys.argv[2], split + ".npz"))
-sys.exit(any(main(arguments) for arguments in json.loads(sys.argv[1])))
+if any(main(arguments) for arguments in json.loads(sys.argv[1])):
+    sys.exit(1)
+
+import numpy as np
+import runpy
+import torch.distributed as dist
+import fastddpm
+dist.destroy_process_group, destroy = lambda: None, dist.destroy_process_group
+runpy.run_path(sys.argv[3])
+for i, n, more in ((0, 7, {"batch_size": 2}), (1, 3, {}), (2, 1, {})):
+    x = fastddpm.sample(sys.argv[2], seeds=range(n), steps=3, process_group=dist.group.WORLD, **more)
+    np.save(os.path.join(sys.argv[4], f"x{i}-{dist.get_rank()}.npy"), x.numpy())
+destroy()
 """
 SAMPLE = ["sample", "--steps", "12", "--seeds", "0-22", "--batch", "2", "--format", "npz", "--grid"]
 TRAIN = [
@@ -108,10 +121,19 @@ def test_processes_write_what_one_writes_though_one_is_killed(
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     together = [[*command, str(tmp_path / "together" / name)] for name, command in commands.items()]
-    ended = torchrun(program, json.dumps(together), str(folder), restarts=1)
+    example = Path(__file__).parents[2] / "examples" / "several_processes.py"
+    runpy.run_path(str(example))
+    said = capsys.readouterr().out.splitlines()
+    ended = torchrun(program, json.dumps(together), str(folder), str(example), str(tmp_path), restarts=1)
     assert ended.returncode == 0, ended.stderr
     assert "exitcode: -9" in ended.stderr
-    summary, trained, report = ended.stdout.splitlines()
+    summary, trained, report, *by_example = ended.stdout.splitlines()
+    assert by_example == said
+    assert len(said) == 4
+    for i, n, more in ((0, 7, {"batch_size": 2}), (1, 3, {"batch_size": 2}), (2, 1, {})):
+        x = fastddpm.sample(folder, seeds=range(n), steps=3, **more)
+        for rank in (0, 1):
+            assert torch.equal(torch.from_numpy(np.load(tmp_path / f"x{i}-{rank}.npy")), x)
     # Those that were missing after the restart.
     assert 0 < int(summary.partition(" images, 12 steps, ")[0]) < 23
     assert ", 2 processes, cpu, " in summary
