@@ -20,7 +20,7 @@ from fastddpm import __version__
 from fastddpm.checks import printable
 
 COMMANDS = (
-    *("sample", "train", "eval", "steps", "diffuse", "convert", "inspect", "verify", "bench", "profile"),
+    *("sample", "train", "eval", "steps", "tune", "diffuse", "convert", "inspect", "verify", "bench", "profile"),
     *("compile", "cache", "env"),
 )
 

@@ -22,12 +22,12 @@ from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import network as net
 from fastddpm.sampling.conditions import Labels, labels_for
 from fastddpm.sampling.edits import for_batch
-from fastddpm.sampling.guidance import Weight, is_guided
+from fastddpm.sampling.guidance import Weight
 from fastddpm.sampling.options import SamplerArguments, check_shape
 from fastddpm.sampling.request import Conditions, Generators, Noise, RequestArguments, given_batch, refuse_unknown
 from fastddpm.sampling.sampler import Sampler, StepResult
+from fastddpm.sampling.tuned import named_table
 from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
-from fastddpm.tables.by_name import make_table
 from fastddpm.unet.load import load
 
 logger = logging.getLogger("fastddpm")
@@ -245,9 +245,8 @@ def plan_run(
         conditions["guidance"] = guidance.tolist()
     # Whatever torch.set_default_device asks for.
     with torch.device("cpu"):
-        table = make_table(
-            sampler, diffusion, steps=steps, guided=is_guided(guidance), strength=strength, **(sampler_options or {})
-        )
+        given = {"steps": steps, "strength": strength, **(sampler_options or {})}
+        table = named_table(sampler, model, diffusion, guidance, **given)
     device = how.get("device")
     how["device"] = device = net.device_of(model) if device is None else resolve_device(device)
     if batch_size is None:

@@ -70,6 +70,8 @@ def make_table(
         TypeError: the builder has no such option.
     """
     name = canonical(name)
+    if name == "tuned":
+        raise ValueError("tuned tables belong to a model: use fastddpm.sample(model, sampler='tuned')")
     if name == "fast":
         name = "unipc2" if guided else "unipc3"
         if steps is None and timesteps is None and "sigmas" not in options:

@@ -30,6 +30,7 @@ NAMES = (
     SamplerName("ddpm", ("ancestral", "DDPMScheduler"), True, 1, "Ho et al.; every timestep, or 100 and more"),
     SamplerName("ddim", ("DDIMScheduler",), False, 1, "20 to 100 steps; eta adds noise"),
     SamplerName("fast", (), False, 1, "UniPC of 8 steps, or 10 with guidance"),
+    SamplerName("tuned", (), False, 1, "fitted to this model by `fastddpm tune`; 5 steps"),
     SamplerName(
         "unipc3", ("unipc", "uni_pc", "unipc_bh2", "UniPCMultistepScheduler"), False, 1, "5 to 20 steps, no guidance"
     ),

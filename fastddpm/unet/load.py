@@ -88,6 +88,7 @@ def load_folder(folder: Path, unet_folder: Path, paths: Sequence[Path]) -> UNet:
     file = files[0] if len(files) == 1 else Shards(unet_folder, files)
     model = build_unet(config, file, {name: name for name in file.tensors})
     model.diffusion = _read_diffusion(folder)
+    model.folder = folder
     return model
 
 

@@ -27,6 +27,7 @@ from fastddpm.unet.config import UNetConfig
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     from fastddpm.schedules.diffusion import DiffusionConfig
 
@@ -47,9 +48,11 @@ class UNet(nn.Module):
     Attributes:
         config: the architecture.
         diffusion: schedule, prediction type and variance it was trained with, or None where nobody said.
+        folder: where it was loaded from, or None.
     """
 
     diffusion: DiffusionConfig | None
+    folder: Path | None = None
 
     def __init__(self, config: UNetConfig, *, zero_init: bool = True) -> None:
         super().__init__()

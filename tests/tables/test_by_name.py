@@ -17,7 +17,7 @@ CONFIG = DiffusionConfig(beta_schedule="cosine", prediction_type="v", variance_t
 
 
 def test_every_sampler_has_one_line_and_a_builder():
-    assert {entry.name for entry in NAMES} == {*SAMPLERS, "fast"}
+    assert {entry.name for entry in NAMES} == {*SAMPLERS, "fast", "tuned"}
     lines = [line for line in listing().splitlines() if not line.startswith("    =")]
     assert len(lines) == len(NAMES)
     for line, entry in zip(lines, NAMES, strict=True):
@@ -26,7 +26,12 @@ def test_every_sampler_has_one_line_and_a_builder():
         assert name in listing()
 
 
-@pytest.mark.parametrize("entry", NAMES, ids=lambda entry: entry.name)
+def test_a_tuned_table_belongs_to_a_model():
+    with pytest.raises(ValueError, match="belong to a model"):
+        make_table("tuned", CONFIG)
+
+
+@pytest.mark.parametrize("entry", [e for e in NAMES if e.name != "tuned"], ids=lambda entry: entry.name)
 def test_what_the_registry_says_of_a_sampler_holds(entry):
     table = make_table(entry.name, DiffusionConfig(), steps=6)
     assert bool((table.column("sigma") > 0).any()) == entry.stochastic

@@ -1,0 +1,101 @@
+"""``fastddpm tune``: fit tables of few steps to a model."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastddpm.cli.parser import add_output, examples, positive
+
+DESCRIPTION = """Fit noise levels, timesteps and coefficients of few steps to a model, so that their result meets that
+of many steps from the same x_T. The best table so far is written whenever there is a better one, to tuned.json in the
+model's folder, where --sampler tuned finds it; a second run goes on from there."""
+
+EXAMPLES = examples(
+    "fastddpm tune --model runs/mine --steps 5,8", "fastddpm sample --model runs/mine --sampler tuned --steps 5"
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Attach the subcommand."""
+    parser = subparsers.add_parser(
+        "tune",
+        usage="%(prog)s --model MODEL [options]",
+        help="fit a sampler of few steps to a model",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--model", required=True, help="directory of a model, or the name of a shipped one")
+    parser.add_argument("--steps", type=_numbers, default="5", help="one number or several (default: 5)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (default: 1)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for each number of steps, at most (default: 5)")
+    parser.add_argument(
+        "--samples", type=functools.partial(positive, low=4), default=128, help="how many to fit to (default: 128)"
+    )
+    parser.add_argument("--out", type=Path, help="another file than the model's own")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, instead of going on from tuned.json")
+    add_output(parser, "tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, write, print."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from fastddpm.checks import number
+    from fastddpm.evaluation.tune import tune
+    from fastddpm.files.atomic import write_files
+    from fastddpm.machine.devices import resolve_device
+    from fastddpm.sampling.sample import diffusion_of
+    from fastddpm.sampling.tuned import TUNED, Tuned, read_tuned, tuned_bytes
+    from fastddpm.unet.load import load
+
+    minutes, guidance = number("--minutes", args.minutes, gt=0), number("--guidance", args.guidance)
+    model = load(args.model)
+    config = diffusion_of(model)
+    assert model.folder is not None
+    path = args.out or model.folder / TUNED
+    tables = {}
+    if path.exists() and not args.overwrite:
+        tables = {(len(tuned.levels), tuned.guidance): tuned for tuned in read_tuned(path, model, config)}
+
+    def line(tuned: Tuned) -> str:
+        before, after = 100 * tuned.error_before, 100 * tuned.error_after
+        return f"{len(tuned.levels)} steps: {before:.3g} % from the result of many steps before, {after:.3g} % after"
+
+    def keep(tuned: Tuned) -> None:
+        tables[len(tuned.levels), tuned.guidance] = tuned
+        write_files({path: tuned_bytes([tables[key] for key in sorted(tables)], model, config)})
+        if not args.quiet:
+            tqdm.write(line(tuned), file=sys.stderr)
+
+    model = model.to(resolve_device(args.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    hidden = args.quiet or not sys.stderr.isatty()
+    for steps in args.steps:
+        with tqdm(unit="call", desc=f"{steps} steps", file=sys.stderr, disable=hidden) as bar:
+            tuned = tune(
+                model,
+                steps,
+                guidance=guidance,
+                samples=args.samples,
+                minutes=minutes,
+                start=tables.get((steps, guidance)),
+                found=keep,
+                progress=bar.update,
+            )
+        if (steps, guidance) not in tables:
+            keep(tuned)
+    if args.json:
+        print(json.dumps({"file": str(path), "tables": [vars(tables[key]) for key in sorted(tables)]}))
+    elif not args.quiet:
+        print("\n".join([*(line(tables[steps, guidance]) for steps in args.steps), f"in {path}"]))
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    return sorted({positive(part.strip(), low=2) for part in text.split(",")})
