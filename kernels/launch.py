@@ -17,7 +17,10 @@ NOISE_NONE, NOISE_COUNTER, NOISE_GIVEN = 0, 1, 2
 # Key and counter words of a draw: seed, sample_id and step, int64 [B] or [1] each, and the stream.
 Words = tuple[Tensor, Tensor, Tensor, int]
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+_TYPES = {
+    **{torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"},
+    **{torch.int64: "*i64", torch.uint8: "*u8"},
+}
 
 
 class Launch(NamedTuple):

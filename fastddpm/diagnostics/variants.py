@@ -113,6 +113,7 @@ def q_sample_variant(
     x: torch.dtype = FP32,
     given: bool = False,
     eps_out: torch.dtype | None = None,
+    keep: bool = False,
     layout: str = "contiguous",
 ) -> Variant:
     """The forward process; the noise is drawn in the kernel unless it is given."""
@@ -126,8 +127,9 @@ def q_sample_variant(
         tensor(shape, x) if given else counter(shape[0]),
         tensor(shape, x),
         None if eps_out is None else tensor(shape, eps_out),
+        tensor(shape, torch.bool) if keep else None,
     )
-    names = {"x_ptr": "x_0", "noise_ptr": "eps", "out_ptr": "x_t", "eps_out_ptr": "eps_out"}
+    names = {"x_ptr": "x_0", "noise_ptr": "eps", "out_ptr": "x_t", "eps_out_ptr": "eps_out", "keep_ptr": "keep"}
     return Variant("q_sample", name, launch, math.prod(shape), names, {})
 
 
@@ -215,6 +217,7 @@ def variants() -> list[Variant]:
         q_sample_variant("float32, eps returned", eps_out=FP32),
         q_sample_variant("bfloat16, eps returned", x=BF16, eps_out=BF16),
         q_sample_variant("noise given", given=True),
+        q_sample_variant("known data", keep=True),
         q_sample_variant("2-D points", _POINTS),
         q_sample_variant("unaligned storage", layout=shifted),
         ddpm_loss_variant("epsilon"),

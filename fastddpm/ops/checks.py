@@ -90,8 +90,8 @@ def refuse_gradients(tensors: dict[str, Any]) -> None:
     names = [name for name, t in tensors.items() if isinstance(t, Tensor) and t.requires_grad]
     if names:
         raise RuntimeError(
-            f"{', '.join(names)} requires a gradient, but a step that writes into given tensors has none; call it "
-            "under torch.no_grad(), or without out, x0_out and low_out"
+            f"{', '.join(names)} requires a gradient, but what is written into given tensors has none; call it "
+            "under torch.no_grad(), or without the tensors to write into"
         )
 
 

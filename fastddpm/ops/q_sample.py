@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops.checks import check_counter, check_dtype, check_like, check_rows
+from fastddpm.ops.checks import check_counter, check_dtype, check_like, check_overlap, check_rows, refuse_gradients
 from fastddpm.ops.operators import HOW, NOISE, check_backend, define, execute, pack, unpack
 from fastddpm.ops.twins import columns
 
@@ -20,6 +21,8 @@ def q_sample(
     noise: Counter | Tensor,
     *,
     return_eps: bool = False,
+    out: Tensor | None = None,
+    keep: Tensor | None = None,
     backend: str = "auto",
     compiled: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -31,12 +34,15 @@ def q_sample(
         row: int64 [B] or [1], 0-based.
         noise: a Counter, or eps with x_0's shape and dtype.
         return_eps: also return the noise.
+        out, keep: a contiguous tensor of x_0's shape and dtype that x_t is written into, and bool of that shape: where
+            it is true, `out` stays as it is (Lugmayr et al. 2022, eq. 8). They go together, without return_eps.
 
     Returns:
-        x_t, contiguous, x_0's shape and dtype; or (x_t, eps). Differentiable in x_0 and eps.
+        x_t, contiguous, x_0's shape and dtype; or (x_t, eps). Differentiable in x_0 and eps. With `out`, that itself.
 
     Raises:
         ValueError: for shapes, devices or dtypes that do not fit together.
+        RuntimeError: `out` is given, and a gradient would be lost.
         TypeError: for a dtype that is not float32, float16 or bfloat16.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
@@ -49,8 +55,43 @@ def q_sample(
             raise ValueError(f"noise is {noise.dtype}, but x_0 is {x_0.dtype}; convert one of them")
     else:
         check_counter(noise, x_0.shape[0], x_0.device)
+    if out is not None or keep is not None:
+        return _into(x_0, rows, row, noise, out, keep, backend, compiled, return_eps=return_eps)
     x_t, eps = _q_sample(x_0, rows, row, *pack(noise), return_eps, backend, compiled)
     return (x_t, eps) if return_eps else x_t
+
+
+def _into(
+    x_0: Tensor,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | Tensor,
+    out: Tensor | None,
+    keep: Tensor | None,
+    *how: Any,
+    return_eps: bool,
+) -> Tensor:
+    if out is None or keep is None or return_eps:
+        raise ValueError("out= and keep= go together, and without return_eps; give both")
+    for name, tensor, dtype in (("out", out, x_0.dtype), ("keep", keep, torch.bool)):
+        if (tensor.dtype, tensor.shape, tensor.device) != (dtype, x_0.shape, x_0.device):
+            raise ValueError(
+                f"{name} must be {dtype} {list(x_0.shape)} on {x_0.device} like x_0, got {tensor.dtype} "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    given = noise if isinstance(noise, Tensor) else None
+    refuse_gradients({"x_0": x_0, "noise": given, "out": out})
+    check_overlap({"x_0": x_0, "noise": given, "keep": keep}, {"out": out})
+    _q_sample_out(x_0, rows, row, *pack(noise), keep, out, *how)
+    return out
+
+
+def _draw_into(
+    x_0: Tensor, rows: Tensor, row: Tensor, noise: Sequence[Tensor], stream: int, keep: Tensor, out: Tensor, *how: Any
+) -> None:
+    execute("q_sample", (out, None), (x_0, rows, row, unpack(noise, stream), keep, out), *how)
 
 
 def _draw(
@@ -92,6 +133,11 @@ def _backward(ctx: Any, grad: Tensor, grad_eps: Tensor | None) -> tuple[Any, ...
     return (c_x * grad.float()).to(grad.dtype), None, None, grad_noise, *(None,) * 4
 
 
+_q_sample_out = define(
+    f"q_sample_out(Tensor x_0, Tensor rows, Tensor row, {NOISE}, Tensor keep, Tensor(a!) out, {HOW}) -> ()",
+    _draw_into,
+    lambda *_: None,
+)
 _q_sample = define(
     f"q_sample(Tensor x_0, Tensor rows, Tensor row, {NOISE}, bool return_eps, {HOW}) -> (Tensor, Tensor)",
     _draw,

@@ -48,10 +48,18 @@ def randn(targets: tuple[Tensor], counter: Counter, n: int) -> None:
         randn_launch(targets[0], _dense(counter)).run()
 
 
-def q_sample(targets: Targets, x_0: Tensor, rows: Tensor, row: Tensor, noise: Counter | Tensor) -> None:
-    """Fill contiguous (x_t, eps)."""
+def q_sample(
+    targets: Targets,
+    x_0: Tensor,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | Tensor,
+    keep: Tensor | None = None,
+    _: Tensor | None = None,
+) -> None:
+    """Fill contiguous (x_t, eps); x_t only where keep is False."""
     if x_0.numel():
-        q_sample_launch(*map(_dense, (x_0, rows, row, noise)), *targets).run()
+        q_sample_launch(*map(_dense, (x_0, rows, row, noise)), *targets, _dense(keep)).run()
 
 
 def p_sample(

@@ -149,7 +149,14 @@ def randn_pairs(counter: Counter, n: int) -> tuple[Tensor]:
     return (noise_v1.pairs(*counter, n),)
 
 
-def q_sample(x_0: Tensor, rows: Tensor, row: Tensor, noise: Counter | Tensor) -> tuple[Tensor, Tensor]:
+def q_sample(
+    x_0: Tensor,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | Tensor,
+    keep: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """x_t = c_x * x_0 + sigma * eps (Ho et al. 2020, eq. 4; with the rows of q_step, eq. 2).
 
     Args:
@@ -157,13 +164,15 @@ def q_sample(x_0: Tensor, rows: Tensor, row: Tensor, noise: Counter | Tensor) ->
         rows: float32 [R, 2], columns (c_x, sigma).
         row: int64 [B] or [1].
         noise: Counter, or eps with x_0's shape.
+        keep, kept: bool of x_0's shape, and what x_t is where it is true.
 
     Returns:
         (x_t, eps), float32.
     """
     c_x, sigma = columns(rows, row, x_0)
     eps = draw(noise, x_0.shape)
-    return c_x * x_0.to(torch.float32) + sigma * eps, eps
+    x_t = c_x * x_0.to(torch.float32) + sigma * eps
+    return x_t if keep is None or kept is None else torch.where(keep, kept.to(torch.float32), x_t), eps
 
 
 def residual(

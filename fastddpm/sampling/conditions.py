@@ -120,3 +120,23 @@ def _with_null(name: str, value: Any, null: Any, B: int) -> Tensor:
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"null_kwargs[{name!r}] does not broadcast to {list(value.shape)}: {error}") from error
     return torch.cat([value, null])
+
+
+def split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Buffers and values of a `StepKey`; refuses values that cannot be compared with another call's."""
+    buffers, values = [], []
+    for name, value in sorted(kwargs.items()):
+        if isinstance(value, Tensor):
+            buffers.append((name, tuple(value.shape), value.dtype))
+        elif isinstance(value, Real) and not isinstance(value, Integral):
+            buffers.append((name, (), torch.float32))
+        else:
+            values.append((name, value))
+            try:
+                hash(value)
+            except TypeError:
+                raise ValueError(
+                    f"model_kwargs[{name!r}] is a {type(value).__name__}; pass tensors and hashable values only, or "
+                    "compile=False and cuda_graph=False"
+                ) from None
+    return {"buffers": tuple(buffers), "values": tuple(values)}

@@ -1,13 +1,25 @@
-"""Edits of a run, checked: data to begin from."""
+"""Edits of a run, checked and carried out: data to begin from, and data that are known in part."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
 from torch import Tensor
 
+from fastddpm import ops
+from fastddpm.noise import v1 as noise
+from fastddpm.sampling.options import Options
 from fastddpm.tables.table import Table
 
+if TYPE_CHECKING:
+    from fastddpm.sampling.request import Request
+    from fastddpm.sampling.step import StaticStep
 
-def as_samples(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+Optional = TypeVar("Optional", Tensor, Tensor | None)
+
+
+def _samples(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return data as samples [B, *shape].
 
     Raises:
@@ -21,12 +33,14 @@ def as_samples(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x
 
 
-def for_batch(name: str, x: Tensor, batch: int) -> Tensor:
-    """Return x for every sample of a batch: a row each, or one for all.
+def for_batch(name: str, x: Optional, batch: int) -> Optional:
+    """Return x, if there is one, for every sample of a batch: a row each, or one for all.
 
     Raises:
         ValueError: it has another number of rows.
     """
+    if x is None:
+        return x
     if len(x) not in (1, batch):
         raise ValueError(f"{name} holds {len(x)} samples, and {batch} are drawn; give one each, or one for all")
     return x.expand(batch, *x.shape[1:])
@@ -36,3 +50,97 @@ def refuse_without_levels(name: str, table: Table) -> None:
     """Raise ValueError for a table that does not say what data become at its rows."""
     if table.levels is None:
         raise ValueError(f"{name}= needs the noise level of each row, and table {table.name!r} has no levels; set them")
+
+
+def resolve_init(table: Table, shape: tuple[int, ...], init: Tensor | None, x_T: Tensor | None) -> Tensor | None:
+    """Return the data to begin from, [B, *shape] or one sample for all.
+
+    Raises:
+        ValueError: the shape or dtype is another, the table has no levels, or there is another start.
+    """
+    if init is None:
+        return None
+    if x_T is not None:
+        raise ValueError("init= and x_T= are two starts; give x_T alone, which may be a noised init of your own")
+    refuse_without_levels("init", table)
+    return _samples("init", init, shape)
+
+
+def resolve_known(
+    table: Table,
+    size: tuple[int, ...],
+    mask: Tensor | None,
+    known: Tensor | None,
+    init: Tensor | None,
+    source: str | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return the data that are known (by default `init`) and where they are not, both of `size`; None without a mask.
+
+    Raises:
+        ValueError: one is missing or does not fit, the table has no levels, or the noise comes from no seeds.
+    """
+    if mask is None:
+        if known is not None:
+            raise ValueError("known= counts where a mask is 0; give mask= too")
+        return None
+    known = init if known is None else known
+    if known is None:
+        raise ValueError("mask= says where to draw, and needs known= (or init=), the data where it is 0")
+    if source != "seeds":
+        raise ValueError("mask= noises the known data by seeds; pass seeds=, or seed= with sample_ids=")
+    refuse_without_levels("mask", table)
+    return for_batch("known", _samples("known", known, size[1:]), size[0]), as_mask(mask, size)
+
+
+def as_mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return a mask as bool of `size`.
+
+    Raises:
+        ValueError: it has a value between 0 and 1, or does not broadcast.
+    """
+    drawn = mask.to(torch.bool)
+    if mask.dtype != torch.bool and not torch.equal(drawn.to(mask.dtype), mask):
+        raise ValueError("mask must hold 0 (known) and 1 (to be drawn) only; compare it with a threshold first")
+    try:
+        return drawn.expand(size)
+    except RuntimeError:
+        raise ValueError(f"mask must broadcast to {list(size)}, got {list(mask.shape)}") from None
+
+
+class Known:
+    """Data that are known, and where they are not, in static buffers [B, ...]."""
+
+    def __init__(self, batch: int, options: Options) -> None:
+        self._data = torch.zeros(batch, *options.shape, device=options.device, dtype=torch.float32)
+        self._drawn = torch.zeros_like(self._data, dtype=torch.bool)
+
+    def load(self, data: Tensor, drawn: Tensor) -> None:
+        """Take those of a request."""
+        self._data.copy_(data)
+        self._drawn.copy_(drawn)
+
+    def paste(self, step: StaticStep) -> None:
+        """Replace the known part of x_t by a draw from q(x_t | known) at its level (Lugmayr et al. 2022, eq. 8a)."""
+        assert step.levels is not None
+        ops.q_sample(
+            self._data,
+            step.levels,
+            step.row,
+            noise.Counter(step.seed, step.sample_id, step.row, noise.STREAM_FORWARD),
+            out=step.x_t,
+            keep=self._drawn,
+            backend=step.options.backend,
+            compiled=step.compiled,
+        )
+        step.feed_network()
+
+
+def first_state(step: StaticStep, request: Request) -> Tensor:
+    """Return x_T ~ N(0, I), or x_t ~ q(x_t | init) at the first row's level; the seeds are loaded."""
+    counter = noise.Counter(step.seed, step.sample_id, step.row, noise.STREAM_X_T)
+    backend, x_T = step.options.backend, request.x_T
+    if request.init is None or step.levels is None:
+        shape, device = step.options.shape, step.x_t.device
+        return ops.randn(counter, shape, torch.float32, device, backend) if x_T is None else x_T
+    eps = counter._replace(stream=noise.STREAM_FORWARD) if x_T is None else x_T.to(step.x_t)
+    return ops.q_sample(request.init.to(step.x_t), step.levels, step.row, eps, backend=backend)  # type: ignore[return-value]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Unpack
 
 import numpy as np
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from fastddpm.checks import integer, nearest
 from fastddpm.noise.seeds import resolve_seeds
-from fastddpm.sampling.conditions import Labels, check_kwargs, resolve_labels, with_null_half
-from fastddpm.sampling.edits import as_samples, for_batch, refuse_without_levels
+from fastddpm.sampling.conditions import Labels, check_kwargs, resolve_labels, split_kwargs, with_null_half
+from fastddpm.sampling.edits import for_batch, resolve_init, resolve_known
 from fastddpm.sampling.guidance import CondFn, CondForm, Guidance, GuidanceArguments, is_guided, resolve_guidance
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
@@ -34,6 +33,7 @@ class StepKey:
         guided: two predictions per sample, and m = m_u + w (m_c - m_u).
         rescaled: m keeps the spread of m_c.
         cond: see `Guidance`.
+        masked: known data take their place in x_t after each step.
         x0_out: the estimate of x_0 is kept.
         check_finite: each sample's first step with a NaN or Inf is recorded.
         buffers: name, shape and dtype of the tensors and floats among the model's further keyword arguments, where code
@@ -47,6 +47,7 @@ class StepKey:
     guided: bool = False
     rescaled: bool = False
     cond: tuple[CondFn, CondForm] | None = None
+    masked: bool = False
     labels: bool = False
     x0_out: bool = False
     check_finite: bool = False
@@ -69,6 +70,7 @@ class Request:
         seed: int64 [B], keys of the noise (0 where it comes from elsewhere).
         sample_id: int64 [B].
         x_T: [B, ...] where the call brings it, else None: drawn from the seeds.
+        known: data [B, ...] and bool of that shape that is true where samples are drawn, not those data.
         init: [B, ...], data that are noised to the first row's level, with `x_T` as the noise where that is given.
         draw: returns z of a step [B, ...], where the caller provides it.
         class_labels: int64, [B], or [2B] with guidance, see `conditions.with_null_half`.
@@ -81,6 +83,7 @@ class Request:
     sample_id: Tensor
     x_T: Tensor | None  # noqa: N815
     init: Tensor | None
+    known: tuple[Tensor, Tensor] | None
     draw: Callable[[int], Tensor] | None
     class_labels: Tensor | None
     guidance: Guidance
@@ -99,6 +102,8 @@ class Conditions(GuidanceArguments, total=False):
 
     x_T: Tensor | None  # noqa: N815
     init: Tensor | None
+    mask: Tensor | None
+    known: Tensor | None
     model_kwargs: Mapping[str, Any] | None
     null_kwargs: Mapping[str, Any] | None
 
@@ -135,6 +140,8 @@ def resolve_request(
     noise: Noise | None = None,
     x_T: Tensor | None = None,
     init: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
     batch_size: int | None = None,
     class_labels: Labels | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -157,11 +164,7 @@ def resolve_request(
     source = _only_source(seeds, seed, generator, noise)
     if x_T is not None and tuple(x_T.shape[1:]) != shape:
         raise ValueError(f"x_T must have shape [B, {', '.join(map(str, shape))}], got {list(x_T.shape)}")
-    if init is not None:
-        init = as_samples("init", init, shape)
-        refuse_without_levels("init", table)
-        if x_T is not None:
-            raise ValueError("init= and x_T= are two starts; give x_T alone, which may be a noised init of your own")
+    init = resolve_init(table, shape, init, x_T)
     start = x_T if init is None else init
     draw: Callable[[int], Tensor] | None = None
     if source == "seeds":
@@ -185,8 +188,8 @@ def resolve_request(
     B = len(seed_of)
     if x_T is not None and len(x_T) != B:
         raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
-    if init is not None:
-        init = for_batch("init", init, B)
+    init = for_batch("init", init, B)
+    pair = resolve_known(table, (B, *shape), mask, known, init, source)
     guidance = resolve_guidance(table, **guiding)
     guided = is_guided(guidance.w)
     if options.self_condition in (model_kwargs or {}):
@@ -200,35 +203,15 @@ def resolve_request(
         guided=guided,
         rescaled=guided and guidance.phi > 0.0,
         cond=guidance.cond,
+        masked=pair is not None,
         labels=labels is not None,
         x0_out=x0_out,
         check_finite=options.check_finite,
-        **_split_kwargs(kwargs if options.bakes_values else {}),
+        **split_kwargs(kwargs if options.bakes_values else {}),
         settings=options.global_settings(),
     )
-    return Request(
-        key, seed_of, sample_id, x_T, init, draw if stochastic else None, labels, guidance, kwargs, source == "seeds"
-    )
-
-
-def _split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Buffers and values of a `StepKey`; refuses values that cannot be compared with another call's."""
-    buffers, values = [], []
-    for name, value in sorted(kwargs.items()):
-        if isinstance(value, Tensor):
-            buffers.append((name, tuple(value.shape), value.dtype))
-        elif isinstance(value, Real) and not isinstance(value, Integral):
-            buffers.append((name, (), torch.float32))
-        else:
-            values.append((name, value))
-            try:
-                hash(value)
-            except TypeError:
-                raise ValueError(
-                    f"model_kwargs[{name!r}] is a {type(value).__name__}; pass tensors and hashable values only, or "
-                    "compile=False and cuda_graph=False"
-                ) from None
-    return {"buffers": tuple(buffers), "values": tuple(values)}
+    draw = draw if stochastic else None
+    return Request(key, seed_of, sample_id, x_T, init, pair, draw, labels, guidance, kwargs, source == "seeds")
 
 
 def _only_source(seeds: Any, seed: Any, generator: Any, noise: Any) -> str | None:

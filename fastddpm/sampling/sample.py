@@ -21,7 +21,7 @@ from fastddpm.machine.devices import resolve_device
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import network as net
 from fastddpm.sampling.conditions import Labels, labels_for
-from fastddpm.sampling.edits import for_batch
+from fastddpm.sampling.edits import as_mask, for_batch
 from fastddpm.sampling.guidance import Weight
 from fastddpm.sampling.options import SamplerArguments, check_shape
 from fastddpm.sampling.request import Conditions, Generators, Noise, RequestArguments, given_batch, refuse_unknown
@@ -86,9 +86,9 @@ def sample(
         process_group: of torch.distributed, whose processes all make this call: each draws a share of the batches, by
             default small enough for all to have one, and all return all samples.
         **options: further arguments of `Sampler`: device, dtype, compile, cuda_graph, backend, check_finite, ...; and
-            of `Sampler.sample`: x_T, init, guidance, model_kwargs, ..., whose tensors of N rows are split among the
-            batches; and strength, in (0, 1]: the share of the steps that is taken, the last ones, from `init` (or from
-            an x_T of that level): how much of `init` changes. 1 draws anew.
+            of `Sampler.sample`: x_T, init, mask, guidance, model_kwargs, ..., whose tensors of N rows are split among
+            the batches; and strength, in (0, 1]: the share of the steps that is taken, the last ones, from `init` (or
+            from an x_T of that level): how much of `init` changes. 1 draws anew.
 
     Returns:
         float32 [N, *shape] on the sampler's device.
@@ -233,13 +233,15 @@ def plan_run(
     )
     how = cast(SamplerArguments, {name: value for name, value in options.items() if name in known})
     strength, guidance = options.get("strength", 1.0), conditions.get("guidance", 1.0)
-    starts = {name: x for name in ("x_T", "init") if (x := cast(Tensor | None, conditions.get(name))) is not None}
-    for name, start in starts.items():
-        for_batch(name, start, len(seeds))
-    if strength != 1.0 and not starts:
+    x_T, init = conditions.get("x_T"), conditions.get("init")
+    for name, data in (("x_T", x_T), ("init", init), ("known", conditions.get("known"))):
+        for_batch(name, data, len(seeds))
+    if strength != 1.0 and x_T is None and init is None:
         raise ValueError(f"strength={strength} begins part-way: pass init= too, or x_T= at the level of that step")
     diffusion = diffusion or diffusion_of(model)
     shape = shape_of(model, diffusion) if shape is None else check_shape(shape)
+    if (mask := conditions.get("mask")) is not None:
+        conditions["mask"] = as_mask(mask, (len(seeds), *shape))
     steps = None if steps is None else integer("steps", steps, 1)
     if isinstance(guidance, Tensor):  # one weight per row of the table, not per sample
         conditions["guidance"] = guidance.tolist()

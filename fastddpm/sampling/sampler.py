@@ -140,6 +140,7 @@ class Sampler:
         m = step.predict()  # eps_theta(x_t, t)
         step.p_sample(m)  # x_{t-1} = mu_theta(x_t, t) + sigma_t z
         step.next_row()
+        step.paste()  # x_{t-1} ~ q(x_{t-1} | known) where data are known
 
     def _loop(self, step: StaticStep, request: Request) -> Iterator[StepResult[Any]]:
         """Algorithm 2 (Ho et al. 2020)."""
@@ -192,6 +193,9 @@ class Sampler:
             x_T: the start [B, ...] instead of one from the noise source.
             init: data [B, ...], or one sample for all, in [-1, 1] to begin from: x_t ~ q(x_t | init) at the level of
                 the table's first row (SDEdit, Meng et al. 2022). A table that begins part-way keeps more of them.
+            mask: 1 where to draw, 0 where data are known: bool or numbers that broadcast to [B, ...]. The known part of
+                x_t is drawn from q(x_t | known) after each step, and is the data themselves in the end.
+            known: data [B, ...], or one sample for all, that count where the mask is 0; default `init`.
             batch_size: B, where nothing else tells.
             class_labels: an int for all samples or integers [B].
             guidance: weight w of classifier-free guidance, m = m_u + w (m_c - m_u) (Ho & Salimans 2022, with w = 1 + w'

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.errors import FastDDPMError, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
+from fastddpm.sampling.edits import Known, first_state
 from fastddpm.sampling.guidance import gradient, rescaled, shifted
 from fastddpm.sampling.network import Network, unwrap
 from fastddpm.sampling.options import Options
@@ -60,14 +61,15 @@ class StaticStep:
         self.x_in = buffer(n, *shape, dtype=dtype).to(memory_format=network.memory_format)
         # Not the network's input, which a network may write into.
         self.x_t = buffer(B, *shape)
+        self.known = Known(B, options) if key.masked else None
         self.x0 = buffer(B, *shape) if key.x0_out or options.self_condition else None
         self.history = buffer(table.history, B, *shape) if table.history else None
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
         # compiled twin of the draw needs none.
         self._shift = None if key.cond is None or key.cond[1] == "mean" else buffer(len(table))
         twin = options.device.type == "cpu" and not options.uses_triton
-        self._compiled = options.compiles and getattr(network, "compiles_step", True)
-        pays = self._compiled and twin and math.prod(shape) % 2 == 0
+        self.compiled = options.compiles and getattr(network, "compiles_step", True)
+        pays = self.compiled and twin and math.prod(shape) % 2 == 0
         self._draws_ahead = key.noise == COUNTER and (pays or bool(key.cond and self._shift is None))
         self.z = buffer(B, *shape) if key.noise == GIVEN or self._draws_ahead else None
         self.first_bad = buffer(B, dtype=torch.int64) if key.check_finite else None
@@ -120,9 +122,10 @@ class StaticStep:
             history=self.history,
             out=self.x_t,
             x0_out=self.x0,
-            low_out=self.x_in[: self.key.batch],
+            # What is pasted changes x_t once more.
+            low_out=None if self.key.masked else self.x_in[: self.key.batch],
             backend=self.options.backend,
-            compiled=self._compiled,
+            compiled=self.compiled,
         )
         if self._x0_in is not None and self.x0 is not None:
             self._x0_in.unflatten(0, (1 + self.key.guided, self.key.batch)).copy_(self.x0)
@@ -138,12 +141,17 @@ class StaticStep:
         """Go on to the next row of the table."""
         self._index.add_(1)
 
+    def paste(self) -> None:
+        """Put known data where they belong in x_t, noised to its level."""
+        if self.known is not None:
+            self.known.paste(self)
+
     def _noise(self, m: Tensor) -> noise.Counter | Tensor | None:
         if self.key.noise == COUNTER:
             counter = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_REVERSE)
             if not self._draws_ahead:
                 return counter
-            ops.randn(counter, self.options.shape, backend=self.options.backend, compiled=self._compiled, out=self.z)
+            ops.randn(counter, self.options.shape, backend=self.options.backend, compiled=self.compiled, out=self.z)
         if self.key.cond is not None and self._shift is None and self.z is not None:
             # mu + std (z + std g): the mean moves by Sigma g   (Dhariwal & Nichol 2021, Algorithm 1).
             std = self._column("sigma")
@@ -179,7 +187,10 @@ class StaticStep:
                 scratch.zero_()
         if self.first_bad is not None:
             self.first_bad.fill_(-1)
-        self.x_t.copy_(self._first_state(request))
+        if self.known is not None and request.known is not None:
+            self.known.load(*request.known)
+        self.x_t.copy_(first_state(self, request))
+        self.paste()
         self.feed_network()
         self.network.load(self.class_labels)
 
@@ -197,16 +208,6 @@ class StaticStep:
     def feed_network(self) -> None:
         """Copy x_t into the network's input; needed after x_t was edited."""
         self.x_in[: self.key.batch].copy_(self.x_t)
-
-    def _first_state(self, request: Request) -> Tensor:
-        """x_T ~ N(0, I), or x_t ~ q(x_t | init) at the first row's level."""
-        counter = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_X_T)
-        backend, device = self.options.backend, self.x_t.device
-        if request.init is None or self.levels is None:
-            x_T = request.x_T
-            return ops.randn(counter, self.options.shape, torch.float32, device, backend) if x_T is None else x_T
-        eps = counter._replace(stream=noise.STREAM_FORWARD) if request.x_T is None else request.x_T.to(self.x_t)
-        return ops.q_sample(request.init.to(self.x_t), self.levels, self.row, eps, backend=backend)  # type: ignore[return-value]
 
     def _checked(self, m: Any) -> Tensor:
         if not isinstance(m, Tensor):

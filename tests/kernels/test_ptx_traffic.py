@@ -69,6 +69,23 @@ def test_q_sample_moves_each_element_once(return_eps: bool, per_element: int) ->
     assert moved == per_element * x_0.numel()
 
 
+def test_q_sample_writes_only_what_is_not_kept() -> None:
+    """A masked step: 4 bytes of known data and 1 of the mask read, 4 written where data are known, nothing else."""
+    x_0, rows = torch.randn(2, 3072), torch.randn(3, 2)
+    counter = make_counter(2, False, torch.Generator().manual_seed(0))
+    keep, out = torch.rand(2, 3072) < 0.4, torch.randn(2, 3072)
+    device = PtxDevice(output_arguments=OUTPUTS)
+    with device.active():
+        triton_backend.q_sample((out, None), x_0, rows, torch.tensor([1]), counter, keep, out)
+    assert device.traffic(x_0).loaded == 4 * x_0.numel()
+    assert device.traffic(keep).loaded == keep.numel()
+    assert device.traffic(out).stored == 4 * int((~keep).sum())
+    assert device.traffic(out).loaded == 0
+    # The device's outputs begin as NaN, whatever they hold here.
+    assert out[keep].isnan().all()
+    assert_same_bits(out[~keep], step.q_sample(x_0, rows, torch.tensor([1]), counter)[0][~keep])
+
+
 @pytest.mark.parametrize(
     ("case", "widths"),
     [

@@ -149,3 +149,32 @@ def test_q_sample_numpy_oracle_rounds_like_float32() -> None:
     c_x, sigma = rows[300].double()
     bound = 1.5 * np.finfo(np.float32).eps * ((c_x * x_0).abs() + (sigma * eps).abs())
     assert ((got - (c_x * x_0.double() + sigma * eps.double())).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_q_sample_keeps_what_a_mask_keeps(shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x_0, before = (torch.randn(shape, generator=g) for _ in range(2))
+    keep, t, noise, rows = (
+        torch.rand(shape, generator=g) < 0.5,
+        torch.tensor([400]),
+        counter(shape[0]),
+        q_rows(SCHEDULE),
+    )
+    out, version = before.clone(), 0
+    assert ops.q_sample(x_0, rows, t, noise, out=out, keep=keep) is out
+    assert torch.equal(out, torch.where(keep, before, numpy_q_sample(x_0, rows, t, normals(noise, shape))))
+    assert out._version > version
+
+
+def test_q_sample_refuses_an_out_that_does_not_fit() -> None:
+    x_0, rows, t, noise = torch.randn(2, 8), q_rows(SCHEDULE), torch.tensor([1]), counter(2)
+    keep = torch.ones(2, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="out= and keep= go together"):
+        ops.q_sample(x_0, rows, t, noise, keep=keep)
+    with pytest.raises(ValueError, match=r"keep must be torch.bool \[2, 8\].*got torch.float32"):
+        ops.q_sample(x_0, rows, t, noise, out=x_0.clone(), keep=keep.float())
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        ops.q_sample(x_0, rows, t, noise, out=torch.zeros(8, 2).T, keep=keep)
+    with pytest.raises(RuntimeError, match="x_0 requires a gradient"):
+        ops.q_sample(x_0.clone().requires_grad_(), rows, t, noise, out=x_0.clone(), keep=keep)

@@ -113,3 +113,58 @@ def test_init_that_does_not_fit_is_refused() -> None:
     bare = fastddpm.Table(make_rows(1, a=1.0), torch.zeros(1, dtype=torch.int64), name="bare")
     with pytest.raises(ValueError, match="'bare' has no levels"):
         Sampler(Pointwise().eval(), bare, SHAPE, compile=False).sample(seeds=[1, 2], init=X_0)
+
+
+MASKS = {
+    "half": torch.arange(7) < 3,  # [W]
+    "per sample": torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(3)) < 0.5,
+    "numbers": (torch.arange(5) % 2).float()[:, None],  # [H, 1]
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "unipc3"])
+def test_known_data_are_noised_to_the_level_of_each_state(name: str, mask: Tensor) -> None:
+    rows = make_table(name, CONFIG, steps=6)
+    sampler = Sampler(Pointwise().eval(), rows, SHAPE, compile=False)
+    x = sampler.sample(seeds=[1, 2], known=X_0, mask=mask)
+    free = mask.bool().expand(2, *SHAPE)
+    for i, seen in enumerate(sampler.model.seen):
+        expected = noised(X_0, int(rows.timesteps[i]), forward_noise(i))
+        torch.testing.assert_close(seen.x.double()[~free], expected[~free], rtol=0, atol=1e-6)
+    assert torch.equal(x[~free], X_0[~free])
+    # A pointwise network lets nothing of the known part into the rest.
+    assert torch.equal(x[free], Sampler(Pointwise().eval(), rows, SHAPE, compile=False).sample(seeds=[1, 2])[free])
+
+
+def test_mask_runs_by_replay_and_in_any_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = MASKS["per sample"]
+
+    def draw(**options: object) -> Tensor:
+        return fastddpm.sample(
+            Pointwise().eval(), SHAPE, seeds=[1, 2], known=X_0, mask=mask, diffusion=CONFIG, steps=4, **options
+        )
+
+    x = draw()
+    assert torch.equal(x, draw(batch_size=1))
+    assert torch.equal(x[~mask], X_0[~mask])
+    # With init for known data, and a mask as wide as there are seeds.
+    wide = torch.tensor([True, False, True, False, True])
+    y = fastddpm.sample(Pointwise().eval(), (5,), seeds=range(5), init=torch.ones(1, 5), mask=wide, strength=0.5)
+    assert torch.equal(y[:, ~wide], torch.ones(5, 2))
+    assert not torch.equal(y[:, wide], torch.ones(5, 3))
+
+
+def test_mask_that_does_not_fit_is_refused() -> None:
+    sampler = Sampler(Pointwise().eval(), ddpm_table(SCHEDULE, steps=2), SHAPE, compile=False)
+    half = MASKS["half"]
+    with pytest.raises(ValueError, match="needs known="):
+        sampler.sample(seeds=[1, 2], mask=half)
+    with pytest.raises(ValueError, match=r"0 \(known\) and 1 \(to be drawn\) only"):
+        sampler.sample(seeds=[1, 2], known=X_0, mask=half * 0.5)
+    with pytest.raises(ValueError, match=r"broadcast to \[2, 3, 5, 7\], got \[6\]"):
+        sampler.sample(seeds=[1, 2], known=X_0, mask=torch.ones(6))
+    with pytest.raises(ValueError, match="noises the known data by seeds"):
+        sampler.sample(generator=torch.Generator(), known=X_0, mask=half, batch_size=2)
+    with pytest.raises(ValueError, match="known= counts where a mask is 0"):
+        sampler.sample(seeds=[1, 2], known=X_0)

@@ -131,6 +131,9 @@ def test_q_sample_kernel_equals_its_twin(shape: tuple[int, ...], dtype: torch.dt
     for twin, kernel in zip(*results, strict=True):
         assert torch.equal(twin, kernel)
     assert torch.equal(results[0][0], ops.q_sample(x_0, rows, row, noise, backend="triton"))
+    keep = torch.rand(shape, generator=g) < 0.5
+    pasted = ops.q_sample(x_0, rows, row, noise, out=eps.clone(), keep=keep, backend="triton")
+    assert torch.equal(pasted, torch.where(keep, eps, results[0][0]))
 
 
 @pytest.mark.parametrize(
