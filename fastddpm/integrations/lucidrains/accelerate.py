@@ -54,7 +54,7 @@ def accelerate(diffusion: nn.Module, **sampler_options: Unpack[SamplerArguments]
 
     Raises:
         TypeError: another class, a subclass included: what it changes would be lost.
-        NotImplementedError: self-conditioning, immiscible training or CFG++.
+        NotImplementedError: immiscible training or CFG++.
     """
     check_options(sampler_options)
     if isinstance(diffusion, GaussianDiffusion):

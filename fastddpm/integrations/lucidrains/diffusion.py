@@ -9,7 +9,7 @@ Reproduced, since images depend on it: the float32 arithmetic of each step, no d
 eta = 0 throws away in DDIM, timesteps truncated towards zero, loss weights by the signal-to-noise ratio.
 Changed on purpose: "linear" with 20 timesteps or fewer is refused (NaN in the original), offset noise is not added into
 the caller's tensor, and whole runs keep x_t contiguous and in float32 (so a pred_x0 network that returns channels_last
-gets its noise in logical order). Missing: self-conditioning, immiscible training.
+gets its noise in logical order). Missing: immiscible training.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class GaussianDiffusion(DiffusionProcess):
 
     Raises:
         ValueError: a value does not fit (an AssertionError too, where the original raises that).
-        NotImplementedError: self-conditioning or immiscible training.
+        NotImplementedError: immiscible training.
     """
 
     @torch.inference_mode()
@@ -212,7 +212,7 @@ class GaussianDiffusion(DiffusionProcess):
         """Return x and, by p_sample at start - 1 .. 0, the states after it, or the last alone."""
         if self._steps_alone() or x.dtype != torch.float32 or start == 0:
             arguments = {**self._step_arguments(kwargs), **source.arguments}
-            steps = [lambda x, t=t: self.p_sample(x, t, **arguments)[0] for t in reversed(range(start))]
+            steps = [lambda x, t=t, **last: self.p_sample(x, t, **last, **arguments) for t in reversed(range(start))]
             return self._step_by_step(x, steps, keep_all)
         name = "ddpm" if start == self.num_timesteps else "part"
         return self._run(self._cached(name, tables.ddpm_table, self.objective, start), x, source, kwargs, keep_all)
@@ -221,24 +221,27 @@ class GaussianDiffusion(DiffusionProcess):
         """Return the arguments by which p_sample takes them."""
         return self._named(kwargs)
 
-    def _ddim_step(self, x: Tensor, i: int, t: int, t_next: int, source: NoiseSource, kwargs: Kwargs) -> Tensor:
+    def _ddim_step(
+        self, x: Tensor, i: int, t: int, t_next: int, source: NoiseSource, kwargs: Kwargs, x_self_cond: Any = None
+    ) -> tuple[Tensor, Tensor]:
         times = torch.full((len(x),), t, device=self.device, dtype=torch.long)
         flags: dict[str, Any] = {"rederive_pred_noise": True} if self._rederives else {}
-        eps, x_start = self.model_predictions(x, times, clip_x_start=True, **flags, **self._named(kwargs))
+        eps, x_start = self.model_predictions(x, times, clip_x_start=True, **flags, **self._named(kwargs, x_self_cond))
         if t_next < 0:
-            return x_start
+            return x_start, x_start
         alpha, alpha_next = self._buffer("alphas_cumprod")[t], self._buffer("alphas_cumprod")[t_next]
         sigma = self.ddim_sampling_eta * ((1 - alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)).sqrt()
         z = source.z(torch.tensor([i], device="cpu"), x)
-        return x_start * alpha_next.sqrt() + (1 - alpha_next - sigma**2).sqrt() * eps + sigma * z
+        return x_start * alpha_next.sqrt() + (1 - alpha_next - sigma**2).sqrt() * eps + sigma * z, x_start
 
     def _steps_alone(self) -> bool:
         return overrides(self, _STEP_PARTS) or draws_randomly(self.model)
 
-    def _step_by_step(self, x: Tensor, steps: Iterable[Callable[[Tensor], Tensor]], keep_all: bool) -> list[Tensor]:
-        states = [x]
+    def _step_by_step(self, x: Tensor, steps: Iterable[Callable[..., Any]], keep_all: bool) -> list[Tensor]:
+        states, last = [x], dict[str, Tensor]()
         for step in tqdm(steps, desc=_DESCRIPTION):
-            x = step(x)
+            x, x_start = step(x, **last)
+            last = {"x_self_cond": x_start} if self.self_condition else {}
             states[1:] = [*states[1:], x] if keep_all else [x]
         return states
 
@@ -269,8 +272,8 @@ class GaussianDiffusion(DiffusionProcess):
         network = look_through(self.model)
         # Tables and modules compare by identity.
         return self._samplers.get(
-            (table, network, network.training, *settings.items(), *shape[1:], self.device),
-            Called(network, self._call, settings),
+            (table, network, network.training, self.self_condition, *settings.items(), *shape[1:], self.device),
+            Called(network, self._call, settings, self.self_condition),
             table,
             shape[1:],
             batch=shape[0],

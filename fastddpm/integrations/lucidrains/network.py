@@ -15,8 +15,11 @@ Kwargs = Mapping[str, Any] | None
 class Called(nn.Module):
     """A network as a diffusion calls it: call(model, x, t, **settings, **conditions)."""
 
-    def __init__(self, model: nn.Module, call: Callable[..., Tensor], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, call: Callable[..., Tensor], settings: Mapping[str, Any], self_condition: bool
+    ) -> None:
         super().__init__()
+        self.self_condition = self_condition
         self.model, self.call, self.settings = model, call, settings
         self.training = model.training
 
@@ -31,8 +34,6 @@ def unsupported(what: str) -> NotImplementedError:
 
 
 def check_network(model: Any, channels: int) -> None:
-    if getattr(model, "self_condition", False):
-        raise unsupported("a model with self_condition=True")
     returned = getattr(model, "out_dim", channels)
     require(
         returned == channels,

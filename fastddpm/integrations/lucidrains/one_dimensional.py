@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastddpm.integrations.lucidrains.diffusion import GaussianDiffusion
-from fastddpm.integrations.lucidrains.network import unsupported
 
 
 class GaussianDiffusion1D(GaussianDiffusion):
@@ -19,13 +18,12 @@ class GaussianDiffusion1D(GaussianDiffusion):
     Args:
         model: the network.
         seq_length: L.
-        self_condition: not supported.
+        self_condition: whether the network takes its last estimate of x_0 as x_self_cond, by default as it says.
         channel_first: False for sequences [B, L, C].
         options: as for `GaussianDiffusion`, and channels, by default the model's.
 
     Raises:
         ValueError: a value does not fit (an AssertionError too, where the original raises that).
-        NotImplementedError: self-conditioning.
     """
 
     _names, _rederives, _shows_all = ("seq length",), False, False
@@ -39,10 +37,10 @@ class GaussianDiffusion1D(GaussianDiffusion):
         self_condition: bool | None = None,
         **options: Any,
     ) -> None:
-        if self_condition:
-            raise unsupported("self_condition=True")
         defaults = {"objective": "pred_noise", "beta_schedule": "cosine"}
         super().__init__(model, **{**defaults, **options, "image_size": seq_length})
+        if self_condition is not None:
+            self.self_condition = self_condition
         self.seq_length, self.channel_first = seq_length, channel_first
         self.seq_index, self._sizes = (-1, slice(2, None)) if channel_first else (-2, slice(1, -1))
 

@@ -5,6 +5,7 @@ Names of arguments, attributes and buffers are those of denoising-diffusion-pyto
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class DiffusionProcess(nn.Module):
         betas = tables.SCHEDULES[beta_schedule](timesteps, **(schedule_fn_kwargs or {}))
         self.model = model
         self.channels = channels
-        self.self_condition = False
+        self.self_condition = bool(getattr(network, "self_condition", False))
         self.image_size = image_size
         self.objective = objective
         self.num_timesteps = timesteps
@@ -212,7 +213,11 @@ class DiffusionProcess(nn.Module):
         if strength > 0.0:
             # The original adds this into the caller's tensor.
             noise = noise + strength * torch.randn(x_start.shape[:2], device=self.device)[:, :, None, None]
-        output = self._predict(self.q_sample(x_start=x_start, t=t, noise=noise), t, None, model_forward_kwargs)
+        x_t, x_self_cond = self.q_sample(x_start=x_start, t=t, noise=noise), None
+        if self.self_condition and random.random() < 0.5:
+            with torch.no_grad():
+                x_self_cond = self.model_predictions(x_t, t, **self._named(model_forward_kwargs)).pred_x_start
+        output = self._predict(x_t, t, x_self_cond, model_forward_kwargs)
         if self.objective == "pred_noise":
             target = noise
         elif self.objective == "pred_x0":
@@ -241,9 +246,8 @@ class DiffusionProcess(nn.Module):
         return self.p_losses(self.normalize(img), times, *args, **kwargs)
 
     def _predict(self, x: Tensor, t: Tensor, x_self_cond: Tensor | None, kwargs: Kwargs) -> Tensor:
-        if x_self_cond is not None:
-            raise unsupported("self-conditioning (x_self_cond)")
-        return self._call(self.model, x, t, **(kwargs or {}))
+        given = {} if x_self_cond is None else {"x_self_cond": x_self_cond}
+        return self._call(self.model, x, t, **given, **(kwargs or {}))
 
     def _named(self, kwargs: Kwargs, x_self_cond: Tensor | None = None) -> dict[str, Any]:
         """Return those that are given as arguments of a step, which a subclass may have written without them."""
@@ -253,7 +257,7 @@ class DiffusionProcess(nn.Module):
     @staticmethod
     def _call(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """Call the network as the original does in sampling."""
-        return model(x, t, None, **kwargs)
+        return model(x, t, kwargs.pop("x_self_cond", None), **kwargs)
 
     def _start_from(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.objective == "pred_noise":

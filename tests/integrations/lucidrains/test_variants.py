@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastddpm
-from fastddpm.integrations.lucidrains import GaussianDiffusion1D
+from fastddpm.integrations.lucidrains import GaussianDiffusion, GaussianDiffusion1D
 from fastddpm.integrations.lucidrains import classifier_free_guidance as ours_classifier_free
 from fastddpm.integrations.lucidrains.tables import OBJECTIVES
 from tests.integrations.lucidrains.cases import SIZE, images, relative
@@ -94,9 +95,42 @@ def test_sequences_return_their_x_T(one_dimensional: Any) -> None:
     assert relative(ours.sample(seeds=[4, 5])[1], ours.sample(seeds=[5])[0]) <= 1e-5
     with pytest.raises(TypeError, match="go by name: return_noise="):
         ours.sample(3, True)
-    theirs = one_dimensional.GaussianDiffusion1D(Sequences(), seq_length=SIZE, self_condition=True)
-    with pytest.raises(NotImplementedError, match="self_condition"):
-        fastddpm.accelerate(theirs)
+
+
+@pytest.mark.parametrize("case", all_pairs({**SETTINGS, "auto_normalize": [True, False]}), ids=case_id)
+@pytest.mark.parametrize("sequences", [False, True])
+def test_self_conditioned_samples_are_the_originals(
+    original: Any, one_dimensional: Any, sequences: bool, case: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    if sequences:
+        net = one_dimensional.Unet1D(dim=8, dim_mults=(1,), channels=2, self_condition=True).eval()
+        kinds, size = (one_dimensional.GaussianDiffusion1D, GaussianDiffusion1D), {"seq_length": SIZE}
+    else:
+        net = original.Unet(dim=8, dim_mults=(1,), channels=2, self_condition=True).eval()
+        kinds, size = (original.GaussianDiffusion, GaussianDiffusion), {"image_size": SIZE}
+    theirs, ours = (kind(net, **size, timesteps=8, **case) for kind in kinds)
+    x = torch.rand(3, *ours._shape)
+    for diffusion in (ours, fastddpm.accelerate(theirs)):
+        both(diffusion, theirs, "sample", 3)
+    both(ours, theirs, "p_sample", x, 5, x.flip(0))
+    both(ours, theirs, "interpolate", x, x.flip(0), t=6, lam=0.3)
+    # Step by step, as a subclass that replaces a part of the step is run.
+    part = {"q_posterior": lambda self, *a, **k: kinds[1].q_posterior(self, *a, **k)}
+    both(type("Stepwise", (kinds[1],), part)(net, **size, timesteps=8, **case), theirs, "sample", 3)
+    plain = copy.copy(ours)
+    plain.self_condition = False
+    torch.manual_seed(5)
+    differs = relative(plain.sample(3), both(ours, theirs, "sample", 3)) > 1e-4
+    assert differs == (case["sampling_timesteps"] != 1)
+    losses: list[float] = []
+    for seed in (0, 1):  # one below a half, one above
+        for diffusion in (ours, theirs):
+            random.seed(seed)
+            torch.manual_seed(5)
+            losses.append(diffusion(x, times=torch.tensor([0, 4, 7])).item())
+    assert losses[::2] == pytest.approx(losses[1::2], rel=1e-5)
+    assert losses[0] != losses[2]
 
 
 @pytest.mark.parametrize("case", all_pairs({**SETTINGS, "cond_scale": [3.0, 6.0], "phi": [0.0, 0.7]}), ids=case_id)
