@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +11,6 @@ from fastddpm import ops
 from fastddpm.noise import v1 as noise
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import Table
-
-if TYPE_CHECKING:
-    from fastddpm.sampling.request import Request
-    from fastddpm.sampling.step import StaticStep
 
 Optional = TypeVar("Optional", Tensor, Tensor | None)
 
@@ -108,10 +104,19 @@ def as_mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 class Known:
-    """Data that are known, and where they are not, in static buffers [B, ...]."""
+    """Data that are known, and where they are not, in static buffers [B, ...].
 
-    def __init__(self, batch: int, options: Options) -> None:
-        self._data = torch.zeros(batch, *options.shape, device=options.device, dtype=torch.float32)
+    Args:
+        where: key and counter words of the noise, read when data are pasted.
+        levels: float32 [R + 1, 2], see `Table`.
+        options: the sampler's.
+        compiled: run the operation's twin compiled.
+    """
+
+    def __init__(self, where: noise.Counter, levels: Tensor, options: Options, compiled: bool) -> None:
+        self._where, self._levels = where, levels
+        self._how = {"backend": options.backend, "compiled": compiled}
+        self._data = torch.zeros(len(where.seed), *options.shape, device=options.device, dtype=torch.float32)
         self._drawn = torch.zeros_like(self._data, dtype=torch.bool)
 
     def load(self, data: Tensor, drawn: Tensor) -> None:
@@ -119,28 +124,19 @@ class Known:
         self._data.copy_(data)
         self._drawn.copy_(drawn)
 
-    def paste(self, step: StaticStep) -> None:
+    def paste(self, x_t: Tensor) -> None:
         """Replace the known part of x_t by a draw from q(x_t | known) at its level (Lugmayr et al. 2022, eq. 8a)."""
-        assert step.levels is not None
-        ops.q_sample(
-            self._data,
-            step.levels,
-            step.row,
-            noise.Counter(step.seed, step.sample_id, step.row, noise.STREAM_FORWARD),
-            out=step.x_t,
-            keep=self._drawn,
-            backend=step.options.backend,
-            compiled=step.compiled,
-        )
-        step.feed_network()
+        how: Any = self._how
+        ops.q_sample(self._data, self._levels, self._where.step, self._where, out=x_t, keep=self._drawn, **how)
 
 
-def first_state(step: StaticStep, request: Request) -> Tensor:
-    """Return x_T ~ N(0, I), or x_t ~ q(x_t | init) at the first row's level; the seeds are loaded."""
-    counter = noise.Counter(step.seed, step.sample_id, step.row, noise.STREAM_X_T)
-    backend, x_T = step.options.backend, request.x_T
-    if request.init is None or step.levels is None:
-        shape, device = step.options.shape, step.x_t.device
-        return ops.randn(counter, shape, torch.float32, device, backend) if x_T is None else x_T
-    eps = counter._replace(stream=noise.STREAM_FORWARD) if x_T is None else x_T.to(step.x_t)
-    return ops.q_sample(request.init.to(step.x_t), step.levels, step.row, eps, backend=backend)  # type: ignore[return-value]
+def first_state(
+    where: noise.Counter, levels: Tensor | None, options: Options, x_T: Tensor | None, init: Tensor | None
+) -> Tensor:
+    """Return x_T ~ N(0, I), or x_t ~ q(x_t | init) at the first row's level, with x_T as its noise if that is given."""
+    if init is None or levels is None:
+        counter = where._replace(stream=noise.STREAM_X_T)
+        return ops.randn(counter, options.shape, torch.float32, options.device, options.backend) if x_T is None else x_T
+    x_0 = init.to(options.device, torch.float32)
+    eps = where if x_T is None else x_T.to(x_0)
+    return ops.q_sample(x_0, levels, where.step, eps, backend=options.backend)  # type: ignore[return-value]

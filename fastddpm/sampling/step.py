@@ -61,16 +61,19 @@ class StaticStep:
         self.x_in = buffer(n, *shape, dtype=dtype).to(memory_format=network.memory_format)
         # Not the network's input, which a network may write into.
         self.x_t = buffer(B, *shape)
-        self.known = Known(B, options) if key.masked else None
         self.x0 = buffer(B, *shape) if key.x0_out or options.self_condition else None
         self.history = buffer(table.history, B, *shape) if table.history else None
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
         # compiled twin of the draw needs none.
         self._shift = None if key.cond is None or key.cond[1] == "mean" else buffer(len(table))
         twin = options.device.type == "cpu" and not options.uses_triton
-        self.compiled = options.compiles and getattr(network, "compiles_step", True)
-        pays = self.compiled and twin and math.prod(shape) % 2 == 0
+        self._compiled = options.compiles and getattr(network, "compiles_step", True)
+        pays = self._compiled and twin and math.prod(shape) % 2 == 0
         self._draws_ahead = key.noise == COUNTER and (pays or bool(key.cond and self._shift is None))
+        self._forward = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_FORWARD)
+        self.known = None
+        if key.masked and self.levels is not None:
+            self.known = Known(self._forward, self.levels, options, self._compiled)
         self.z = buffer(B, *shape) if key.noise == GIVEN or self._draws_ahead else None
         self.first_bad = buffer(B, dtype=torch.int64) if key.check_finite else None
         self._rescale = buffer(1) if key.rescaled else None
@@ -125,7 +128,7 @@ class StaticStep:
             # What is pasted changes x_t once more.
             low_out=None if self.key.masked else self.x_in[: self.key.batch],
             backend=self.options.backend,
-            compiled=self.compiled,
+            compiled=self._compiled,
         )
         if self._x0_in is not None and self.x0 is not None:
             self._x0_in.unflatten(0, (1 + self.key.guided, self.key.batch)).copy_(self.x0)
@@ -144,14 +147,15 @@ class StaticStep:
     def paste(self) -> None:
         """Put known data where they belong in x_t, noised to its level."""
         if self.known is not None:
-            self.known.paste(self)
+            self.known.paste(self.x_t)
+            self.feed_network()
 
     def _noise(self, m: Tensor) -> noise.Counter | Tensor | None:
         if self.key.noise == COUNTER:
             counter = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_REVERSE)
             if not self._draws_ahead:
                 return counter
-            ops.randn(counter, self.options.shape, backend=self.options.backend, compiled=self.compiled, out=self.z)
+            ops.randn(counter, self.options.shape, backend=self.options.backend, compiled=self._compiled, out=self.z)
         if self.key.cond is not None and self._shift is None and self.z is not None:
             # mu + std (z + std g): the mean moves by Sigma g   (Dhariwal & Nichol 2021, Algorithm 1).
             std = self._column("sigma")
@@ -189,7 +193,7 @@ class StaticStep:
             self.first_bad.fill_(-1)
         if self.known is not None and request.known is not None:
             self.known.load(*request.known)
-        self.x_t.copy_(first_state(self, request))
+        self.x_t.copy_(first_state(self._forward, self.levels, self.options, request.x_T, request.init))
         self.paste()
         self.feed_network()
         self.network.load(self.class_labels)
