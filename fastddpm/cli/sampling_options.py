@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastddpm.cli.parser import COMPILE, add_machine, add_outdir, add_output, positive
-from fastddpm.tables.names import listing
+from fastddpm.tables.names import NAMES, listing
 
 if TYPE_CHECKING:
     from fastddpm.sampling.request import Conditions
@@ -34,7 +34,10 @@ def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     )
     parser.add_argument("--steps", type=positive, help="steps per sample (default: fast's own, else all timesteps)")
     parser.add_argument("--batch", type=positive, help="the most samples per batch (default: by size and device)")
-    parser.add_argument("--sampler", default="fast", help="one of those below, or another of its names (default: fast)")
+    sampler = parser.add_argument(
+        "--sampler", default="fast", help="one of those below, or another of its names (default: fast)"
+    )
+    sampler.completer = lambda **_: [entry.name for entry in NAMES]  # type: ignore[attr-defined]  # argcomplete's
     for name, kind, text in TABLE_OPTIONS:
         parser.add_argument(f"--{name}", type=kind, help=text)
     add_outdir(parser, outdir)

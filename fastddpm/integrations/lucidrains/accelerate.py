@@ -24,7 +24,8 @@ _CLASSES: dict[tuple[str, str], type[GaussianDiffusion]] = {
 _ADVICE = (
     "; its network can be sampled alone, with the same steps and results in [-1, 1]: after "
     "`from fastddpm.integrations.lucidrains import table_of` that is "
-    "`fastddpm.Sampler(diffusion.model, table_of(diffusion), shape)`"
+    "`fastddpm.Sampler(diffusion.model, table_of(diffusion), shape)`, whose sample takes mask= (1 where to draw) and "
+    "known= for inpainting"
 )
 # What accelerate() takes over besides the constructor's arguments and the buffers.
 _ATTRIBUTES = ("channels", "is_ddim_sampling", "normalize", "unnormalize")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm.tables.table import Table, make_rows
+from fastddpm.tables.table import Table, level_rows, make_rows
 
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
 BUFFERS = (
@@ -115,7 +115,13 @@ def ddpm_table(buffers: Mapping[str, Tensor], objective: str, start: int | None 
         c_xt=buffers["posterior_mean_coef2"],
         sigma=sigma,
     )
-    return Table(rows64[:start].flip(0), torch.arange(len(sigma), device="cpu")[:start].flip(0), name="lucidrains-ddpm")
+    bar = buffers["alphas_cumprod"].double()[:start].flip(0)
+    return Table(
+        rows64[:start].flip(0),
+        torch.arange(len(sigma), device="cpu")[:start].flip(0),
+        name="lucidrains-ddpm",
+        levels=level_rows(bar, bar.new_ones(1)),
+    )
 
 
 def ddim_timesteps(T: int, sampling_timesteps: int) -> list[int]:

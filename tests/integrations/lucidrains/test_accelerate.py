@@ -15,6 +15,7 @@ from fastddpm.integrations.lucidrains import GaussianDiffusion, accelerate
 from tests.integrations.lucidrains.cases import (
     SIZE,
     Net,
+    images,
     options,
     pair,
     relative,
@@ -63,6 +64,21 @@ def test_advice_for_another_diffusion_with_the_same_buffers_works(original: Any)
     x_T, *z = torch.randn(20, 3, 3, SIZE, SIZE)
     z.append(torch.zeros(3, 3, SIZE, SIZE))
     assert relative(sampler.sample(x_T=x_T, noise=torch.stack(z)), expected) <= 1e-5
+
+
+def test_advice_for_the_inpainting_diffusion_works(original: Any) -> None:
+    repaint = pytest.importorskip("denoising_diffusion_pytorch.repaint")
+    diffusion = repaint.GaussianDiffusion(Net().eval(), image_size=SIZE, timesteps=20)
+    with pytest.raises(TypeError, match=r"repaint.*mask= \(1 where to draw\) and known=") as refused:
+        accelerate(diffusion)
+    code = re.findall("`([^`]+)`", str(refused.value))
+    names: dict[str, Any] = {"fastddpm": fastddpm, "diffusion": diffusion, "shape": (3, SIZE, SIZE)}
+    exec(code[0], names)
+    sampler = eval(code[1], names)
+    known, drawn = images(2, batch=1) * 2 - 1, torch.rand(SIZE, SIZE) > 0.5
+    x = sampler.sample(seeds=[1, 2], known=known, mask=drawn)
+    assert torch.equal(x[:, :, ~drawn], known.expand_as(x)[:, :, ~drawn])
+    assert float((x[0] - x[1])[:, drawn].abs().max()) > 0.01
 
 
 def test_network_in_data_parallel_is_looked_through() -> None:
