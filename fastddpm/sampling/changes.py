@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import types
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,22 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
 
 def _address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size())
+
+
+def digest(model: Model) -> str:
+    """Return the SHA-256 of a model's weights, by module and name: the same in every process."""
+    sha = hashlib.sha256()
+    for module in modules_of(model):
+        for name, held in (*module._parameters.items(), *module._buffers.items()):
+            for tensor in () if held is None else _plain(held):
+                sha.update(f"{type(module).__name__} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                sha.update(raw_bytes(tensor))
+    return sha.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """Return the values of a tensor as bytes, in C order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def modules_of(model: Model) -> list[nn.Module]:

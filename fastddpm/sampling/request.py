@@ -160,7 +160,7 @@ def resolve_request(
             f"sampler {table.name!r} keeps {table.estimate} and has no estimate of x_0 to give; sample without "
             "return_x0, steps() and self-conditioning, or choose a sampler that keeps x_0, such as unipc"
         )
-    stochastic = bool((table.rows[:, COLUMN["sigma"]] != 0).any())
+    stochastic = is_stochastic(table)
     source = _only_source(seeds, seed, generator, noise)
     if x_T is not None and tuple(x_T.shape[1:]) != shape:
         raise ValueError(f"x_T must have shape [B, {', '.join(map(str, shape))}], got {list(x_T.shape)}")
@@ -191,27 +191,48 @@ def resolve_request(
     init = for_batch("init", init, B)
     pair = resolve_known(table, (B, *shape), mask, known, init, source)
     guidance = resolve_guidance(table, **guiding)
-    guided = is_guided(guidance.w)
     if options.self_condition in (model_kwargs or {}):
         raise ValueError(f"{options.self_condition!r} is given the estimate of x_0; leave it out of model_kwargs")
     labels, kwargs = resolve_labels(class_labels, B, options.num_labels), check_kwargs(model_kwargs, null_kwargs)
-    if guided:
+    if is_guided(guidance.w):
         labels, kwargs = with_null_half(labels, kwargs, B, options.null_class, null_kwargs or {})
-    key = StepKey(
+    key = key_of(table, options, B, source, guidance, pair, labels, kwargs, x0_out=x0_out)
+    draw = draw if stochastic else None
+    return Request(key, seed_of, sample_id, x_T, init, pair, draw, labels, guidance, kwargs, source == "seeds")
+
+
+def key_of(
+    table: Table,
+    options: Options,
+    B: int,
+    source: str | None,
+    guidance: Guidance,
+    known: tuple[Tensor, Tensor] | None,
+    labels: Tensor | None,
+    kwargs: Mapping[str, Any],
+    *,
+    x0_out: bool = False,
+) -> StepKey:
+    """Return what the step of a request is found by."""
+    stochastic, guided = is_stochastic(table), is_guided(guidance.w)
+    return StepKey(
         batch=B,
         noise=NONE if not stochastic else COUNTER if source == "seeds" else GIVEN,
         guided=guided,
         rescaled=guided and guidance.phi > 0.0,
         cond=guidance.cond,
-        masked=pair is not None,
+        masked=known is not None,
         labels=labels is not None,
         x0_out=x0_out,
         check_finite=options.check_finite,
         **split_kwargs(kwargs if options.bakes_values else {}),
         settings=options.global_settings(),
     )
-    draw = draw if stochastic else None
-    return Request(key, seed_of, sample_id, x_T, init, pair, draw, labels, guidance, kwargs, source == "seeds")
+
+
+def is_stochastic(table: Table) -> bool:
+    """Whether a row adds noise."""
+    return bool((table.rows[:, COLUMN["sigma"]] != 0).any())
 
 
 def _only_source(seeds: Any, seed: Any, generator: Any, noise: Any) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,27 +14,10 @@ from fastddpm.machine.building import Want
 from fastddpm.sampling.network import Model
 from fastddpm.sampling.options import resolve_options
 from fastddpm.sampling.request import Request, RequestArguments, refuse_unknown, resolve_request
+from fastddpm.sampling.state import State, StepResult, origin_of, refuse_other
 from fastddpm.sampling.step import StaticStep, explain, raise_if_bad
 from fastddpm.sampling.step_pool import StepPool
 from fastddpm.tables.table import COLUMN, Table
-
-X0 = TypeVar("X0")
-
-
-class StepResult(NamedTuple, Generic[X0]):
-    """What a step leaves behind.
-
-    Attributes:
-        index: row of the table that was executed, 0 first.
-        t: the timestep that the network was given there.
-        x_t: the state after the step (x_{t-1} of Algorithm 2), float32 [B, ...].
-        x0: the estimate of x_0 that the step used, after clipping; None where it was not asked for.
-    """
-
-    index: int  # type: ignore[assignment]  # shadows tuple.index, of no use here
-    t: float
-    x_t: Tensor
-    x0: X0
 
 
 class Sampler:
@@ -142,15 +126,17 @@ class Sampler:
         step.next_row()
         step.paste()  # x_{t-1} ~ q(x_{t-1} | known) where data are known
 
-    def _loop(self, step: StaticStep, request: Request) -> Iterator[StepResult[Any]]:
-        """Algorithm 2 (Ho et al. 2020)."""
+    def _loop(self, step: StaticStep, request: Request, state: State | None = None) -> Iterator[StepResult[Any]]:
+        """Algorithm 2 (Ho et al. 2020), or the rest of it from a state on."""
+        origin = functools.cache(lambda: origin_of(self.model, self.table, self.options))
         step.load(request)  # x_T ~ N(0, I)
-        for i, t in enumerate(self._timesteps):  # for t = T, ..., 1
+        first = 0 if state is None else state.restore(step)
+        for i, t in enumerate(self._timesteps[first:], first):  # for t = T, ..., 1
             with explain(f"step {i} of {len(self._timesteps)} (t = {t})", request.key, self.options):
                 if step.z is not None and request.draw is not None and self._noisy[i]:
                     step.z.copy_(request.draw(i))  # z ~ N(0, I), where the caller draws it
                 self._steps.replay(step)  # `reverse_step`
-            yield StepResult(i, t, step.x_t, step.x0)
+            yield StepResult(i, t, step.x_t, step.x0, functools.partial(State.of, step, request, i + 1, origin))
         if step.first_bad is not None:
             raise_if_bad(step.first_bad.tolist(), self._timesteps, request)
 
@@ -223,17 +209,37 @@ class Sampler:
             SamplingError: a step failed; the original exception is its cause.
             torch.OutOfMemoryError: memory ran out; the sampler has freed its buffers and graphs, see `clear`.
         """
-        request = self._request("sample", arguments, x0_out=return_x0)
+        x, x0 = self._draw(self._request("sample", arguments, x0_out=return_x0), callback, return_x0)
+        return (x, x0) if return_x0 and x0 is not None else x
+
+    def resume(
+        self, state: State | str | os.PathLike[str], *, callback: Callable[[StepResult[None]], None] | None = None
+    ) -> Tensor:
+        """Go on with a run that stopped, to the same bits on the same machine with the same code of the network.
+
+        Args:
+            state: of a `StepResult`, or the file that it was saved to; all arguments of the run come with it.
+            callback: as in `sample`.
+
+        Raises:
+            ValueError: the state is of another model, table or noise version, or the file is damaged.
+        """
+        origin = origin_of(self.model, self.table, self.options)
+        if not isinstance(state, State):
+            state = State.load(os.fspath(state), self.table, self.options, origin)
+        refuse_other(state.origin, origin)
+        return self._draw(state.request, callback, False, state)[0]
+
+    def _draw(self, request: Request, callback: Any, return_x0: bool, state: Any = None) -> tuple[Tensor, Any]:
         with self._steps.turn(), self._steps.lend(request.key) as step:
-            for result in self._loop(step, request):
+            for result in self._loop(step, request, state):
                 if callback is not None:
                     version = step.x_t._version
                     callback(result if return_x0 else result._replace(x0=None))
                     # On a CPU NumPy may have written, which counts no versions; and a copy costs no launch.
                     if self.device.type == "cpu" or step.x_t._version != version:
                         step.feed_network()
-            x = step.x_t.clone()
-            return (x, step.x0.clone()) if return_x0 and step.x0 is not None else x
+            return step.x_t.clone(), None if step.x0 is None else step.x0.clone()
 
     def steps(self, **arguments: Unpack[RequestArguments]) -> Iterator[StepResult[Tensor]]:
         """Yield a `StepResult` of copies after each step; arguments as in `sample`."""
@@ -247,8 +253,8 @@ class Sampler:
                     live = next(loop, None)
                     if live is None:
                         return
-                    copies = live._replace(x_t=live.x_t.clone(), x0=live.x0.clone())
-                yield copies
+                    x_t, x0, state = live.x_t.clone(), live.x0.clone(), live.state().itself
+                yield live._replace(x_t=x_t, x0=x0, state=state)
 
     def warmup(self, *, return_x0: bool = False, **arguments: Unpack[RequestArguments]) -> None:
         """Compile and capture what a `sample` with these arguments needs, and run one step of it.

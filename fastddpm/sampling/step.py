@@ -78,9 +78,9 @@ class StaticStep:
         self.first_bad = buffer(B, dtype=torch.int64) if key.check_finite else None
         self._rescale = buffer(1) if key.rescaled else None
         self._kwargs = {name: buffer(*size, dtype=dtype) for name, size, dtype in key.buffers}
-        self._x0_in = torch.zeros_like(self.x_in) if options.self_condition else None
-        if options.self_condition and self._x0_in is not None:
-            self._kwargs[options.self_condition] = self._x0_in
+        self.x0_in = torch.zeros_like(self.x_in) if options.self_condition else None
+        if options.self_condition and self.x0_in is not None:
+            self._kwargs[options.self_condition] = self.x0_in
         if self.class_labels is not None:
             self._kwargs["class_labels"] = self.class_labels
         self.kwargs = {**self._kwargs, **dict(key.values)}
@@ -106,7 +106,7 @@ class StaticStep:
 
     def _gradient(self) -> Tensor:
         assert self.key.cond is not None
-        kwargs = {name: value for name, value in self.kwargs.items() if value is not self._x0_in}
+        kwargs = {name: value for name, value in self.kwargs.items() if value is not self.x0_in}
         return gradient(self.key.cond[0], self.x_t, self.t, kwargs)
 
     def p_sample(self, m: Tensor) -> None:
@@ -130,8 +130,8 @@ class StaticStep:
             backend=self.options.backend,
             compiled=self._compiled,
         )
-        if self._x0_in is not None and self.x0 is not None:
-            self._x0_in.unflatten(0, (1 + self.key.guided, self.key.batch)).copy_(self.x0)
+        if self.x0_in is not None and self.x0 is not None:
+            self.x0_in.unflatten(0, (1 + self.key.guided, self.key.batch)).copy_(self.x0)
         if self.first_bad is not None:
             self._record_non_finite(self.first_bad)
 
@@ -169,9 +169,9 @@ class StaticStep:
         bad = ~torch.isfinite(self.x_t).flatten(1).all(dim=1)
         first_bad.copy_(torch.where(bad & (first_bad < 0), self.row, first_bad))
 
-    def rewind(self) -> None:
-        """Go back to the first row, leaving the other buffers as they are."""
-        self._index.zero_()
+    def rewind(self, row: int = 0) -> None:
+        """Go back to the first row, or to another, leaving the other buffers as they are."""
+        self._index.fill_(row)
 
     def load(self, request: Request) -> None:
         """Write a request's data into the buffers; x_T ~ N(0, I) comes from the seeds unless the caller brings it."""
@@ -186,7 +186,7 @@ class StaticStep:
         if self.class_labels is not None and request.class_labels is not None:
             self.class_labels.copy_(request.class_labels)
         self._load_kwargs(request.kwargs)
-        for scratch in (self.x0, self._x0_in, self.history, self.z):
+        for scratch in (self.x0, self.x0_in, self.history, self.z):
             if scratch is not None:
                 scratch.zero_()
         if self.first_bad is not None:

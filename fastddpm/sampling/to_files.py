@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastddpm.files.run_folder import config_hash
@@ -19,9 +18,10 @@ from fastddpm.machine.progress import Progress
 from fastddpm.machine.ranks import Ranks
 from fastddpm.noise.seeds import format_seeds
 from fastddpm.noise.v1 import NOISE_VERSION
+from fastddpm.sampling.changes import raw_bytes
 from fastddpm.sampling.outputs import Outputs
 from fastddpm.sampling.sample import Run
-from fastddpm.tables.table import Table
+from fastddpm.sampling.state import table_digest
 from fastddpm.unet.unet import UNet
 
 # Seconds between two reports of a rank's steps to the others.
@@ -109,18 +109,8 @@ def describe(
 def _written(value: Any) -> Any:
     """Return an argument as JSON, a tensor by its digest."""
     if isinstance(value, Tensor):
-        return hashlib.sha256(_raw_bytes(value)).hexdigest()
+        return hashlib.sha256(raw_bytes(value)).hexdigest()
     return {name: _written(part) for name, part in value.items()} if isinstance(value, dict) else value
-
-
-def table_digest(table: Table) -> str:
-    """Return the SHA-256 of a table: its rows, timesteps and flags."""
-    flags = f"{table.name} {table.clip} {table.learned} {table.use_m} {table.history} {table.timesteps.dtype}\n"
-    return hashlib.sha256(flags.encode() + _raw_bytes(table.rows) + _raw_bytes(table.timesteps)).hexdigest()
-
-
-def _raw_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def draw(
