@@ -137,7 +137,7 @@ def _lucidrains(case: Case) -> Prepared:
             z = torch.randn(case.full_shape, device=case.device)
             if i:
                 recorder.noise(z)
-        return {**recorder.found(), "betas": lucidrains.schedule_of(diffusion).betas}
+        return {**recorder.found(), "betas": diffusion.betas.double().cpu()}
 
     return Prepared(run, evaluate)
 

@@ -31,11 +31,6 @@ def _given(case: Case) -> tuple[Tensor, Tensor]:
     return gaussian(1, case.full_shape, case.device).clamp(-1, 1), t.to(case.device)
 
 
-def _eps(case: Case) -> Tensor:
-    """The noise that every provider adds at the gate: that of `ddpm_loss` with seed 0 and step 0."""
-    return randn(case.full_shape, seed=0, stream=noise.STREAM_TRAIN)
-
-
 def _labels(case: Case) -> dict[str, Any]:
     labels = networks.labels(case.network, case.batch, case.device)
     return {} if labels is None else {"class_labels": labels}
@@ -66,7 +61,8 @@ def _prepared(case: Case, model: nn.Module, loss: Loss, *, fused: bool = True, l
         return value
 
     def evaluate() -> dict[str, Tensor]:
-        value = backward(_eps(case))
+        # The noise that every provider adds here is that of `ddpm_loss` with seed 0 and step 0.
+        value = backward(randn(case.full_shape, seed=0, stream=noise.STREAM_TRAIN))
         norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
         return {"loss": value.detach().cpu(), "norm": norm.cpu()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,14 +17,6 @@ _SMOKE_BYTES = 4 << 20
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 
 
-class _Timed:
-    def __init__(self, name: str, clock: Any) -> None:
-        self.name, self._clock = name, clock
-
-    def time(self) -> float:
-        return self._clock.time()
-
-
 def measure(device: str, rounds: int, *, smoke: bool = False) -> dict[str, Any]:
     """Measure copy bandwidth (bytes read plus bytes written) and matrix rates.
 
@@ -34,12 +27,13 @@ def measure(device: str, rounds: int, *, smoke: bool = False) -> dict[str, Any]:
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
     n = 128 if smoke else _MATRIX[device]
-    runners = [_Timed("copy", make_clock(lambda: target.copy_(source), device, small=False, smoke=smoke))]
+    clocks = {"copy": make_clock(lambda: target.copy_(source), device, small=False, smoke=smoke)}
     # A processor that emulates bfloat16 would take minutes.
     low = device == "cuda" or machine.cpu()["native_bfloat16"]
     for dtype in (torch.float32, torch.bfloat16) if low else (torch.float32,):
         a = torch.randn(n, n, device=device).to(dtype)
-        runners.append(_Timed(_name(dtype), make_clock(_matmul(a), device, small=False, smoke=smoke)))
+        clocks[str(dtype).removeprefix("torch.")] = make_clock(_matmul(a), device, small=False, smoke=smoke)
+    runners = [SimpleNamespace(name=name, time=clock.time) for name, clock in clocks.items()]
     medians = {timing.name: timing.p50 for timing in compare(runners, rounds)}
     copied = 2 * source.numel() * source.element_size()
     return {
@@ -52,7 +46,3 @@ def measure(device: str, rounds: int, *, smoke: bool = False) -> dict[str, Any]:
 def _matmul(a: torch.Tensor) -> Any:
     out = torch.empty_like(a)
     return lambda: torch.mm(a, a, out=out)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

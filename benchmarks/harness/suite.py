@@ -90,7 +90,8 @@ def run(
         for benchmark, case in todo:
             found = run_case(benchmark, case, rounds, smoke=smoke, providers=providers, progress=progress)
             for row in found:
-                _add_bandwidth(row, limits["copy_gb_per_s"])
+                if row.get("gb_per_s") is not None:
+                    row["pct_peak"] = 100 * row["gb_per_s"] / limits["copy_gb_per_s"]
             rows += found
             save(results())
     return results()
@@ -230,8 +231,3 @@ def _add_ratios(benchmark: Benchmark, rows: dict[str, dict[str, Any]], timings: 
                     "high": value.high,
                     "verdict": value.verdict,
                 }
-
-
-def _add_bandwidth(row: dict[str, Any], copy_gb_per_s: float) -> None:
-    if row.get("gb_per_s") is not None:
-        row["pct_peak"] = 100 * row["gb_per_s"] / copy_gb_per_s

@@ -13,8 +13,6 @@ from fastddpm.benchmarks.harness.case import Case
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastddpm.schedules.schedule import Schedule
-
 NEEDS = {"denoising_diffusion_pytorch": "denoising-diffusion-pytorch", "torchvision": "torchvision"}
 _MODULES = (
     "denoising_diffusion_pytorch.denoising_diffusion_pytorch",
@@ -63,8 +61,3 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         for module, bar in zip(modules, before, strict=True):
             module.tqdm = bar
-
-
-def schedule_of(diffusion: Any) -> Schedule:
-    """Its betas, which are float32, as a schedule."""
-    return Schedule.from_betas(diffusion.betas.double().cpu())

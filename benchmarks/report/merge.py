@@ -26,7 +26,6 @@ def read(path: Path) -> dict[str, Any]:
     """Read the bench.json of a run.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is no bench.json; the message begins with the path.
     """
     run = read_object(path, max_bytes=_MAX_BYTES)

@@ -31,11 +31,7 @@ _COLOURS = {
 
 
 def draw(results: Results) -> dict[str, bytes]:
-    """Draw what the results hold, PNGs by file name; pictures without data are left out.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw what the results hold, PNGs by file name; pictures without data are left out."""
     drawn = {}
     for name, plot in (("throughput", throughput), ("steps", steps), ("roofline", roofline)):
         figure = new_figure(8, 5, dpi=120, layout="constrained")

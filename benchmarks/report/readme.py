@@ -36,7 +36,6 @@ def check(path: Path, *, smoke: bool) -> None:
     """Refuse what `update` would, before anything is measured.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: as `update` does.
     """
     if smoke:

@@ -27,6 +27,10 @@ EXAMPLES = examples(
 )
 
 
+# Arguments of `integrations.convert.convert`, each an option of the same name.
+_OPTIONS = ("layout", "config", "weights", "prefix", "prediction", "schedule_only")
+
+
 def add_parser(subparsers: Any) -> None:
     """Attach the subcommand."""
     parser = subparsers.add_parser(
@@ -74,14 +78,9 @@ def run(args: argparse.Namespace) -> int:
     converted = convert(
         args.source,
         args.destination,
-        layout=args.layout,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
-        config=args.config,
-        weights=args.weights,
-        prefix=args.prefix,
-        prediction=args.prediction,
-        schedule_only=args.schedule_only,
         flags=flags,
+        **{name: getattr(args, name) for name in _OPTIONS},
     )
     print(f"{args.destination}: {_describe(converted, schedule_only=args.schedule_only)}")
     if converted.taken is not None and (converted.taken.prefix or converted.others):

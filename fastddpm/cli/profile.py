@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.checks import DTYPES
-from fastddpm.cli.parser import COMPILE, examples, positive
+from fastddpm.cli.parser import COMPILE, add_machine, examples, positive
 
 if TYPE_CHECKING:
     from fastddpm.diagnostics.profile import Breakdown, Part, RangedSampler
@@ -33,9 +32,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--batch", type=positive, default=16, help="default: 16")
     parser.add_argument("--steps", type=positive, default=10, help="default: 10")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, ... (default: ddpm)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the network")
+    add_machine(parser, "dtype", "device", "compile")
+    parser.set_defaults(dtype="float32")
     parser.add_argument(
         "--cuda-graph", action="store_true", help="replay the step as a graph: its timeline, without ranges inside"
     )

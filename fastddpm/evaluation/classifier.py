@@ -79,7 +79,6 @@ def load_classifier(path: Path, classes: int = 10) -> Classifier:
     """Load a classifier for so many classes, in eval mode and float32.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, hostile, or of another network.
     """
     with torch.device("meta"):

@@ -36,7 +36,6 @@ def built_in(source: str) -> tuple[Dataset, Dataset]:
 
     Raises:
         ValueError: it is none of them.
-        ImportError: its package is missing.
     """
     if source not in _SPLITS:
         raise ValueError(f"of {source} nothing is held out to test a classifier by; use {' or '.join(_SPLITS)}")
@@ -54,7 +53,6 @@ def load_reference(source: str, shape: tuple[int, ...], **options: Any) -> Refer
 
     Raises:
         ValueError: the source is unusable (see `load_data`), or its images have another shape.
-        ImportError: a built-in set's package is missing.
     """
     if source in _SPLITS:
         reference = Reference(*built_in(source))

@@ -81,11 +81,7 @@ def show(estimate: Mapping[str, float] | None, *, percent: bool = False) -> str:
 
 
 def guidance_plot(results: Sequence[Mapping[str, Any]]) -> bytes:
-    """Plot the results of several weights side by side, each curve with the level of real images, as a PNG.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Plot the results of several weights side by side, each curve with the level of real images, as a PNG."""
     figure = new_figure(8, 3.2, layout="constrained")
     names = [name for name in (ACCURACY, DIVERSITY) if all(name in result for result in results)]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

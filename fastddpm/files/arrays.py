@@ -44,7 +44,6 @@ def read_named(path: Path, name: str) -> np.ndarray:
     """Read one array from a .npz file, by its name or because it is the only one; or that of a .npy file.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is no regular file, damaged, holds objects, declares too much, or has no such array.
     """
     size = regular_size(path)

@@ -40,7 +40,6 @@ class Checkpoint:
         tensors: what it holds, in the file's order; the entries of a list are named by their numbers.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is no regular file, holds anything but tensors and plain values, is damaged, or stores less than
             it claims; the archive is compressed or names files outside itself.
     """

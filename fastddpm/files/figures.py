@@ -7,11 +7,7 @@ from typing import Any
 
 
 def new_figure(width: float, height: float, dpi: int = 100, **options: Any) -> Any:
-    """Return an empty figure of this many inches, which no display and no global state of matplotlib knows of.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Return an empty figure of this many inches, which no display and no global state of matplotlib knows of."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

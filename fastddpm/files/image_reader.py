@@ -51,7 +51,6 @@ def read_header(path: str | os.PathLike[str]) -> ImageHeader:
     """Read what a file declares of its image.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is no image of `FORMATS`, damaged, has colours of 16 bits, or declares too many pixels.
     """
     with open_image(path) as image:
@@ -81,7 +80,6 @@ def read_image(path: str | os.PathLike[str], background: str | None = None) -> n
         [H, W] (grey) or [H, W, 3]: uint8 for 8 bits or fewer, uint16 for 16 bits, int32 or float32 for 32.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is no image of `FORMATS`, damaged, a PNG with a wrong checksum, declares too many pixels, or has
             transparent pixels and there is no background.
     """
@@ -104,7 +102,6 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open an image of one of `FORMATS`, whatever the file's name says.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is no such image, damaged, or declares more than `MAX_PIXELS`; also raised for what goes wrong
             in the body of the ``with``. The message begins with the path.
     """

@@ -11,7 +11,6 @@ def regular_size(path: str | os.PathLike[str]) -> int:
     """Return the size of a regular file in bytes; a pipe or a device would wait, or never end.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is a folder, a pipe, a device or a socket.
     """
     status = os.stat(path)

@@ -33,7 +33,6 @@ def read_object(
             mean nothing.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: everything else that is wrong with it; the message begins with the path.
     """
     path = Path(path)

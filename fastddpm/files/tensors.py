@@ -160,7 +160,6 @@ def read_numbers(path: Path, name: str) -> Tensor:
         float32 on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is damaged, has no such numbers, or one that is NaN or infinite.
     """
     if path.suffix == ".safetensors":

@@ -47,7 +47,7 @@ def frames(recording: Recording) -> list[Frame]:
     between = max(1, round(GLIDE_FRAMES / last)) if drawing.is_points(recording) else 1
     rest = REST if last < 20 else FRAME
     there = [Frame(True, _eased(i, between), FRAME if i % between else rest) for i in range(last * between + 1)]
-    there = _pausing(there)
+    there[0], there[-1] = (f._replace(milliseconds=PAUSE) for f in (there[0], there[-1]))
     back = [f._replace(forward=False) for f in there[::-1]]
     return [*there, *back]
 
@@ -59,16 +59,8 @@ def _eased(i: int, between: int) -> float:
     return state + u * u * (3.0 - 2.0 * u)
 
 
-def _pausing(run: list[Frame]) -> list[Frame]:
-    return [run[0]._replace(milliseconds=PAUSE), *run[1:-1], run[-1]._replace(milliseconds=PAUSE)]
-
-
 def gif(recording: Recording) -> bytes:
-    """Draw a recording as an animated GIF that repeats.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draw a recording as an animated GIF that repeats."""
     plan = frames(recording)
     images = list(_drawn(recording, plan))
     # All colours are in the first frame of either process.

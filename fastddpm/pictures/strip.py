@@ -30,11 +30,7 @@ _MIN_WIDTH, _ONE_LINE = 7.0, 14.0
 
 
 def strip(recording: Recording) -> bytes:
-    """Draw a recording as a PNG (see `strip_figure`).
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draw a recording as a PNG (see `strip_figure`)."""
     stream = io.BytesIO()
     picture = pixels(strip_figure(recording))
     if is_points(recording):
@@ -54,14 +50,10 @@ def strip_figure(recording: Recording) -> Any:
     left = _LEFT + (width - content) / 2
     height = _TOP + sum(heights) + (_BOTTOM if width >= _ONE_LINE else 1.5 * _BOTTOM)
     figure = new_figure(width, height)
-    _text(
-        figure,
-        width / 2,
-        height - 0.32,
-        headline(recording),
-        size=_fitting(21, headline(recording), width),
-        weight="bold",
-    )
+    title = headline(recording)
+    # No wider than the figure: a bold letter is 0.65 of its size wide.
+    size = min(21, 72 * (width - 0.2) / (0.65 * len(title)))
+    _text(figure, width / 2, height - 0.32, title, size=size, weight="bold")
     for c, k in enumerate(columns):
         _titles(figure, recording.process, recording.indices[k], left + _SIDE * (c + 0.5), height - 0.80)
     top = height - _TOP
@@ -88,11 +80,6 @@ def add_axes(figure: Any, x: float, y: float, width: float, height: float) -> An
 def _text(figure: Any, x: float, y: float, text: str, **style: Any) -> Any:
     w, h = figure.get_size_inches()
     return figure.text(x / w, y / h, text, **{"ha": "center", "va": "center", "color": INK, **style})
-
-
-def _fitting(size: float, text: str, width: float) -> float:
-    """Shrink a font until the text is no wider than the figure; a bold letter is 0.65 of its size wide."""
-    return min(size, 72 * (width - 0.2) / (0.65 * len(text)))
 
 
 def _rows(recording: Recording) -> list[tuple[str, Tensor]]:

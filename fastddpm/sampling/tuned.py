@@ -83,7 +83,6 @@ def read_tuned(path: Path, model: nn.Module, config: DiffusionConfig) -> list[Tu
     """Read a model's tables.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is damaged, or its tables were fitted to other weights or to another diffusion.
     """
     found = read_object(path)

@@ -88,7 +88,7 @@ def test_noise_is_drawn_within_the_fused_step(monkeypatch: pytest.MonkeyPatch) -
         opened.pop()
 
     draw = StaticStep._noise
-    monkeypatch.setattr(StaticStep, "_noise", lambda self: within.append([*opened]) or draw(self))
+    monkeypatch.setattr(StaticStep, "_noise", lambda self, m: within.append([*opened]) or draw(self, m))
     monkeypatch.setattr(profiling, "record_function", named)
     make_sampler().sample(seeds=[0])
     assert within == [[profiling.STEP, profiling.P_SAMPLE]] * STEPS

@@ -23,12 +23,12 @@ from fastddpm import DiffusionConfig
 from fastddpm.cli import main
 from fastddpm.data.datasets import digits8x8
 from fastddpm.evaluation import classifier_training, fid, report
-from fastddpm.evaluation import model_card as card
 from fastddpm.evaluation.classifier import Classifier, save_classifier
 from fastddpm.files import images
 from fastddpm.machine.packages import weights_digest
 from fastddpm.training.folder import LOG
 from fastddpm.training.likelihood import bits_per_dim
+from tests.evaluation import model_card as card
 from tests.tiny import tiny_unet
 
 pytestmark = pytest.mark.usefixtures("still_generators")

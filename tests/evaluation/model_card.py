@@ -1,6 +1,6 @@
 """Write the numbers of evaluations into a model card, between its markers, and the pictures beside it.
 
-python -m fastddpm.evaluation.model_card CARD EVAL [EVAL ...] --images FOLDER [--training RUN]
+python -m tests.evaluation.model_card CARD EVAL [EVAL ...] --images FOLDER [--training RUN]
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: the card has no markers, or the evaluations are of different weights.
         FileNotFoundError: an evaluation, the card or the training's log is missing.
     """
-    parser = argparse.ArgumentParser(prog="python -m fastddpm.evaluation.model_card", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.evaluation.model_card", description=__doc__)
     parser.add_argument("card", type=Path)
     parser.add_argument("evals", type=Path, nargs="+", help="folders of fastddpm eval; pictures are the first one's")
     parser.add_argument("--images", type=Path, required=True, help="folder for pictures")
