@@ -16,6 +16,7 @@ from fastddpm.tables.deis import deis_table, ipndm_table
 from fastddpm.tables.dpm_solver import dpm_solver_table
 from fastddpm.tables.euler import euler_ancestral_table, euler_table, heun_table
 from fastddpm.tables.names import canonical
+from fastddpm.tables.repaint import repaint_table
 from fastddpm.tables.sa_solver import sa_solver_table
 from fastddpm.tables.table import Table
 from fastddpm.tables.unipc import unipc_table
@@ -63,7 +64,8 @@ def make_table(
         guided: the table is for classifier-free guidance.
         strength: the share of the steps that is kept, from the end, in (0, 1], as in diffusers: int(strength n) of n,
             but one at least. What is left begins like a table of its own, a multistep method at first order.
-        options: further keywords of the builder (eta, spacing, clip_range, ...), which override the config's.
+        options: further keywords of the builder (eta, spacing, clip_range, ...), which override the config's; and
+            jump_length and jump_n_sample, of `fastddpm.tables.repaint.repaint_table`.
 
     Raises:
         ValueError: the name is unknown, or an option is out of range.
@@ -84,13 +86,15 @@ def make_table(
     else:
         defaults["learned"] = config.variance_type in LEARNED
     build, options = partial(SAMPLERS[name], config.schedule()), {**defaults, **options}
+    jumps = {name: options.pop(name) for name in ("jump_length", "jump_n_sample") if name in options}
     strength = number("strength", strength, gt=0.0, le=1.0)
     table = build(steps=steps, timesteps=timesteps, **options)
-    if strength == 1.0:
-        return table
-    visited = table.timesteps.unique_consecutive()
-    # A product such as 0.29 * 100 may fall just short of the integer that it means.
-    skipped = len(visited) - max(1, int(strength * len(visited) + 1e-9))
-    # Options with a value for each step: sigmas, tau, eps_square.
-    tails = {k: v[skipped:] for k, v in options.items() if isinstance(v, Sequence | Tensor) and not isinstance(v, str)}
-    return build(timesteps=visited[skipped:], **{**options, **tails})
+    if strength < 1.0:
+        visited = table.timesteps.unique_consecutive()
+        # A product such as 0.29 * 100 may fall just short of the integer that it means.
+        skipped = len(visited) - max(1, int(strength * len(visited) + 1e-9))
+        # Options with a value for each step: sigmas, tau, eps_square.
+        per_step = {k: v for k, v in options.items() if isinstance(v, Sequence | Tensor) and not isinstance(v, str)}
+        tails = {name: values[skipped:] for name, values in per_step.items()}
+        table = build(timesteps=visited[skipped:], **{**options, **tails})
+    return repaint_table(table, **jumps) if jumps else table

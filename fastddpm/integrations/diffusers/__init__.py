@@ -1,4 +1,4 @@
-"""Drop-ins for diffusers: six of its schedulers and two pipelines, with their arithmetic in fused operations.
+"""Drop-ins for diffusers: seven of its schedulers and two pipelines, with their arithmetic in fused operations.
 
     pipe.scheduler = FastDDPMScheduler.from_config(pipe.scheduler.config)     any pipeline, step by step
     pipe = fastddpm.accelerate(pipe)                                          DDPMPipeline, DDIMPipeline: the whole loop
@@ -51,6 +51,7 @@ from __future__ import annotations
 from fastddpm.integrations.diffusers.accelerate import accelerate
 from fastddpm.integrations.diffusers.native_unet import native_unet
 from fastddpm.integrations.diffusers.pipelines import FastDDIMPipeline, FastDDPMPipeline
+from fastddpm.integrations.diffusers.repaint import FastRePaintScheduler
 from fastddpm.integrations.diffusers.schedulers import (
     FastDDIMScheduler,
     FastDDPMScheduler,
@@ -68,6 +69,7 @@ __all__ = [
     "FastDPMSolverMultistepScheduler",
     "FastEulerAncestralDiscreteScheduler",
     "FastEulerDiscreteScheduler",
+    "FastRePaintScheduler",
     "FastUniPCMultistepScheduler",
     "accelerate",
     "native_unet",
