@@ -30,7 +30,7 @@ class RangedSampler(Sampler):
             with named(UNET):
                 m = step.predict()
             with named(P_SAMPLE):
-                step.p_sample(m)
+                step.update(m)
             step.next_row()
 
 

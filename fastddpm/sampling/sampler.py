@@ -122,7 +122,9 @@ class Sampler:
     def reverse_step(step: StaticStep) -> None:
         """The body of Algorithm 2's loop, captured once as a graph on CUDA: x_{t-1} ~ p_theta(x_{t-1} | x_t)."""
         m = step.predict()  # eps_theta(x_t, t)
-        step.p_sample(m)  # x_{t-1} = mu_theta(x_t, t) + sigma_t z
+        step.update(
+            m
+        )  # x_{t-1} = mu_theta(x_t, t) + sigma_t z; the default sampler has sigma_t = 0, and draws x_T only
         step.next_row()
         step.paste()  # x_{t-1} ~ q(x_{t-1} | known) where data are known
 

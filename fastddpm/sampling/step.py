@@ -109,7 +109,7 @@ class StaticStep:
         kwargs = {name: value for name, value in self.kwargs.items() if value is not self.x0_in}
         return gradient(self.key.cond[0], self.x_t, self.t, kwargs)
 
-    def p_sample(self, m: Tensor) -> None:
+    def update(self, m: Tensor) -> None:
         """Replace x_t by x_{t-1} ~ p_theta(x_{t-1} | x_t), given the network's output m."""
         table = self.table
         ops.p_sample(
