@@ -78,10 +78,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give --data: mnist, digits8x8, an image folder, or a .npy/.npz file")
     config = TrainConfig.from_dict(settings)
     result = train(config, quiet=quiet)
+    first = rank_and_world(os.environ)[0] == 0
     if result.signal is not None:
         name = signal.Signals(result.signal).name
-        print(f"fastddpm: stopped by {name} at step {result.steps}; continue with --resume", file=sys.stderr)
+        if first:
+            print(f"fastddpm: stopped by {name} at step {result.steps}; continue with --resume", file=sys.stderr)
         return 128 + result.signal
-    if not quiet and rank_and_world(os.environ)[0] == 0:
+    if first and not quiet:
         print(f"{result.steps} steps, loss {result.loss:.4f}, model in {config.out}")
     return 0

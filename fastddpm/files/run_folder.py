@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 from fastddpm.checks import shown
 from fastddpm.files.atomic import write_files
 from fastddpm.files.safejson import read_object
+
+logger = logging.getLogger("fastddpm")
 
 # Seeds that form no ranges take up to 21 bytes each.
 MAX_BYTES = 256 * 2**20
@@ -181,6 +184,8 @@ def _flock(folder: Path, *, shared: bool) -> Iterator[Callable[[], None]]:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(f"another run is writing to {folder}; wait for it, or use another --outdir") from None
+        except OSError as error:  # as of many network file systems
+            logger.warning("%s cannot be locked (%s); let no other run write there", folder, error.strerror)
 
     handle = os.open(folder, os.O_RDONLY)
     try:

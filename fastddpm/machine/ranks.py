@@ -67,10 +67,9 @@ class Ranks:
         while self.add("connecting", 0) < self.world:
             time.sleep(_LOOK_EVERY)
         dist.init_process_group(store=self.store, rank=self.rank, world_size=self.world)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+        yield
+        # Not after an error: this would wait for ranks that wait for this one, and torchrun ends them when it is gone.
+        dist.destroy_process_group()
 
     def reduced(self, value: float, operation: Any = dist.ReduceOp.SUM) -> float:
         """Return the sum, or another reduction, of what all connected ranks give."""
@@ -81,8 +80,7 @@ class Ranks:
 
     def wait_for_all(self) -> None:
         """Wait until every connected rank has come here."""
-        if self.store is not None:
-            dist.barrier()
+        self.reduced(0)
 
     def each(self, f: Callable[[Tensor], Tensor], blocks: Sequence[Tensor]) -> Tensor:
         """Return f of every block, end to end; connected ranks compute a share each, and all have the same result."""

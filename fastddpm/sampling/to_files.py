@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from fastddpm.sampling.outputs import Outputs
 from fastddpm.sampling.sample import Run
 from fastddpm.sampling.state import table_digest
 from fastddpm.unet.unet import UNet
+
+logger = logging.getLogger("fastddpm")
 
 # Seconds between two reports of a rank's steps to the others.
 TELL_EVERY = 0.2
@@ -67,6 +70,8 @@ def begun(
         if told is None:
             folder.begin(config, resume=resume, overwrite=overwrite)
             told = config, outputs.missing()
+            if (idle := ranks.world - len(planned.batches)) > 0:
+                logger.warning("%d of %d processes have no batch to draw; give a smaller --batch", idle, ranks.world)
             if ranks.world > 1:
                 share()
             ranks.tell("run", told)

@@ -231,7 +231,8 @@ def build_trainer(config: TrainConfig, data: Dataset, model: UNet, ranks: Ranks 
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile
     net = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     if ranks.world > 1:
-        net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+        devices = [device] if device.type == "cuda" else None
+        net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
     ema = EMA(model, config.ema) if ranks.rank == 0 else None
     return Trainer(config, data, model, net, ema, optimizer, config.diffusion().schedule(), ranks)
 

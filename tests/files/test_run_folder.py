@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,16 @@ def test_locked_lets_processes_of_one_run_share_the_folder(tmp_path: Path) -> No
         pass
     with other.locked():
         assert tmp_path.exists()
+
+
+def test_folder_that_cannot_be_locked_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(handle: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunFolder(tmp_path, []).locked():
+        assert f"{tmp_path} cannot be locked (Function not implemented)" in caplog.text
