@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import textwrap
 from collections.abc import Mapping
@@ -44,13 +45,16 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Profile and print."""
+    # Without a GPU torch.profiler reports on stderr that it found none; it reads this once.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from fastddpm.diagnostics import profile as profiling
 
+    if not args.ranges_only:
+        args.trace.parent.mkdir(parents=True, exist_ok=True)
     model = _model(args.model)
     profiled = profiling.run_profile(_sampler(args, model), _call(args, model), traced=not args.ranges_only)
     if profiled is None:
         return 0
-    args.trace.parent.mkdir(parents=True, exist_ok=True)
     profiled.export_chrome_trace(str(args.trace))
     if args.cuda_graph:
         # The parts of a step are inside the graph, so there is no breakdown.
