@@ -71,11 +71,11 @@ class Ranks:
         # Not after an error: this would wait for ranks that wait for this one, and torchrun ends them when it is gone.
         dist.destroy_process_group()
 
-    def reduced(self, value: float, operation: Any = dist.ReduceOp.SUM) -> float:
-        """Return the sum, or another reduction, of what all connected ranks give."""
+    def reduced(self, value: float, *, largest: bool = False) -> float:
+        """Return the sum, or the largest, of what all connected ranks give."""
         total = torch.tensor(value, dtype=torch.float64, device="cpu")
         if self.store is not None:
-            dist.all_reduce(total, operation)
+            dist.all_reduce(total, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
         return total.item()
 
     def wait_for_all(self) -> None:

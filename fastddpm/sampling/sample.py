@@ -8,12 +8,11 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
 from fastddpm.checks import integer
@@ -29,6 +28,9 @@ from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.sampling.tuned import named_table
 from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
 from fastddpm.unet.load import load
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("fastddpm")
 

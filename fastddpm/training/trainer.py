@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
 
 from fastddpm.data.datasets import Dataset
@@ -202,7 +201,7 @@ def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
                 saved = n
 
         # Ranks that hear of a signal at different steps stop after the same one.
-        while n < config.steps and not (stopped := int(ranks.reduced(interrupt.signal or 0, ReduceOp.MAX))):
+        while n < config.steps and not (stopped := int(ranks.reduced(interrupt.signal or 0, largest=True))):
             try:
                 loss = trainer.step(n)
             except DivergenceError as error:
