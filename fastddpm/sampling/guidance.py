@@ -29,19 +29,13 @@ class GuidanceArguments(TypedDict, total=False):
 
 
 class Guidance(NamedTuple):
-    """What they come to.
-
-    Attributes:
-        w: the weight of classifier-free guidance, or float32 [R].
-        phi: of `rescaled`.
-        cond: the gradient of log p(y | x_t), and the form that it enters in.
-        shift: of `shift_of`, for the epsilon form.
-    """
+    """What they come to: w (or float32 [R]) and phi of `rescaled`, the gradient and its form, `shift_of` for one."""
 
     w: float | Tensor
     phi: float
-    cond: tuple[CondFn, CondForm] | None
-    shift: Tensor | None
+    cond_fn: CondFn | None = None
+    cond_form: CondForm | None = None
+    shift: Tensor | None = None
 
 
 def resolve_guidance(
@@ -59,12 +53,12 @@ def resolve_guidance(
     """
     w, phi = _weight(guidance, guidance_interval, table), number("guidance_rescale", guidance_rescale, ge=0.0, le=1.0)
     if cond_fn is None:
-        return Guidance(w, phi, None, None)
+        return Guidance(w, phi)
     noisy = table.column("sigma") != 0
     form = cond_form or ("mean" if noisy.any() and noisy[:-1].all() else "epsilon")
     if one_of("cond_form", form, ("mean", "epsilon")) == "mean" and not noisy.any():
         raise ValueError(f"cond_form='mean' moves x by sigma^2, and table {table.name!r} has none; use 'epsilon'")
-    return Guidance(w, phi, (cond_fn, form), shift_of(table) if form == "epsilon" else None)
+    return Guidance(w, phi, cond_fn, form, shift_of(table) if form == "epsilon" else None)
 
 
 def is_guided(guidance: Weight) -> bool:
@@ -95,14 +89,8 @@ def rescaled(pair: Tensor, w: Tensor, phi: Tensor, channels: int) -> Tensor:
 
     m_cfg = m_u + w (m_c - m_u);  m = phi m_cfg std(m_c) / std(m_cfg) + (1 - phi) m_cfg, std over a sample's elements.
 
-    Args:
-        pair: [2B, ...], the conditional half first.
-        w: the weight, one element.
-        phi: how far, 0 to 1, one element.
-        channels: those of the prediction; what follows, a learned variance, comes from the conditional half.
-
-    Returns:
-        float32 [B, ...].
+    What follows the prediction's channels, a learned variance, comes from the conditional half, the first: [2B, ...] ->
+    float32 [B, ...].
     """
     m_c, m_u = pair.float().chunk(2)
     v = m_c[:, channels:]
@@ -120,9 +108,6 @@ def shift_of(table: Table) -> Tensor:
 
     With x_t = c x_0 + s eps, eps' = eps - s g moves x_0 by s^2 / c g. A row reads x_0 = a x_t + b m (or eps), so that
     m' = m + s^2 / (b c) g (or - s / b g) moves it alike, whatever the network predicts. The clip comes after it.
-
-    Returns:
-        float32 [R].
 
     Raises:
         ValueError: the table does not say its levels, or has one without signal.

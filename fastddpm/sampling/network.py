@@ -84,11 +84,6 @@ def num_classes_of(model: Model) -> int | None:
     return None if labels is None else labels - (null_class_of(model) is not None)
 
 
-def self_conditions(model: Model) -> bool:
-    """Whether the model is one of denoising-diffusion-pytorch's that take the last estimate of x_0."""
-    return getattr(model, "self_condition", False) is True
-
-
 def unwrap(output: Any) -> Any:
     """Return the tensor in the model's output: itself, or its `.sample` (diffusers' UNet2DOutput)."""
     return output if isinstance(output, Tensor) else getattr(output, "sample", output)

@@ -22,7 +22,7 @@ from fastddpm.machine.devices import resolve_device
 from fastddpm.ops.checks import DTYPES
 from fastddpm.ops.operators import use_triton
 from fastddpm.sampling.changes import modules_of
-from fastddpm.sampling.network import Model, device_of, dtype_of, null_class_of, num_labels_of, self_conditions
+from fastddpm.sampling.network import Model, device_of, dtype_of, null_class_of, num_labels_of
 
 logger = logging.getLogger("fastddpm")
 
@@ -163,7 +163,8 @@ def resolve_options(
         check_finite=check_finite,
         frozen=frozen,
         null_class=null_class_of(model) if null_class is None else null_class,
-        self_condition="x_self_cond" if self_condition is None and self_conditions(model) else self_condition,
+        # As denoising-diffusion-pytorch's networks say it.
+        self_condition=self_condition or ("x_self_cond" if getattr(model, "self_condition", False) is True else None),
         num_labels=num_labels_of(model),
     )
 

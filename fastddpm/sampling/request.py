@@ -32,7 +32,7 @@ class StepKey:
         noise: where z comes from: "counter" (seeds), "given" (a buffer that the caller fills) or "none".
         guided: two predictions per sample, and m = m_u + w (m_c - m_u).
         rescaled: m keeps the spread of m_c.
-        cond: see `Guidance`.
+        cond_fn, cond_form: of `Sampler.sample`.
         masked: known data take their place in x_t after each step.
         x0_out: the estimate of x_0 is kept.
         check_finite: each sample's first step with a NaN or Inf is recorded.
@@ -46,7 +46,8 @@ class StepKey:
     noise: str = COUNTER
     guided: bool = False
     rescaled: bool = False
-    cond: tuple[CondFn, CondForm] | None = None
+    cond_fn: CondFn | None = None
+    cond_form: CondForm | None = None
     masked: bool = False
     labels: bool = False
     x0_out: bool = False
@@ -220,7 +221,8 @@ def key_of(
         noise=NONE if not stochastic else COUNTER if source == "seeds" else GIVEN,
         guided=guided,
         rescaled=guided and guidance.phi > 0.0,
-        cond=guidance.cond,
+        cond_fn=guidance.cond_fn,
+        cond_form=guidance.cond_form,
         masked=known is not None,
         labels=labels is not None,
         x0_out=x0_out,

@@ -75,7 +75,7 @@ class State:
             ValueError: the run depends on what no file can hold: a generator, a function or another object.
         """
         request, guidance = self.request, self.request.guidance
-        if request.draw is not None or guidance.cond is not None:
+        if request.draw is not None or guidance.cond_fn is not None:
             raise ValueError("a run with generator=, noise= or cond_fn= cannot be saved; draw its noise by seeds=")
         tensors = {**self.buffers, "seed": request.seed, "sample_id": request.sample_id}
         optional = {"class_labels": request.class_labels, "w": guidance.w}

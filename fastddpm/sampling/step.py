@@ -65,11 +65,10 @@ class StaticStep:
         self.history = buffer(table.history, B, *shape) if table.history else None
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
         # compiled twin of the draw needs none.
-        self._shift = None if key.cond is None or key.cond[1] == "mean" else buffer(len(table))
         twin = options.device.type == "cpu" and not options.uses_triton
         self._compiled = options.compiles and getattr(network, "compiles_step", True)
         pays = self._compiled and twin and math.prod(shape) % 2 == 0
-        self._draws_ahead = key.noise == COUNTER and (pays or bool(key.cond and self._shift is None))
+        self._draws_ahead = key.noise == COUNTER and (pays or key.cond_form == "mean")
         self._forward = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_FORWARD)
         self.known = None
         if key.masked and self.levels is not None:
@@ -77,6 +76,7 @@ class StaticStep:
         self.z = buffer(B, *shape) if key.noise == GIVEN or self._draws_ahead else None
         self.first_bad = buffer(B, dtype=torch.int64) if key.check_finite else None
         self._rescale = buffer(1) if key.rescaled else None
+        self._shift = buffer(len(table)) if key.cond_form == "epsilon" else None
         self._kwargs = {name: buffer(*size, dtype=dtype) for name, size, dtype in key.buffers}
         self.x0_in = torch.zeros_like(self.x_in) if options.self_condition else None
         if options.self_condition and self.x0_in is not None:
@@ -92,7 +92,7 @@ class StaticStep:
         """Return m = model(x_t, t), [B, ...], or [2B, ...] with guidance that is left to the step."""
         if self.key.guided:
             self.x_in[self.key.batch :].copy_(self.x_in[: self.key.batch])
-        if self._reads_t or self.key.cond:
+        if self._reads_t or self.key.cond_fn:
             torch.index_select(self.timesteps, 0, self._index, out=self.t)
         m = self._checked(unwrap(self.network(self.x_in, self.t, self.row, self.kwargs)))
         if self._rescale is not None:
@@ -105,9 +105,9 @@ class StaticStep:
         return self.rows[:, COLUMN[name]].index_select(0, self.row)
 
     def _gradient(self) -> Tensor:
-        assert self.key.cond is not None
+        assert self.key.cond_fn is not None
         kwargs = {name: value for name, value in self.kwargs.items() if value is not self.x0_in}
-        return gradient(self.key.cond[0], self.x_t, self.t, kwargs)
+        return gradient(self.key.cond_fn, self.x_t, self.t, kwargs)
 
     def update(self, m: Tensor) -> None:
         """Replace x_t by x_{t-1} ~ p_theta(x_{t-1} | x_t), given the network's output m."""
@@ -156,7 +156,7 @@ class StaticStep:
             if not self._draws_ahead:
                 return counter
             ops.randn(counter, self.options.shape, backend=self.options.backend, compiled=self._compiled, out=self.z)
-        if self.key.cond is not None and self._shift is None and self.z is not None:
+        if self.key.cond_form == "mean" and self.z is not None:
             # mu + std (z + std g): the mean moves by Sigma g   (Dhariwal & Nichol 2021, Algorithm 1).
             std = self._column("sigma")
             if self.table.learned:
