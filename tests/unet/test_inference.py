@@ -219,6 +219,25 @@ def test_steps_of_a_size_share_one_package(monkeypatch: pytest.MonkeyPatch) -> N
     assert built == ["2x2x16x16"]
 
 
+def test_a_condition_belongs_to_the_compiled_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is decided before the condition is there."""
+    built = []
+
+    def obtain(identity: dict[str, str], want: Want, job: Callable[[], Job]) -> Denoise:
+        built.append(identity["shape"])
+        form, (x, _) = job()
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        return form
+
+    monkeypatch.setattr(unet_inference, "obtain", obtain)
+    model = small_unet(in_channels=5, out_channels=2)
+    compiled, eager = (Sampler(model, TABLE, SHAPE, compile=choice) for choice in (True, False))
+    call = {"seeds": [1, 2], "model_kwargs": {"condition": torch.randn(2, 3, 16, 16)}}
+    assert compiled.settle(**call)
+    assert relative_l2(compiled.sample(**call), eager.sample(**call)) < TOLERANCE
+    assert built == ["2x5x16x16"]
+
+
 def one_level_unet(channels: int) -> UNet:
     """Without attention: few kernels to compile."""
     config = UNetConfig(
