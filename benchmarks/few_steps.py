@@ -1,4 +1,4 @@
-"""Seconds for 16 digits: diffusers' 1000 steps beside eight of its best scheduler and eight of this library's "fast".
+"""Seconds for 16 digits: diffusers' 1000 steps, eight of its best scheduler, and eight and five steps of this library.
 
 `python -m fastddpm.benchmarks.few_steps` prints README's table; both libraries run the shipped model, float32, warm, in
 interleaved rounds.
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from fastddpm.sampling.sample import diffusion_of
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.tables.by_name import make_table
+from fastddpm.sampling.tuned import named_table
 from fastddpm.unet.load import SHIPPED, load
 
 BATCH = 16
@@ -41,10 +42,9 @@ def providers(labels: torch.Tensor, many: int) -> dict[str, Callable[[], object]
 
         return draw
 
-    def ours(compile: bool) -> Callable[[], object]:
+    def ours(name: str, compile: bool) -> Callable[[], object]:
         model = load("digits")
-        assert model.diffusion is not None
-        sampler = Sampler(model, make_table("fast", model.diffusion), (1, 32, 32), compile=compile)
+        sampler = Sampler(model, named_table(name, model, diffusion_of(model)), (1, 32, 32), compile=compile)
         return lambda: sampler.sample(seeds=range(BATCH), class_labels=labels)
 
     return {
@@ -52,8 +52,10 @@ def providers(labels: torch.Tensor, many: int) -> dict[str, Callable[[], object]
         "diffusers, UniPCMultistepScheduler, 8 steps": loop(
             "UniPCMultistepScheduler", 8, solver_order=3, timestep_spacing="trailing"
         ),
-        "fastddpm, fast, uncompiled": ours(False),
-        "fastddpm, fast, compiled": ours(True),
+        "fastddpm, fast, uncompiled": ours("fast", False),
+        "fastddpm, fast, compiled": ours("fast", True),
+        "fastddpm, tuned, uncompiled": ours("tuned", False),
+        "fastddpm, tuned, compiled": ours("tuned", True),
     }
 
 

@@ -63,8 +63,12 @@ def measure_steps(
         return x, {"sampler": sampler, "calls": len(run.sampler.table), "seconds": seconds}
 
     def errors(x: Tensor) -> dict[str, float]:
-        found = {"error": _relative(x, converged)}
-        return found if features is None else {**found, "feature_error": _relative(features(x), features(converged))}
+        found = {"error": relative_distance(x, converged)}
+        return (
+            found
+            if features is None
+            else {**found, "feature_error": relative_distance(features(x), features(converged))}
+        )
 
     converged, reference = draw(CONVERGED, many)
     rows = []
@@ -81,7 +85,7 @@ def _draw(run: Run, progress: Callable[[int], None]) -> Tensor:
     return torch.cat([run.draw(batch, lambda _: progress(1)) for batch in run.batches]).cpu()
 
 
-def _relative(x: Tensor, converged: Tensor) -> float:
+def relative_distance(x: Tensor, converged: Tensor) -> float:
     """Root mean square of x - converged over the standard deviation of `converged` among its samples."""
     x, converged = x.double(), converged.double()
     spread = (converged - converged.mean(dim=0)).square().mean().sqrt()

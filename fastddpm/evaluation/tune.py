@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.checks import integer
+from fastddpm.evaluation.steps import relative_distance
 from fastddpm.noise.v1 import STREAM_X_T
 from fastddpm.ops.draw import randn
 from fastddpm.sampling.network import device_of, dtype_of, null_class_of, unwrap
@@ -37,7 +38,7 @@ FIRST_SEED = 2_000_000_000
 _LEVEL_STEP, _TIMESTEP_STEP, _COEFFICIENT_STEP = 0.1, 0.02, 0.01
 # What a parameter's squared deviation from the solver's costs, levels apart, where the samples' variance is 1.
 _RIDGE = 1e-3
-_DAMPING, _ATTEMPTS = 1e-2, 6
+_DAMPING, _ATTEMPTS = 1e-2, 10
 # The fit ends when the held-out error has not fallen to that share for so many iterations.
 _GAIN, _PATIENCE = 0.99, 3
 
@@ -211,7 +212,8 @@ def tune(
 
     def error(batches: list[Batch], theta: Tensor) -> float:
         table = family.table(theta)
-        return _error([batch.run(table).x[-1] for batch in batches], [batch.target for batch in batches])
+        results = torch.cat([batch.run(table).x[-1] for batch in batches])
+        return relative_distance(results, torch.cat([batch.target for batch in batches]))
 
     before = error(others, family.start)
     theta = family.start if start is None else family.parameters(start)
@@ -280,9 +282,3 @@ def _cost(family: Family, theta: Tensor, error: float) -> float:
 def _energy(targets: list[Tensor]) -> float:
     x = torch.cat(targets).double()
     return float((x - x.mean(dim=0)).square().sum())
-
-
-def _error(results: list[Tensor], targets: list[Tensor]) -> float:
-    """Root mean square distance over the targets' standard deviation."""
-    squares = float((torch.cat(results) - torch.cat(targets)).double().square().sum())
-    return (squares / _energy(targets)) ** 0.5

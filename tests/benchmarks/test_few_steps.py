@@ -10,16 +10,16 @@ from fastddpm.benchmarks import few_steps
 def test_every_row_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_steps, "Sampler", lambda *args, compile, **more: _uncompiled(*args, **more))
     seconds = few_steps.measure(many=2, rounds=1, inner=2)
-    assert [len(each) for each in seconds.values()] == [1, 2, 2, 2]
+    assert [len(each) for each in seconds.values()] == [1, 2, 2, 2, 2, 2]
     assert min(min(each) for each in seconds.values()) > 0
 
 
-def test_eight_steps_of_both_draw_the_same_kind_of_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_steps_of_both_draw_the_same_kind_of_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_steps, "Sampler", lambda *args, compile, **more: _uncompiled(*args, **more))
     torch.manual_seed(0)
-    _, theirs, ours, _ = few_steps.providers(torch.arange(16) % 10, 2).values()
-    means = [draw().mean() for draw in (theirs, ours)]  # type: ignore[attr-defined]
-    assert abs(means[0] - means[1]) < 0.1
+    _, theirs, fast, _, tuned, _ = few_steps.providers(torch.arange(16) % 10, 2).values()
+    means = [draw().mean() for draw in (theirs, fast, tuned)]  # type: ignore[attr-defined]
+    assert max(means) - min(means) < 0.1
 
 
 def _uncompiled(*args: object, **options: object) -> object:
