@@ -32,14 +32,17 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.machine import packages
     from fastddpm.machine.torch_compile import package_cache
 
+    running = 0
     folder, found = package_cache().path, [_entry(path) for path in packages.stored()]
     if args.action == "clear":
-        packages.clear()
+        running = packages.clear()
     if args.json:
         print(json.dumps({"folder": str(folder), "packages": found}, indent=1))
         return 0
     size = sum(entry["bytes"] for entry in found) / _MIB
     print(f"{folder}: {len(found)} compiled networks, {size:.1f} MiB{', removed' if args.action == 'clear' else ''}")
+    if running:
+        print(f"{running} more are being built and will be there")
     if args.action == "list":
         for entry in found:
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["used"]))

@@ -87,7 +87,8 @@ def _cuda_lines(cuda: Mapping[str, Any]) -> list[str]:
 def _cache_line(name: str, cache: Mapping[str, Any]) -> str:
     remark = "" if cache["writable"] else f"; cannot be written: set {name} to a folder of yours"
     if cache["others_can_write"]:
-        remark += f"; OTHERS CAN WRITE to it, and its code is executed: set {name} to a folder of yours"
+        part = "it" if cache["others_can_write"] == cache["path"] else cache["others_can_write"]
+        remark += f"; OTHERS CAN WRITE to {part}, and its code is executed: set {name} to a folder of yours"
     return _line(name, cache["path"] + remark)
 
 

@@ -59,7 +59,7 @@ def compiles() -> dict[str, Any]:
             cache.variable: {
                 "path": str(cache.path),
                 "writable": cache.writable,
-                "others_can_write": cache.others_can_write,
+                "others_can_write": None if cache.open_part is None else str(cache.open_part),
             }
             for cache in found
         },

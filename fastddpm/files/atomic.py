@@ -14,7 +14,7 @@ def write_files(contents: Mapping[Path, bytes | Callable[[IO[bytes]], object]]) 
 
     All are on disk before the first is moved into its place, and they are moved in the mapping's order, so a crash or a
     full disk leaves the old files, the new ones or, for an instant, a leading part of the new ones, each of them whole.
-    What a killed process leaves behind is called ``.NAME.PID.tmp``.
+    What a killed process leaves behind is `temporary_of` them.
 
     Raises:
         OSError: the disk is full, a folder is not writable; the old files are intact.
@@ -23,7 +23,7 @@ def write_files(contents: Mapping[Path, bytes | Callable[[IO[bytes]], object]]) 
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            staged[path] = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            staged[path] = temporary_of(path, os.getpid())
             _write_synced(staged[path], content)
         for path, temporary in staged.items():
             os.replace(temporary, path)
@@ -33,6 +33,11 @@ def write_files(contents: Mapping[Path, bytes | Callable[[IO[bytes]], object]]) 
                 temporary.unlink()
     for folder in {path.parent for path in contents}:
         _sync_folder(folder)
+
+
+def temporary_of(path: Path, pid: int) -> Path:
+    """Where a process writes a file before it is whole."""
+    return path.with_name(f".{path.name}.{pid}.tmp")
 
 
 def _write_synced(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:

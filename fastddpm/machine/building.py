@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastddpm.errors import BackendUnavailable
-from fastddpm.files.atomic import write_files
+from fastddpm.files.atomic import temporary_of, write_files
 from fastddpm.machine import packages
 from fastddpm.machine.packages import Code
 from fastddpm.machine.torch_compile import has_cpp_compiler, package_cache
@@ -46,7 +47,12 @@ class Want(enum.IntEnum):
 Job = tuple[nn.Module, tuple[Tensor, ...]]
 """A network that can be pickled, and its arguments: their shapes, dtypes and strides are those of all later calls."""
 
+# Seconds until a run says that it waits for another process, and from then on.
+SAYS_AFTER, SAYS_EVERY = 2.0, 5.0
+
+# At most one of them runs; those that ended go at the next call.
 _background: dict[Path, _Build] = {}
+_failed: set[Path] = set()
 _guard = threading.Lock()
 
 
@@ -77,6 +83,9 @@ def build(identity: Mapping[str, str], job: Callable[[], Job], out: Path | None 
     """
     reason = why_not(to_cache=out is None)
     if reason is None:
+        _await_others(packages.path_of(identity))
+        if out is None and (code := packages.find(identity)) is not None:
+            return code
         logger.info("compiling the network: half a minute or more, once; later processes find it")
         reason = _start(identity, job, out=out, waits=True).wait()
     if reason is None:
@@ -90,8 +99,8 @@ def build(identity: Mapping[str, str], job: Callable[[], Job], out: Path | None 
 def why_not(*, to_cache: bool = True) -> str | None:
     """Return why nothing can be built here; None where it can."""
     cache = package_cache()
-    if to_cache and cache.others_can_write:
-        return f"others can write to {cache.path}: set {cache.variable} to a folder of yours"
+    if to_cache and cache.open_part is not None:
+        return f"others can write to {cache.open_part}: set {cache.variable} to a folder of yours"
     if to_cache and (reason := cache.why_unusable()) is not None:
         return reason
     return None if has_cpp_compiler() else "no C++ compiler was found; set CXX to one"
@@ -101,17 +110,33 @@ def _build_in_background(identity: Mapping[str, str], job: Callable[[], Job]) ->
     """Start a build that outlives this process, once; warn once where it has failed."""
     path = packages.path_of(identity)
     with _guard:
-        if path in _background:
-            reason = _background[path].failure()
-            if reason is not None:
+        for ended in [other for other, build in _background.items() if not build.runs()]:
+            if (reason := _background.pop(ended).failure()) is not None:
+                _failed.add(ended)
                 logger.warning("the model runs uncompiled: %s", reason)
-        elif (reason := why_not()) is not None:
+        if path in _background or path in _failed:
+            return
+        if (reason := why_not()) is not None:
             logger.info("the model runs uncompiled: %s", reason)
-        elif any(build.runs() for build in _background.values()):
+        elif _background:
             logger.info("the model runs uncompiled: this process is building another network in the background")
         else:
             logger.info("building compiled code in the background, for later calls; compile=False turns it off")
             _background[path] = _start(identity, job, out=None, waits=False)
+
+
+def _await_others(path: Path) -> None:
+    """Wait while another process builds a package, and say so; if it dies, the system gives up its lock."""
+    import filelock
+
+    started, patience = time.monotonic(), SAYS_AFTER
+    while True:
+        try:
+            with packages.locked(path, patience):
+                return
+        except filelock.Timeout:
+            patience, seconds = SAYS_EVERY, time.monotonic() - started
+            logger.warning("waiting for %s, which compiles the same network: %.0f s", packages.builder(path), seconds)
 
 
 def _start(identity: Mapping[str, str], job: Callable[[], Job], *, out: Path | None, waits: bool) -> _Build:
@@ -126,7 +151,9 @@ class _Build:
     """A process that builds a package."""
 
     def __init__(self, identity: Mapping[str, str], job: Job, *, out: Path | None, waits: bool) -> None:
-        packages.path_of(identity).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._target = packages.path_of(identity)
+        self._target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._target = self._target if out is None else out
         self._log: IO[bytes] | None = tempfile.TemporaryFile()  # noqa: SIM115  read when the process has ended
         with tempfile.TemporaryFile() as order:
             torch.save({"identity": dict(identity), "job": job, "out": out, "waits": waits}, order)
@@ -152,7 +179,11 @@ class _Build:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         self._process.wait(timeout=1)
         finally:
-            self._process.kill()
+            if self.runs():
+                self._process.kill()
+                self._process.wait()
+                temporary_of(self._target, self._process.pid).unlink(missing_ok=True)
+                packages.sweep()
         return self.failure()
 
     def runs(self) -> bool:
@@ -183,10 +214,8 @@ def main() -> None:
     if not order["waits"] and hasattr(os, "nice"):
         os.nice(19)
     path = packages.path_of(identity)
-    with (
-        contextlib.suppress(filelock.Timeout),
-        filelock.FileLock(path.with_suffix(packages.LOCK)).acquire(timeout=-1 if order["waits"] else 0),
-    ):
+    packages.sweep()
+    with contextlib.suppress(filelock.Timeout), packages.locked(path, -1 if order["waits"] else 0):
         if out is not None:
             write_files({out: compile_package(order["job"], identity, path.with_suffix(packages.WORK))})
         elif not packages.is_whole(path):
@@ -207,6 +236,7 @@ def compile_package(job: Job, identity: Mapping[str, str], folder: Path) -> byte
     module, example = job
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
+    (folder / packages.PID).write_text(str(os.getpid()))
     settings: dict[str, Any] = {
         "freezing": True,
         # Kernels are named in a profile; otherwise this costs nothing.
@@ -236,6 +266,16 @@ def _make_constant(module: nn.Module) -> None:
                 part.register_buffer(name, parameter.detach())
         part._non_persistent_buffers_set.clear()
 
+
+def _after_fork() -> None:
+    """Let a forked child build: what its parent builds, and who held the lock there, are not its own."""
+    global _guard
+    _guard = threading.Lock()
+    _background.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 if __name__ == "__main__":
     main()

@@ -18,6 +18,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from fastddpm.machine.torch_compile import is_open, package_cache
 logger = logging.getLogger("fastddpm")
 
 SUFFIX, HASH, LOCK, WORK = ".pt2", ".sha256", ".lock", ".build"
+# In a build's folder: the number of its process.
+PID = "pid"
 METADATA = "fastddpm"
 # Of all names: what else lies in the folder is not touched.
 _KEY = "[0-9a-f]" * 32
@@ -44,12 +47,16 @@ class Code:
     def __init__(self, path: Path) -> None:
         # torch._inductor.aoti_load_package wraps this class, after importing Inductor and asking the C++ compiler what
         # the processor can do: seconds, and a compiler that need not be there.
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        try:
+            run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
+            self._run = lambda inputs: run(inputs)[0]
+        except (AttributeError, TypeError):  # in this torch it is another class
+            whole = torch._inductor.aoti_load_package(str(path))
+            self._run = lambda inputs: whole(*inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run it."""
-        (output,) = self._loader.run(list(inputs))
-        return output
+        return self._run(list(inputs))
 
 
 def identify(**facts: str) -> dict[str, str]:
@@ -71,8 +78,9 @@ def path_of(identity: Mapping[str, str]) -> Path:
 def find(identity: Mapping[str, str]) -> Code | None:
     """Load the package of an identity from the cache; None where there is none that may be run."""
     path, cache = path_of(identity), package_cache()
-    if cache.others_can_write:
-        logger.warning("compiled code in %s is not used, others can write to it: set %s", cache.path, cache.variable)
+    if cache.open_part is not None and cache.path.is_dir():
+        reason = f"others can write to {cache.open_part}: set {cache.variable} to a folder of yours"
+        logger.warning("compiled code in %s is not used, %s", cache.path, reason)
         return None
     if not is_whole(path):
         return None
@@ -157,12 +165,48 @@ def remove(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def clear() -> None:
-    """Remove all packages from the cache, and what killed builds have left."""
+def clear() -> int:
+    """Remove all packages from the cache, and what killed builds have left; return how many builds are running."""
     for path in stored():
         remove(path)
-    for folder in package_cache().path.glob(f"{_KEY}{WORK}"):
-        shutil.rmtree(folder, ignore_errors=True)
+    return sweep()
+
+
+def sweep() -> int:
+    """Remove what killed builds have left in the cache; return how many builds are running."""
+    import filelock
+
+    folder, running = package_cache().path, 0
+    left = [*folder.glob(f"{_KEY}{WORK}"), *folder.glob(f".{_KEY}.*.tmp")]
+    for key in sorted({entry.name.lstrip(".")[:32] for entry in left}):
+        try:
+            with locked(folder / f"{key}{SUFFIX}", 0):
+                shutil.rmtree(folder / f"{key}{WORK}", ignore_errors=True)
+                for temporary in folder.glob(f".{key}.*.tmp"):
+                    temporary.unlink(missing_ok=True)
+        except filelock.Timeout:
+            running += 1
+    return running
+
+
+def locked(path: Path, timeout: float) -> contextlib.AbstractContextManager[Any]:
+    """Hold the lock of a package, which the system gives up when its holder dies; timeout < 0 waits for ever.
+
+    Raises:
+        filelock.Timeout: another process holds it for so many seconds.
+    """
+    import filelock
+
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return filelock.FileLock(path.with_suffix(LOCK)).acquire(timeout=timeout)
+
+
+def builder(path: Path) -> str:
+    """Name the process that builds a package, for messages."""
+    try:
+        return f"process {int((path.with_suffix(WORK) / PID).read_text())}"
+    except (OSError, ValueError):
+        return "another process"
 
 
 def weights_digest(module: nn.Module) -> str:

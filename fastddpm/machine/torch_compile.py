@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import types
 from collections.abc import Callable
@@ -24,6 +25,9 @@ import torch
 from fastddpm.errors import BackendUnavailable
 
 logger = logging.getLogger("fastddpm")
+
+# And what a container calls the one outside.
+_ROOT = (0, 65534)
 
 
 def compile_call(
@@ -100,13 +104,13 @@ class Cache:
     Attributes:
         path: where it lies; it need not exist yet.
         writable: it can be written, or made.
-        others_can_write: it exists, and is somebody else's, or its group or everybody may write to it.
+        open_part: it, or a folder above it, that others could put something else into: see `is_open`; None if none.
     """
 
     variable: str
     path: Path
     writable: bool
-    others_can_write: bool
+    open_part: Path | None
 
     def why_unusable(self) -> str | None:
         """Return what is wrong and which variable to set; None if it can be used."""
@@ -139,14 +143,27 @@ def _find_cache(variable: str, default: Callable[[], Path]) -> Cache:
     # The nearest thing that exists; below a file nothing can be made.
     existing = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-    return Cache(variable, path, writable, path.is_dir() and is_open(path.stat()))
+    return Cache(variable, path, writable, _open_part(path))
 
 
-def is_open(entry: os.stat_result) -> bool:
-    """Tell whether a file or folder is another user's, or its group or everybody may write to it."""
+def _open_part(path: Path) -> Path | None:
+    # As ssh does for keys: who can write to a folder above can put another in the place of this one.
+    places = (path.absolute(), path.resolve())
+    parts = [(part, part not in places) for place in places for part in (place, *place.parents) if part.exists()]
+    return next((part for part, above in parts if is_open(part.stat(), above=above)), None)
+
+
+def is_open(entry: os.stat_result, *, above: bool = False) -> bool:
+    """Tell whether a file or folder is another user's, or its group or everybody may write to it.
+
+    Args:
+        above: it is a folder above the one in question: it may be root's, and where only owners can rename what is in
+            it, as in /tmp, others may write to it.
+    """
     # Windows has no such ids, and Triton's caches are on Linux.
-    foreign = hasattr(os, "geteuid") and entry.st_uid != os.geteuid()
-    return foreign or bool(entry.st_mode & 0o022)
+    if hasattr(os, "geteuid") and entry.st_uid != os.geteuid() and not (above and entry.st_uid in _ROOT):
+        return True
+    return bool(entry.st_mode & 0o022) and not (above and entry.st_mode & stat.S_ISVTX)
 
 
 def _user() -> str:

@@ -142,6 +142,8 @@ def resolve_options(
         ValueError: an option is unknown, or does not fit the device.
         BackendUnavailable: what was asked for cannot run there.
     """
+    if compile is False and compiled is not None:
+        raise ValueError(f"compile=False and compiled={os.fspath(compiled)!r} contradict each other; leave out one")
     sizes = check_shape(shape)
     device = resolve_device(device_of(model) if device is None else device)
     convert_to, dtype = dtype, check_dtype(dtype_of(model) if dtype is None else dtype)

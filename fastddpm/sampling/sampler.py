@@ -271,7 +271,7 @@ class Sampler:
     def settle(self, compiled: bool | None = None, **arguments: Unpack[RequestArguments]) -> bool:
         """Make ready what a `sample` with these arguments needs, and decide for this sampler's life how it runs.
 
-        What is compiled in the background is used from the next call on; after this call it is not.
+        Later calls take nothing that is compiled in the background; for changed weights what was asked for is built.
 
         Args:
             compiled: the decision, where compile="auto" leaves it open; None decides by what is there.
@@ -283,7 +283,7 @@ class Sampler:
         request = self._request("settle", arguments, x0_out=False)
         with self._steps.turn(), self._steps.lend(request.key) as step:
             fixed = self.options.strict_compile or self.options.want is Want.NEVER
-            return step.settle(None if fixed else compiled)
+            return self._steps.settle(step, None if fixed else compiled)
 
     def refresh(self) -> None:
         """Take the model anew at the next call: with ``frozen``, needed after weights were changed in place."""

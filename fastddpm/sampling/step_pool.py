@@ -59,6 +59,7 @@ class StepPool:
         self._structure: tuple[Any, ...] = ()
         self._sums: list[torch.Tensor] = []
         self._copies = False
+        self._settle: Callable[[StaticStep], bool] | None = None
         self._last_use: torch.cuda.Event | None = None
         _POOLS.add(self)
 
@@ -107,6 +108,13 @@ class StepPool:
             raise
         else:
             self._take_back(step, generation)
+
+    def settle(self, step: StaticStep, compiled: bool | None) -> bool:
+        """Decide whether networks run compiled, those of changed weights too, see `Sampler.settle`."""
+        decided = step.settle(compiled)
+        # What was only found does not oblige anybody to wait until it is built for other weights.
+        self._settle = functools.partial(StaticStep.settle, compiled=compiled if decided else False)
+        return decided
 
     def replay(self, step: StaticStep) -> None:
         """Run a step once: as its graph, or in Python on the CPU and where the model cannot be captured."""
@@ -159,6 +167,7 @@ class StepPool:
 
     def _build(self, key: StepKey) -> StaticStep:
         options = self._options
+        settle = self._settle if self._networks is None else None
         if self._networks is None:
             self._structure = changes.structure(self._model)
             self._sums = [] if options.frozen else changes.weight_sums(self._model)
@@ -174,6 +183,8 @@ class StepPool:
         network = self._networks(key.network_batch)
         self._copies |= not getattr(network, "shares_weights", False)
         step = StaticStep(key, network, self._table, options)
+        if settle is not None:
+            settle(step)
         if not self._captures:
             return step
         try:

@@ -13,7 +13,7 @@ import torch
 from fastddpm.diagnostics import compile_offline as offline
 from fastddpm.diagnostics.variants import noise_variant
 from fastddpm.errors import BackendUnavailable
-from fastddpm.machine import torch_compile
+from fastddpm.machine import building, torch_compile
 from fastddpm.machine.building import Want
 from fastddpm.sampling.options import decide_compile
 
@@ -94,9 +94,32 @@ def test_cache_of_another_user_is_one_that_others_can_write(tmp_path: Path, monk
     """In a shared temporary folder anybody can take the name first."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tmp_path.chmod(0o755)
-    assert not torch_compile.triton_cache().others_can_write
+    assert torch_compile.triton_cache().open_part is None
     monkeypatch.setattr("os.geteuid", lambda: tmp_path.stat().st_uid + 1)
-    assert torch_compile.triton_cache().others_can_write
+    assert torch_compile.triton_cache().open_part == tmp_path
+
+
+def test_cache_is_open_where_others_can_put_another_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    above, cache, elsewhere = tmp_path / "above", tmp_path / "above" / "mine" / "cache", tmp_path / "private"
+    cache.mkdir(parents=True, mode=0o700)
+    elsewhere.mkdir(mode=0o700)
+    (above / "link").symlink_to(elsewhere)
+    places = (cache, above / "mine" / "not-yet", above / "link", above / "link" / "not-yet")
+    for mode, found in ((0o755, None), (0o777, above), (0o775, above), (0o1777, None)):
+        above.chmod(mode)
+        for place in places:
+            monkeypatch.setenv("FASTDDPM_CACHE_DIR", str(place))
+            assert torch_compile.package_cache().open_part == found
+            reason = building.why_not() or ""
+            assert (f"others can write to {above}: set FASTDDPM_CACHE_DIR to a folder of yours" in reason) == bool(
+                found
+            )
+    monkeypatch.setenv("FASTDDPM_CACHE_DIR", str(cache))
+    me = os.geteuid()
+    monkeypatch.setattr("os.geteuid", lambda: me + 1)
+    assert torch_compile.package_cache().open_part == cache
 
 
 def test_caches_do_not_need_home(monkeypatch: pytest.MonkeyPatch) -> None:

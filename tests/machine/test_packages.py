@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
+from fastddpm.cli import main
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import building, packages
 from fastddpm.machine.building import Want
@@ -81,6 +83,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("FASTDDPM_CACHE_DIR", str(folder))
     monkeypatch.setattr(building, "_background", {})
+    monkeypatch.setattr(building, "_failed", set())
     yield folder
     for build in building._background.values():
         build._process.kill()
@@ -111,8 +114,8 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __init__(self, identity: dict[str, str], job: Any, **rest: Any) -> None:
             asked.append(identity["shape"])
 
-        def failure(self) -> None:
-            return None
+        def runs(self) -> bool:
+            return True
 
     monkeypatch.setattr(building, "_Build", Build)
     return asked
@@ -199,7 +202,7 @@ def test_cache_that_others_can_write_is_not_used(kept: Path, caplog: pytest.LogC
         path.chmod(mode)
         assert packages.find(packages.identity_of(kept)) is None
         path.chmod(before)
-    assert "others can write to it: set FASTDDPM_CACHE_DIR" in caplog.text
+    assert f"others can write to {kept.parent}: set FASTDDPM_CACHE_DIR" in caplog.text
     assert packages.find(packages.identity_of(kept)) is not None
 
 
@@ -335,13 +338,154 @@ def test_path_that_is_no_text_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch
     assert len(building._background) == 1
 
 
-def test_clearing_leaves_what_the_library_has_not_written(cache: Path) -> None:
+def test_clearing_leaves_what_the_library_has_not_written_and_builds_that_run(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     packages.store(cache / f"{'a' * 32}.pt2", b"code")
-    (cache / f"{'b' * 32}.build").mkdir()
-    (cache / "app.build").mkdir()
-    (cache / "model.pt2").touch()
-    packages.clear()
-    assert sorted(path.name for path in cache.iterdir()) == ["app.build", "model.pt2"]
+    left = [cache / name for name in (f"{'b' * 32}.build", f".{'b' * 32}.pt2.7.tmp", f".{'c' * 32}.sha256.8.tmp")]
+    others = [cache / name for name in ("app.build", "model.pt2", ".model.pt2.7.tmp")]
+    for path in left[1:] + others:
+        path.touch()
+    left[0].mkdir()
+    with packages.locked(cache / f"{'b' * 32}.pt2", 0):
+        assert main(["cache", "clear"]) == 0
+        assert "1 compiled networks, 0.0 MiB, removed\n1 more" in capsys.readouterr().out
+        assert [path.exists() for path in left] == [True, True, False]
+    assert packages.clear() == 0
+    assert {path for path in cache.iterdir() if path.suffix != packages.LOCK} == set(others)
+
+
+def test_build_of_another_process_is_awaited_aloud_until_it_dies(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = cache / f"{'a' * 32}.pt2"
+    code = f"""
+import os, pathlib, time
+from fastddpm.machine import packages
+path = pathlib.Path({str(path)!r})
+with packages.locked(path, 0):
+    path.with_suffix(packages.WORK).mkdir()
+    (path.with_suffix(packages.WORK) / packages.PID).write_text(str(os.getpid()))
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+    root = Path(__file__).parents[2]
+    with (
+        subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE) as other,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(building, "SAYS_AFTER", 0.01)
+        patch.setattr(building, "SAYS_EVERY", 0.01)
+        assert other.stdout is not None
+        other.stdout.readline()
+        waits = threading.Thread(target=building._await_others, args=(path,))
+        waits.start()
+        while caplog.text.count(f"waiting for process {other.pid}, which compiles the same network") < 2:
+            assert waits.is_alive()
+            time.sleep(0.01)
+        other.kill()
+        waits.join()
+
+
+def test_interrupted_build_leaves_nothing_behind(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "model.pt2"
+    build = building._Build({"threads": "1"}, (nn.Identity(), (torch.zeros(1),)), out=out, waits=True)
+    temporary = out.with_name(f".model.pt2.{build._process.pid}.tmp")
+    temporary.touch()
+    (cache / f"{'a' * 32}.build").mkdir()
+    wait = build._process.wait
+
+    def interrupted(timeout: float | None = None) -> int:
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return wait()
+
+    monkeypatch.setattr(build._process, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build.wait()
+    assert not build.runs()
+    assert not temporary.exists()
+    assert not list(cache.glob("*.build"))
+
+
+@pytest.mark.usefixtures("cache")
+def test_background_builds_that_ended_are_forgotten_but_for_their_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started: list[str] = []
+
+    class Build:
+        _process = SimpleNamespace(kill=lambda: None)
+
+        def __init__(self, identity: dict[str, str], job: Any, **_: Any) -> None:
+            started.append(identity["weights"])
+
+        def runs(self) -> bool:
+            return False
+
+        def failure(self) -> str | None:
+            return "no space" if started[-1] == "2" else None
+
+    monkeypatch.setattr(building, "_Build", Build)
+    for weights in ("1", "1", "2", "2", "3", "2", "4"):
+        building._build_in_background({"weights": weights}, lambda: (nn.Identity(), ()))
+        assert len(building._background) <= 1
+    # What was built may have been cleared since; what cannot be built is not tried again.
+    assert started == ["1", "1", "2", "3", "4"]
+    assert caplog.text.count("runs uncompiled: no space") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.usefixtures("cache")
+def test_forked_child_builds_though_a_thread_of_its_parent_held_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(building._background, Path("a"), SimpleNamespace(_process=SimpleNamespace(kill=lambda: None)))
+    with building._guard:
+        child = os.fork()
+        if child == 0:
+            os._exit(int(not building._guard.acquire(timeout=0) or bool(building._background)))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.usefixtures("cache", "eager_to_compile", "builds")
+def test_decision_for_a_samplers_life_outlives_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unet()
+    settled, found = sampler(model), sampler(model)
+    assert not settled.settle(seeds=SEEDS)
+    monkeypatch.setattr(packages, "find", lambda identity: lambda x, time: torch.zeros_like(x))
+    assert found.settle(seeds=SEEDS)
+    settled.refresh()
+    assert torch.equal(settled.sample(seeds=SEEDS), uncompiled())
+    # What was found may be found again, and is not waited for.
+    found.refresh()
+    assert not torch.equal(found.sample(seeds=SEEDS), uncompiled())
+    monkeypatch.setattr(packages, "find", lambda identity: None)
+    model.conv_in.bias.data.add_(1)
+    expected = sampler(model, compile=False).sample(seeds=SEEDS)
+    assert torch.equal(found.sample(seeds=SEEDS), expected)
+
+
+def test_compiled_code_is_not_run_where_it_was_refused() -> None:
+    with pytest.raises(ValueError, match=r"compile=False and compiled='model.pt2' contradict each other"):
+        sampler(compile=False, compiled="model.pt2")
+
+
+@pytest.mark.slow
+def test_package_is_loaded_by_torchs_own_wrapper_where_the_loader_is_another(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = torch._C._aoti.AOTIModelPackageLoader
+    calls: list[tuple[Any, ...]] = []
+
+    def other(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise TypeError("incompatible constructor arguments")
+        return loader(*arguments)
+
+    for name, value in vars(loader).items():
+        if isinstance(value, staticmethod):
+            setattr(other, name, getattr(loader, name))
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", other)
+    assert agrees(sampler(compiled=built).sample(seeds=SEEDS))
+    assert len(calls) == 2
 
 
 def test_code_for_a_cpu_is_not_run_on_another_device() -> None:
