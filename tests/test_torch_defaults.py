@@ -157,7 +157,7 @@ ENTRIES: dict[str, Callable[[], Any]] = {
     "sample": lambda: [drawn(seeds=[1, 2]), drawn("ddpm", generator=generator(), batch_size=2)],
     "Sampler": lambda: sampler(check_finite=True).sample(seeds=[1, 2], return_x0=True),
     "Sampler in bfloat16": lambda: sampler(dtype=torch.bfloat16).sample(seed=1, batch_size=2),
-    "Sampler.steps": lambda: list(sampler().steps(seeds=[1])),
+    "Sampler.steps": lambda: [(result.x_t, result.x0) for result in sampler().steps(seeds=[1])],
     "ddpm_loss": lambda: [
         fastddpm.ddpm_loss(model, X, SCHEDULE, seed=0, step=1),
         fastddpm.ddpm_loss(learned, X, SCHEDULE, seed=0, step=1, variance_type="learned_range"),

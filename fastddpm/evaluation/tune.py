@@ -114,7 +114,7 @@ class Family:
         self.n = integer("steps", steps, 2, config.num_timesteps)
         self.columns = [COLUMN[name] for name in columns(min(len(HISTORY), steps - 1))]
         levels = make_table("fast", config, steps=steps, guided=guidance != 1.0).timesteps.double()
-        extra = torch.zeros(self.n - 1 + self.n * len(self.columns), dtype=torch.float64)
+        extra = torch.zeros(self.n - 1 + self.n * len(self.columns), dtype=torch.float64, device="cpu")
         self.first, self.start = levels[:1], torch.cat([self._shares(levels), extra])
 
     def _shares(self, levels: Tensor) -> Tensor:
@@ -164,8 +164,10 @@ class Family:
 
     def parameters(self, tuned: Tuned) -> Tensor:
         """Return the parameters of a table, the inverse of `tuned`."""
-        levels, told = (torch.tensor(values, dtype=torch.float64) for values in (tuned.levels, tuned.timesteps))
-        deltas = torch.tensor(tuned.coefficients, dtype=torch.float64) - self._solver(levels)
+        levels, told = (
+            torch.tensor(values, dtype=torch.float64, device="cpu") for values in (tuned.levels, tuned.timesteps)
+        )
+        deltas = torch.tensor(tuned.coefficients, dtype=torch.float64, device="cpu") - self._solver(levels)
         return torch.cat([self._shares(levels), told[1:].log1p() - levels[1:].log1p(), deltas.flatten()])
 
     def _solver(self, levels: Tensor) -> Tensor:
@@ -256,8 +258,8 @@ def _normal_equations(family: Family, theta: Tensor, batches: list[Batch]) -> tu
         moved.append(theta.clone())
         moved[-1][i] += size
     tables = [family.table(moving) for moving in moved]
-    A = torch.zeros(len(free), len(free), dtype=torch.float64)
-    g, squares = torch.zeros(len(free), dtype=torch.float64), 0.0
+    A = torch.zeros(len(free), len(free), dtype=torch.float64, device="cpu")
+    g, squares = torch.zeros(len(free), dtype=torch.float64, device="cpu"), 0.0
     energy = _energy([batch.target for batch in batches])
     for batch in batches:
         path = batch.run(table)
@@ -270,7 +272,7 @@ def _normal_equations(family: Family, theta: Tensor, batches: list[Batch]) -> tu
         g += (columns @ residual).double().cpu() / energy
         squares += float(residual.double().square().sum())
     index = [i for i, *_ in free]
-    ridge = torch.tensor([_RIDGE if i >= family.n - 1 else 0.0 for i in index], dtype=torch.float64)
+    ridge = torch.tensor([_RIDGE if i >= family.n - 1 else 0.0 for i in index], dtype=torch.float64, device="cpu")
     cost = _cost(family, theta, (squares / energy) ** 0.5)
     return A + ridge.diag(), g + ridge * theta[index], cost
 
