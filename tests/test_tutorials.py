@@ -59,6 +59,7 @@ def test_tutorial_digits_runs(
         "tutorial-digits.md",
         {
             "--steps 20000": "--steps 2",
+            "--steps 600": "--steps 1",
             "--steps 30000": "--steps 3",
             "--steps 2000": "--steps 1",
             "steps=50": "steps=2",
