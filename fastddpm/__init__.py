@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastddpm.files.images import save_grid as save_grid
     from fastddpm.integrations import accelerate as accelerate
     from fastddpm.ops.draw import randn as randn
+    from fastddpm.sampling.edits import slerp as slerp
     from fastddpm.sampling.sample import sample as sample
     from fastddpm.sampling.sampler import Sampler as Sampler
     from fastddpm.schedules.diffusion import DiffusionConfig as DiffusionConfig
@@ -52,6 +53,7 @@ _HOME = {
     "sample": "sampling.sample",
     "save_grid": "files.images",
     "save_pretrained": "unet.save",
+    "slerp": "sampling.edits",
 }
 
 __all__ = sorted(_HOME)

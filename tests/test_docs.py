@@ -14,7 +14,9 @@ from fastddpm.tables.names import NAMES
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["index.md", "concepts.md", "your-network.md", "guidance.md", "samplers.md"])
+@pytest.mark.parametrize(
+    "page", ["index.md", "concepts.md", "your-network.md", "guidance.md", "samplers.md", "edits.md"]
+)
 def test_python_of_a_page_runs_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)

@@ -103,6 +103,28 @@ def as_mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:
         raise ValueError(f"mask must broadcast to {list(size)}, got {list(mask.shape)}") from None
 
 
+def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
+    """Go from one noise to another on the sphere between them: sin((1 - w) phi) / sin phi a + sin(w phi) / sin phi b.
+
+    phi is the angle between a and b (Song et al. 2021, appendix D.5). A straight line would leave the shell on which
+    Gaussian noise lies: half-way its variance is a half.
+
+    Args:
+        a, b: of equal shape [...], e.g. x_T of one sample.
+        weight: from 0 for a to 1 for b; or [N] of them.
+
+    Returns:
+        [...], or [N, ...].
+    """
+    w = torch.as_tensor(weight, dtype=a.dtype, device=a.device)
+    w = w.reshape(*w.shape, *[1] * a.dim())
+    cos = (a * b).sum() / (a.norm() * b.norm())
+    phi = cos.clamp(-1, 1).acos()
+    if phi < 1e-4:
+        return a + w * (b - a)
+    return (torch.sin((1 - w) * phi) * a + torch.sin(w * phi) * b) / torch.sin(phi)
+
+
 class Known:
     """Data that are known, and where they are not, in static buffers [B, ...].
 

@@ -168,3 +168,16 @@ def test_mask_that_does_not_fit_is_refused() -> None:
         sampler.sample(generator=torch.Generator(), known=X_0, mask=half, batch_size=2)
     with pytest.raises(ValueError, match="known= counts where a mask is 0"):
         sampler.sample(seeds=[1, 2], known=X_0)
+
+
+def test_slerp_keeps_angles_and_lengths() -> None:
+    a, b = (torch.randn(3, 4, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (0, 1))
+    path = fastddpm.slerp(a, b, torch.linspace(0, 1, 5, dtype=torch.float64))
+    torch.testing.assert_close(path[0], a)
+    torch.testing.assert_close(path[-1], b)
+    torch.testing.assert_close(path[2], fastddpm.slerp(a, b, 0.5))
+    unit = fastddpm.slerp(a / a.norm(), b / b.norm(), torch.linspace(0, 1, 5, dtype=torch.float64)).flatten(1)
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones(5, dtype=torch.float64))
+    angles = (unit[:-1] * unit[1:]).sum(dim=1).acos()
+    torch.testing.assert_close(angles, angles[:1].expand(4))
+    assert torch.equal(fastddpm.slerp(a, a, 0.3), a)
