@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def torchrun(
-    program: Path, *arguments: str, processes: int = 2, restarts: int = 0, limit: float = 120
+    program: Path, *arguments: str, processes: int = 2, restarts: int = 0, limit: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run a program, with one thread each, and return what became of it."""
     options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -21,6 +22,8 @@ from fastddpm.machine.devices import resolve_device
 
 # Seconds between two looks at the store: a wait inside the store would hear no signal.
 _LOOK_EVERY = 0.02
+
+_joined = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def join_ranks() -> Ranks:
     if world == 1:
         return Ranks()
     store, _, _ = next(dist.rendezvous("env://"))
-    # The agent keeps its store when it starts the processes again, and with it the counters of those that died.
-    start = f"fastddpm/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{world}"
+    # The agent keeps its store when it starts the processes again, and with it the counters of those that died; and a
+    # process may come here again, for another run.
+    start = f"fastddpm/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{world}/{next(_joined)}"
     return Ranks(rank, world, dist.PrefixStore(start, store))

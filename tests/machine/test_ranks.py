@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
+from fastddpm.machine import ranks
 from fastddpm.machine.ranks import Ranks, join_ranks, rank_and_world
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -28,7 +30,8 @@ def test_ranks_of_one_start_share_counters_and_values(monkeypatch: pytest.Monkey
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
     variables = {**TORCHRUN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
 
-    def joined(rank: int, **changed: str) -> Ranks:
+    def joined(rank: int, run: int = 0, **changed: str) -> Ranks:
+        monkeypatch.setattr(ranks, "_joined", itertools.count(run))
         for name, value in {**variables, "RANK": str(rank), **changed}.items():
             monkeypatch.setenv(name, value)
         return join_ranks()
@@ -40,15 +43,14 @@ def test_ranks_of_one_start_share_counters_and_values(monkeypatch: pytest.Monkey
     assert second.within("b").add("taken") == 1
     # torchrun's agent keeps the store when it starts the processes again.
     assert joined(0, TORCHELASTIC_RESTART_COUNT="1").add("taken") == 1
+    # Nor does a process's second run see the first one's.
+    assert joined(0, 1).add("taken") == 1
+    assert join_ranks().add("taken") == 1
     with pytest.raises(ValueError, match="rank 1 does not do what rank 0 does: steps was 10 and is 20"):
         second.refuse_unless_same({"steps": 10}, {"steps": 20})
 
 
 def test_a_process_alone_counts_alone() -> None:
-    ranks = Ranks()
-    assert [ranks.add("taken"), ranks.add("taken"), ranks.within("b").add("taken"), Ranks().add("taken")] == [
-        1,
-        2,
-        1,
-        1,
-    ]
+    alone = Ranks()
+    assert [alone.add("taken"), alone.add("taken"), alone.within("b").add("taken")] == [1, 2, 1]
+    assert Ranks().add("taken") == 1
