@@ -13,6 +13,8 @@ from fastddpm.cli import sampling_options
 from fastddpm.cli.parser import examples, positive
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastddpm.sampling.sample import Run
     from fastddpm.unet.unet import UNet
 
@@ -57,6 +59,15 @@ def add_parser(subparsers: Any) -> None:
         "model draws class seed %% number of classes",
     )
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (default: 1)")
+    parser.add_argument(
+        "--init-image", type=Path, metavar="FILE", help="begin from this image, noised as far as --strength says"
+    )
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="share of the steps that is taken, the last ones (default: 1)"
+    )
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="image that is white where to draw; elsewhere --init-image stays"
+    )
     parser.add_argument(
         "--guidance-interval",
         type=float,
@@ -116,7 +127,9 @@ def _plan(args: argparse.Namespace, model: UNet) -> Run:
     seeds = list(dict.fromkeys(args.seeds or range(16 if x_T is None else len(x_T))))
     labels = _labels(args.classes, len(seeds), null_class_of(model))
     given = {name: getattr(args, name) for name in ("guidance", "guidance_interval", "guidance_rescale")}
-    conditions: Any = {name: value for name, value in {**given, "x_T": x_T}.items() if value is not None}
+    starts = {"x_T": x_T, "init": _image(args.init_image, model), "mask": _image(args.mask, model, mask=True)}
+    conditions: Any = {name: value for name, value in {**given, **starts}.items() if value is not None}
+    conditions["strength"] = args.strength
     if args.condition is not None:
         condition = {"condition": read_condition(args.condition, len(seeds))}
         conditions |= {"model_kwargs": condition, "null_kwargs": {"condition": 0.0}}
@@ -127,6 +140,25 @@ def _plan(args: argparse.Namespace, model: UNet) -> Run:
     if (args.format == "png" or args.grid) and not has_image_shape(planned.sampler.shape):
         raise ValueError(f"samples of shape {planned.sampler.shape} are no images; use --format npz, without --grid")
     return planned
+
+
+def _image(path: Path | None, model: UNet, *, mask: bool = False) -> Tensor | None:
+    """Return the image of a file as a sample [1, C, H, W] in [-1, 1], or as a mask: true where it is light."""
+    import torch
+
+    from fastddpm.data.values import range_of, to_x_0
+    from fastddpm.files.image_reader import read_image
+    from fastddpm.sampling.sample import shape_of
+
+    if path is None:
+        return None
+    pixels = read_image(path)
+    x = torch.from_numpy(to_x_0(pixels, range_of(pixels.dtype, pixels.min(), pixels.max(), None)))
+    x = (x[None] if x.dim() == 2 else x.permute(2, 0, 1))[None]
+    shape = shape_of(model)
+    if tuple(x.shape[2:]) != shape[1:] or (not mask and x.shape[1] not in (1, shape[0])):
+        raise ValueError(f"{path} is an image {list(x.shape[1:])}, and samples are {list(shape)}; resize or convert it")
+    return x.mean(dim=1, keepdim=True) > 0 if mask else x.expand(1, *shape)
 
 
 def _report(

@@ -24,6 +24,8 @@ TABLE_OPTIONS = (
         "logsnr, karras, ays-sd15, ays-sdxl (default: linspace for ddpm and ddim, else trailing)",
     ),
     ("tau", float, "noise of sa_solver and dpm++: 0 none, 1 the reverse SDE (default: by sampler)"),
+    ("jump_length", int, "RePaint's resampling for --mask: rows per jump (default: none; else 10)"),
+    ("jump_n_sample", int, "how often each stretch is walked (default: none; else 10)"),
 )
 
 
@@ -39,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     )
     sampler.completer = lambda **_: [entry.name for entry in NAMES]  # type: ignore[attr-defined]  # argcomplete's
     for name, kind, text in TABLE_OPTIONS:
-        parser.add_argument(f"--{name}", type=kind, help=text)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     add_outdir(parser, outdir)
     add_machine(parser, "dtype", "device", "backend", "compile")
     parser.add_argument(

@@ -408,3 +408,35 @@ def test_a_start_that_does_not_fit_is_refused(run: Any, tmp_path: Path, capsys: 
         assert message in capsys.readouterr().err
     assert run("--x-T", str(tmp_path / "fifo.npy")) == 1
     assert "not a regular file" in capsys.readouterr().err
+
+
+def test_an_image_is_begun_from_and_kept_outside_of_a_mask(run: Any, model: Path, tmp_path: Path) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(np.repeat([0, 255], 32).astype(np.uint8).reshape(8, 8)).save(tmp_path / "mask.png")
+    files = ["--init-image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]
+    assert run(*files, "--seeds", "4,7", "--sampler", "ddpm", "--strength", "0.5", "--jump-length", "1", steps=4) == 0
+    drawn = np.stack([np.array(Image.open(tmp_path / "out" / f"seed-{seed:06d}.png")) for seed in (4, 7)])
+    assert (drawn[:, :4] == pixels[:4]).all()
+    assert (drawn[0, 4:] != drawn[1, 4:]).any()
+    x_0 = torch.from_numpy(pixels).float()[None, None] / 127.5 - 1
+    expected = fastddpm.sample(
+        model,
+        seeds=[4, 7],
+        init=x_0,
+        mask=torch.arange(8)[:, None] >= 4,
+        strength=0.5,
+        sampler="ddpm",
+        steps=4,
+        sampler_options={"jump_length": 1},
+        compile=False,
+    )
+    assert (images.to_uint8(expected).numpy()[:, 0] == drawn).all()
+
+
+def test_an_image_of_another_size_is_refused(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.zeros((5, 8), dtype=np.uint8)).save(tmp_path / "image.png")
+    assert run("--init-image", str(tmp_path / "image.png")) == 1
+    assert "samples are [1, 8, 8]; resize" in capsys.readouterr().err
+    assert run("--strength", "0.5") == 1
+    assert "pass init= too" in capsys.readouterr().err
