@@ -70,12 +70,13 @@ def plain_loop(case: Case, predict: Predict, generator: torch.Generator, recorde
         predict: (x float32 [B, ...], t int64 [B]) to eps.
         generator: of x_T, then z for each step but the last.
     """
-    coefficients, visited = _coefficients(case), timesteps(case).tolist()
+    visited = timesteps(case)
+    coefficients = Coefficients.of(schedule().respaced(visited), case.device)
     where: dict[str, Any] = {"device": case.device}
     x = torch.randn(case.full_shape, generator=generator, **where)
     if recorder is not None:
         recorder.state(x)
-    for i, t in enumerate(visited):
+    for i, t in enumerate(visited.tolist()):
         eps = predict(x, torch.full((case.batch,), t, **where))
         index = torch.full((case.batch,), len(visited) - 1 - i, **where)
         x = coefficients.mean(x, eps, index)
@@ -90,10 +91,6 @@ def plain_loop(case: Case, predict: Predict, generator: torch.Generator, recorde
 
 
 @functools.lru_cache(maxsize=8)
-def _coefficients(case: Case) -> Coefficients:
-    return Coefficients.of(schedule().respaced(timesteps(case)), case.device)
-
-
 @functools.lru_cache(maxsize=2)
 def _reference_network(name: str) -> torch.nn.Module:
     return networks.build(name)

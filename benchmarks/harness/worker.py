@@ -56,7 +56,7 @@ class MeasuredRunner(LocalRunner):
             importlib.import_module(module)
         if provider.compiled and case.device == "cpu":
             load_compiler()
-        self._base_mb = resident_mb()
+        self._base_mb = _status("VmRSS")
         super().__init__(provider, case)
 
     def warm(self) -> str:
@@ -83,11 +83,6 @@ class MeasuredRunner(LocalRunner):
         return peak - self._base_mb
 
 
-def resident_mb() -> float | None:
-    """Resident memory of this process in MB; None where the system does not count it."""
-    return _status("VmRSS")
-
-
 def reset_peak() -> bool:
     """Start counting the peak anew; False where the system cannot."""
     try:
@@ -103,7 +98,7 @@ def peak_mb() -> float | None:
 
 
 def _status(field: str) -> float | None:
-    """Read a field of Linux's account of this process."""
+    """Read a field of Linux's account of this process, in MB; None where the system does not count it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

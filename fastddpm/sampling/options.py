@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -116,37 +116,22 @@ class Options:
         return (autocast, torch.are_deterministic_algorithms_enabled(), *precision)
 
 
-def resolve_options(
-    model: Model,
-    shape: Sequence[int],
-    steps: int,
-    *,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    compile: bool | str,
-    cuda_graph: bool | str,
-    backend: str,
-    null_class: int | None,
-    self_condition: str | None,
-    check_finite: bool,
-    frozen: bool,
-    samples_ahead: int,
-    compiled: str | os.PathLike[str] | None,
-) -> Options:
+def resolve_options(model: Model, shape: Sequence[int], steps: int, **given: Unpack[SamplerArguments]) -> Options:
     """Check the arguments of `Sampler` and decide what they leave open.
 
     Args:
-        device, ..., compiled: see `Sampler`.
+        given: all of them, as in `Sampler`.
 
     Raises:
         ValueError: an option is unknown, or does not fit the device.
         BackendUnavailable: what was asked for cannot run there.
     """
+    compile, compiled, null_class = given["compile"], given["compiled"], given["null_class"]
     if compile is False and compiled is not None:
         raise ValueError(f"compile=False and compiled={os.fspath(compiled)!r} contradict each other; leave out one")
     sizes = check_shape(shape)
-    device = resolve_device(device_of(model) if device is None else device)
-    convert_to, dtype = dtype, check_dtype(dtype_of(model) if dtype is None else dtype)
+    device = resolve_device(device_of(model) if given["device"] is None else given["device"])
+    dtype = check_dtype(dtype_of(model) if given["dtype"] is None else given["dtype"])
     note_emulation(dtype, device)
     if isinstance(model, nn.Module) and model.training:
         logger.warning("the model is in training mode, so its dropout is active; call model.eval() to sample")
@@ -154,19 +139,20 @@ def resolve_options(
         shape=sizes,
         device=device,
         dtype=dtype,
-        convert_to=convert_to,
-        backend=backend,
-        uses_triton=use_triton(backend, device),
-        want=decide_compile(compile, device, model, sizes, samples_ahead * steps),
+        convert_to=given["dtype"],
+        backend=given["backend"],
+        uses_triton=use_triton(given["backend"], device),
+        want=decide_compile(compile, device, model, sizes, given["samples_ahead"] * steps),
         strict_compile=compile is True,
         compiled=None if compiled is None else Path(compiled),
-        uses_graph=decide_graph(cuda_graph, device, model),
-        strict_graph=cuda_graph is True,
-        check_finite=check_finite,
-        frozen=frozen,
+        uses_graph=decide_graph(given["cuda_graph"], device, model),
+        strict_graph=given["cuda_graph"] is True,
+        check_finite=given["check_finite"],
+        frozen=given["frozen"],
         null_class=null_class_of(model) if null_class is None else null_class,
         # As denoising-diffusion-pytorch's networks say it.
-        self_condition=self_condition or ("x_self_cond" if getattr(model, "self_condition", False) is True else None),
+        self_condition=given["self_condition"]
+        or ("x_self_cond" if getattr(model, "self_condition", False) is True else None),
         num_labels=num_labels_of(model),
     )
 
