@@ -1,6 +1,6 @@
 """Yardsticks that tell solvers apart: networks in closed form, and the error of every sampler against its calls.
 
-`python -m tests.tables.yardsticks FILE.png` prints the table of docs/samplers.md, and draws its plot.
+`python -m tests.tables.yardsticks FILE.png` prints the tables of docs/samplers.md, and draws its plot.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm import sample
 from fastddpm.data.points import sliced_wasserstein
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.schedules.levels import alpha_bar_at
@@ -111,43 +112,88 @@ def with_calls(name: str, calls: int, **options: object) -> Table:
     return make_table(name, CONFIG, steps=(calls + 1) // 2 if name == "heun" else calls, **options)
 
 
+def stochastic(name: str) -> bool:
+    """Whether a sampler adds noise on the way."""
+    return bool((with_calls(name, 10).column("sigma") > 0).any())
+
+
+def on_photographs(name: str, calls: int) -> float | None:
+    """The error of a deterministic sampler with levels evenly in log-SNR."""
+    if stochastic(name):
+        return None
+    # ddim takes timesteps of the training alone; in between it is euler.
+    return ode_error(with_calls("euler" if name == "ddim" else name, calls, spacing="logsnr"), photographs())
+
+
+def on_digits(name: str, calls: int) -> float | None:
+    """The error of a deterministic sampler over the samples' standard deviation, the median of sixteen samples."""
+    if stochastic(name):
+        return None
+    x, solution = digits(name, calls), digits("dpm++2m", 200)
+    spread = (solution - solution.mean(dim=0)).square().mean().sqrt()
+    return float((x - solution).square().mean(dim=(1, 2, 3)).sqrt().median() / spread)
+
+
+@functools.cache
+def digits(name: str, calls: int) -> Tensor:
+    """Sixteen digits of the shipped model, on trailing timesteps."""
+    steps = (calls + 1) // 2 if name == "heun" else calls
+    options = {} if name in ("ddpm", "heun") else {"spacing": "trailing"}
+    return sample("digits", seeds=range(16), steps=steps, sampler=name, sampler_options=options)
+
+
+def on_ring(name: str, calls: int) -> float:
+    """Sliced Wasserstein distance to the data."""
+    return distribution_error(with_calls(name, calls, spacing="trailing"), ring())
+
+
+YARDSTICKS: dict[str, Callable[[str, int], float | None]] = {
+    "photographs, logsnr": on_photographs,
+    "digits, trailing": on_digits,
+    "ring, trailing": on_ring,
+}
+
+
+@functools.cache
+def errors(yardstick: str, name: str) -> list[float | None]:
+    """The error of a sampler at each of `CALLS`."""
+    return [YARDSTICKS[yardstick](name, calls) for calls in CALLS]
+
+
 def lines() -> Iterator[str]:
-    """Yield docs/samplers.md's table: one line a sampler."""
-    yield "| sampler | " + " | ".join(f"logsnr, {calls}" for calls in CALLS) + " | trailing, 10 | ring, 10 | ring, 20 |"
-    yield "|---" * (len(CALLS) + 4) + "|"
-    for name in SAMPLERS:
-        stochastic = bool((with_calls(name, 10).column("sigma") > 0).any())
-        errors = ["-"] * (len(CALLS) + 1)
-        if not stochastic:
-            # ddim takes timesteps of the training alone; in between it is euler.
-            solver = "euler" if name == "ddim" else name
-            errors = [f"{ode_error(with_calls(solver, c, spacing='logsnr'), photographs()):.2g}" for c in CALLS]
-            errors.append(f"{ode_error(with_calls(name, 10, spacing='trailing'), photographs()):.2g}")
-        spread = [f"{distribution_error(with_calls(name, c, spacing='trailing'), ring()):.3f}" for c in (10, 20)]
-        yield f"| `{name}` | {' | '.join([*errors, *spread])} |"
+    """Yield docs/samplers.md's tables: one a yardstick, a line a sampler."""
+    for yardstick in YARDSTICKS:
+        yield from ("", f"| {yardstick} | {' | '.join(map(str, CALLS))} |", "|---" * (len(CALLS) + 1) + "|")
+        for name in SAMPLERS:
+            found = errors(yardstick, name)
+            if None not in found:
+                yield f"| `{name}` | {' | '.join(f'{error:.2g}' for error in found)} |"
     many = distribution_error(make_table("ddpm", CONFIG), ring())
     draws = sliced_wasserstein(ring().draw(20_000, 3).float(), ring().draw(20_000, 2).float())
-    for what, value in (("`ddpm`, 1000 calls", many), ("other draws of the data", draws)):
-        yield f"| {what} | {'- | ' * (len(CALLS) + 1)}{value:.3f} | {value:.3f} |"
+    yield from ("", f"ring: ddpm with 1000 calls {many:.3f}, other draws of the data {draws:.3f}")
 
 
 def draw_plot(path: str) -> None:
-    """Draw error against calls of the deterministic samplers, both axes logarithmic."""
+    """Draw error against calls, a panel for each yardstick, all axes logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10.0, 4.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    calls = (3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50)
-    for name in ("euler", "heun", "dpm++2m", "dpm++3m", "unipc2", "unipc3", "deis", "ipndm"):
-        errors = [ode_error(with_calls(name, c, spacing="logsnr"), photographs()) for c in calls]
-        axes.loglog(calls, errors, marker=".", label=name)
-    axes.set(xlabel="network calls", ylabel="distance to the converged solution", ylim=(3e-5, 3))
-    axes.set_xticks(calls, [str(c) for c in calls])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(ncols=2, fontsize="small")
+    colours = {name: f"C{i}" for i, name in enumerate(name for name in SAMPLERS if not stochastic(name))}
+    grey = {name: str(0.15 + 0.12 * i) for i, name in enumerate(name for name in SAMPLERS if stochastic(name))}
+    for axes, yardstick in zip(figure.subplots(1, 3), YARDSTICKS, strict=True):
+        for name in SAMPLERS:
+            found = errors(yardstick, name)
+            if None not in found:
+                how = {"color": colours.get(name) or grey[name], "linestyle": "-" if name in colours else "--"}
+                axes.loglog(CALLS, found, marker=".", label=name, **how)
+        axes.set(title=yardstick, xlabel="network calls", ylim=(None, min(3.0, axes.get_ylim()[1])))
+        axes.set_xticks(CALLS, [str(calls) for calls in CALLS])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("error")
+    figure.legend(*figure.axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
     figure.savefig(path)
 
 
