@@ -9,9 +9,6 @@ import torch
 from fastddpm.kernels.tiles import NUM_WARPS, TILE, block_groups
 from torch import Tensor
 
-# Contraction is switched off by name: Triton's default differs between releases and changes bits.
-OPTIONS: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-
 NOISE_NONE, NOISE_COUNTER, NOISE_GIVEN = 0, 1, 2
 
 # Key and counter words of a draw: seed, sample_id and step, int64 [B] or [1] each, and the stream.
@@ -34,12 +31,19 @@ class Launch(NamedTuple):
         grid: programs on each axis.
         values: the arguments in the kernel's order, those that are no constants: tensors, None or ints.
         flags: the constants by name.
+        warps: of a program.
     """
 
     kernel: Any
     grid: tuple[int, int, int]
     values: tuple[Tensor | int | None, ...]
     flags: dict[str, Any]
+    warps: int = NUM_WARPS
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told. Contraction is off by name: Triton's default differs and changes bits."""
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
 
     def run(self) -> None:
         """Launch on the device of the first argument."""
@@ -47,11 +51,11 @@ class Launch(NamedTuple):
         assert isinstance(first, Tensor)
         # Triton launches on whatever device is current.
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            self.kernel[self.grid](*self.values, **self.flags, **OPTIONS)
+            self.kernel[self.grid](*self.values, **self.flags, **self.options)
 
     def compile(self) -> None:
         """Compile for the current device what `run` would launch."""
-        self.kernel.warmup(*self.values, grid=self.grid, **self.flags, **OPTIONS)
+        self.kernel.warmup(*self.values, grid=self.grid, **self.flags, **self.options)
 
     @property
     def arguments(self) -> dict[str, Tensor | int | None]:

@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--arch", action="append", metavar="ARCH", help="sm_75, sm_80, sm_90 (default), sm_100, ...")
     parser.add_argument("--gpu", metavar="NAME", help="GPU whose data sheet the roofline uses, such as 'H100 SXM'")
-    parser.add_argument("kernel", nargs="?", help="only this one: p_sample, q_sample, ddpm_loss or noise")
+    parser.add_argument("kernel", nargs="?", help="only this one: p_sample, q_sample, ddpm_loss, noise or group_norm")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -122,10 +124,16 @@ def compile_kernel(
 
 def compile_launch(launch: Any, arch: str) -> Compiled:
     """Compile the code that a ``kernels.launch.Launch`` runs; see `compile_kernel`."""
-    load_triton()
-    from fastddpm.kernels.launch import OPTIONS
+    return compile_kernel(launch.kernel, launch.signature, launch.constants, arch, options=launch.options)
 
-    return compile_kernel(launch.kernel, launch.signature, launch.constants, arch, options=OPTIONS)
+
+def compile_together(launches: Iterable[Any]) -> None:
+    """Compile for the current device what launches run, as many at a time as there are cores."""
+    # Older releases of Triton compile one after the other.
+    mode = getattr(load_triton(), "AsyncCompileMode", nullcontext)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, mode(pool):
+        for launch in launches:
+            launch.compile()
 
 
 def check_arch(arch: str) -> None:

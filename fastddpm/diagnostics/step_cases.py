@@ -177,3 +177,11 @@ def inputs(
         "low_out": poisoned(case.low_out, case.low_layout),
         **{name: getattr(flags, name) for name in ("clip", "learned", "guided", "use_m")},
     }
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree bit for bit; any NaN equals any other (payloads differ between machines)."""
+    as_int = torch.int32 if a.dtype == torch.float32 else torch.int16
+    nan = a.isnan() & b.isnan()
+    bits_a, bits_b = (v.contiguous().view(as_int).masked_fill(nan, 0) for v in (a, b))
+    return a.shape == b.shape and torch.equal(bits_a, bits_b)

@@ -44,7 +44,7 @@ class Variant:
     launch: Launch
     elements: int
     tensors: Mapping[str, str]
-    accesses: Mapping[str, int]
+    accesses: Mapping[str, float]
 
     @property
     def elements_per_program(self) -> float:
@@ -60,7 +60,7 @@ class Variant:
         return (repeat,) if isinstance(repeat, int) else ()
 
     @property
-    def bytes_per_element(self) -> int:
+    def bytes_per_element(self) -> float:
         """To and from the tensors that scale with the batch."""
         passed = ((name, self.launch.arguments[name]) for name in self.tensors)
         return sum(t.element_size() * self.accesses.get(name, 1) for name, t in passed if isinstance(t, Tensor))
@@ -178,6 +178,39 @@ def noise_variant(
     return Variant("noise", name, randn_launch(out, counter(len(out))), out.numel(), {"out_ptr": "z"}, {})
 
 
+def group_norm_variant(
+    name: str, channels: int, size: int, *, skip: int = 0, dtype: torch.dtype = BF16, adds: bool = False
+) -> Variant:
+    """The first launch of a group normalisation of 32 groups with bias and time, or with bias, residual and sum."""
+    offline.load_triton()
+    from fastddpm.kernels.group_norm import group_norm_launches
+
+    def image(width: int) -> Tensor:
+        return tensor((16, width, size, size), dtype, "channels_last")
+
+    total, x = channels + skip, image(channels)
+    launch = next(
+        group_norm_launches(
+            x,
+            tensor((total,), dtype),
+            tensor((total,), dtype),
+            image(total),
+            32,
+            1e-5,
+            skip=image(skip) if skip else None,
+            residual=image(channels) if adds else None,
+            bias=tensor((channels,), dtype),
+            time=None if adds else tensor((16, channels), dtype),
+            silu=True,
+            sum_out=image(channels) if adds else None,
+        )
+    )
+    names = {"x_ptr": "x", "skip_ptr": "skip", "residual_ptr": "residual", "sum_ptr": "sum", "y_ptr": "y"}
+    part = channels / total
+    accesses = {"x_ptr": part, "skip_ptr": 1 - part, "residual_ptr": part, "sum_ptr": part}
+    return Variant("group_norm", name, launch, 16 * total * size * size, names, accesses)
+
+
 def variants() -> list[Variant]:
     """All of them, kernel by kernel; of the reverse step every flag alone on top of a clipped float32 step.
 
@@ -236,4 +269,12 @@ def variants() -> list[Variant]:
         noise_variant("bfloat16", dtype=BF16),
         noise_variant("2-D points", _POINTS),
         noise_variant("unaligned storage", layout=shifted),
+        group_norm_variant("128x32x32", 128, 32),
+        group_norm_variant("128x32x32, residual", 128, 32, adds=True),
+        group_norm_variant("256x32x32, residual", 256, 32, adds=True),
+        group_norm_variant("256+128x32x32, residual", 256, 32, skip=128, adds=True),
+        group_norm_variant("256x16x16", 256, 16),
+        group_norm_variant("256+256x16x16, residual", 256, 16, skip=256, adds=True),
+        group_norm_variant("256x8x8", 256, 8),
+        group_norm_variant("256+256x4x4, residual", 256, 4, skip=256, adds=True),
     ]

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastddpm import ops, reference
-from fastddpm.diagnostics.step_cases import StepCase, inputs, setting_cases, step_case
+from fastddpm.diagnostics import compile_offline as offline
+from fastddpm.diagnostics.step_cases import StepCase, inputs, same_bits, setting_cases, step_case
 from fastddpm.diagnostics.variants import p_sample_variant
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.known_answers import NOISE_V1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.ops.checks import DTYPES
+from fastddpm.ops.group_norm import group_norm
 from fastddpm.ops.operators import why_not_triton
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.schedules.schedule import Schedule
@@ -84,7 +84,9 @@ def check_kernels(device: torch.device) -> str:
     # Triton's interpreter, the only way to run the kernels on a CPU, truncates to bfloat16 instead of rounding.
     dtypes = [d for d in DTYPES if d != torch.bfloat16 or device.type != "cpu"]
     cases = list(_step_cases(dtypes))
-    _compile_ahead(cases, device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            offline.compile_together(p_sample_variant(str(case), case).launch for case in cases)
     for case in cases:
         twin, kernel = (inputs(case, device=device) for _ in range(2))
         for backend, arguments in (("torch", twin), ("triton", kernel)):
@@ -120,6 +122,24 @@ def check_loss(device: torch.device) -> str:
         assert torch.allclose(twin, fused, rtol=1e-6, atol=0), f"ddpm_loss {target} {shape}: {fused} for {twin}"
         count += 1
     return f"{count} cases"
+
+
+def check_group_norm(device: torch.device) -> str:
+    """The group normalisation gives its twin's values to rounding, in one pass and in two, and its sum to the bit."""
+    _require_triton(device)
+    worst = 0.0
+    for shape, dtype in itertools.product(((2, 32, 16, 16), (1, 16, 96, 96)), (torch.float32, torch.float16)):
+        x, residual = (_normal(i, shape, device).to(dtype, memory_format=torch.channels_last) for i in (8, 9))
+        weight, beta, bias = (_normal(i, (1, shape[1]), device)[0].to(dtype) for i in (10, 11, 12))
+        (y, u), (expected, kept) = (
+            group_norm(x, weight, beta, 4, 1e-5, residual=residual, bias=bias, silu=True, keep=True, backend=backend)
+            for backend in ("triton", "torch")
+        )
+        assert same_bits(u, kept), f"{shape} {dtype}: the sum differs"
+        error = float((y - expected).abs().max()) / torch.finfo(dtype).eps
+        assert error < 32, f"{shape} {dtype}: y differs by {error:.0f} eps"
+        worst = max(worst, error)
+    return f"largest difference {worst:.1f} eps"
 
 
 def check_batches(device: torch.device) -> str:
@@ -192,6 +212,7 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
     "step = paper": check_step,
     "kernels = twins": check_kernels,
     "loss kernel = twin": check_loss,
+    "group norm = twin": check_group_norm,
     "batch invariance": check_batches,
     "graph = eager loop": check_graph,
     "compiled network": check_network,
@@ -211,27 +232,6 @@ def verify(device: torch.device) -> Iterator[Result]:
         except Exception as error:
             status, detail = "failed", f"{type(error).__name__}: {error}"
         yield Result(name, status, detail, time.perf_counter() - start)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors agree bit for bit; any NaN equals any other (payloads differ between machines)."""
-    as_int = torch.int32 if a.dtype == torch.float32 else torch.int16
-    nan = a.isnan() & b.isnan()
-    bits_a, bits_b = (v.contiguous().view(as_int).masked_fill(nan, 0) for v in (a, b))
-    return a.shape == b.shape and torch.equal(bits_a, bits_b)
-
-
-def _compile_ahead(cases: Sequence[StepCase], device: torch.device) -> None:
-    """Compile the kernels of all cases, as many at a time as there are cores."""
-    if device.type != "cuda":
-        return
-    import triton
-
-    # Older releases of Triton compile one after the other.
-    mode = getattr(triton, "AsyncCompileMode", nullcontext)
-    with torch.cuda.device(device), ThreadPoolExecutor(os.cpu_count()) as pool, mode(pool):
-        for case in cases:
-            p_sample_variant(str(case), case).launch.compile()
 
 
 def _step_cases(dtypes: Sequence[torch.dtype]) -> Iterator[StepCase]:

@@ -139,7 +139,7 @@ class Network:
 
 
 def sampling_networks(
-    model: Model, timesteps: Tensor, *, want: Want, strict: bool, compiled: Path | None = None
+    model: Model, timesteps: Tensor, *, want: Want, strict: bool, compiled: Path | None = None, fused: bool = False
 ) -> Callable[[int], Any]:
     """Return what makes a model's networks for sampling: rows of x -> `Network`, or its like.
 
@@ -147,18 +147,25 @@ def sampling_networks(
         model: on its device and in its dtype, see `place`; not changed.
         timesteps: [R], what the rows of the table ask for, on the model's device.
         strict: raise where it is wanted now and cannot be had, instead of running uncompiled.
+        fused: see `Sampler`'s norm.
 
     Raises:
-        BackendUnavailable: the model is no `UNet`, and a package was given.
+        BackendUnavailable: the model is no plain `UNet`, and a package was given, or fused normalisation asked for.
     """
+    device = timesteps.device.type
+    if fused and not (device == "cuda" and isinstance(model, UNet) and is_plain(model)):
+        raise BackendUnavailable(
+            f"norm='fused' is for a fastddpm.UNet on CUDA without hooks or replaced layers, not for "
+            f"{type(model).__name__} on {device}; leave it out"
+        )
     if isinstance(model, UNet) and is_plain(model):
-        return UNetForms(model, timesteps, want=want, strict=strict, file=compiled)
+        return UNetForms(model, timesteps, want=want, strict=strict, file=compiled, fuse=fused)
     if compiled is not None:
         raise BackendUnavailable(f"compiled={str(compiled)!r} is for a fastddpm.UNet, not for {type(model).__name__}")
     own_form = getattr(model, "sampling_networks", None)
     if own_form is not None:
         return own_form(timesteps, compile_model=want is Want.NOW, strict=strict)
-    if want is Want.NOW and timesteps.device.type == "cuda":
+    if want is Want.NOW and device == "cuda":
         # Where the batch size is left open, Inductor gives up its channels-last layouts.
         make = functools.partial(Network, model, compile_model=True, strict=strict, dynamic=False)
         weights = channels_last_weights(model)

@@ -57,6 +57,7 @@ class SamplerArguments(TypedDict, total=False):
     frozen: bool
     samples_ahead: int
     compiled: str | os.PathLike[str] | None
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Options:
         uses_triton: what `backend` comes to on this device.
         strict_compile: raise where it is wanted now and cannot be had, instead of running uncompiled.
         compiled: a package to take it from.
+        norm: what normalises on CUDA, "torch" or "fused".
         strict_graph: raise where a step cannot be captured, instead of running it in the loop.
         check_finite: record each sample's first step with a NaN or Inf.
         frozen: the weights never change in place.
@@ -95,6 +97,7 @@ class Options:
     null_class: int | None
     self_condition: str | None
     num_labels: int | None
+    norm: str
 
     @property
     def compiles(self) -> bool:
@@ -133,6 +136,7 @@ def resolve_options(model: Model, shape: Sequence[int], steps: int, **given: Unp
     device = resolve_device(device_of(model) if given["device"] is None else given["device"])
     dtype = check_dtype(dtype_of(model) if given["dtype"] is None else given["dtype"])
     note_emulation(dtype, device)
+    one_of("norm", given["norm"], ("torch", "fused"))
     if isinstance(model, nn.Module) and model.training:
         logger.warning("the model is in training mode, so its dropout is active; call model.eval() to sample")
     return Options(
@@ -154,6 +158,7 @@ def resolve_options(model: Model, shape: Sequence[int], steps: int, **given: Unp
         self_condition=given["self_condition"]
         or ("x_self_cond" if getattr(model, "self_condition", False) is True else None),
         num_labels=num_labels_of(model),
+        norm=given["norm"],
     )
 
 

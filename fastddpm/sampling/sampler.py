@@ -55,6 +55,8 @@ class Sampler:
         samples_ahead: how many samples the caller means to draw; only compile="auto" asks.
         compiled: a file that `fastddpm compile` wrote, to run the network with. It is native code: use no file from
             somebody whose programs you would not run.
+        norm: "fused" runs a `UNet`'s normalisations on CUDA as one kernel each, with the additions before them and the
+            activation after them; no GPU has timed it, and the default, "torch", leaves them to torch.compile.
 
     Raises:
         ValueError: an option is unknown, or does not fit the device.
@@ -78,6 +80,7 @@ class Sampler:
         frozen: bool = False,
         samples_ahead: int = 1,
         compiled: str | os.PathLike[str] | None = None,
+        norm: str = "torch",
     ) -> None:
         self.model, self.table = model, table
         self.options = resolve_options(
@@ -95,6 +98,7 @@ class Sampler:
             frozen=frozen,
             samples_ahead=samples_ahead,
             compiled=compiled,
+            norm=norm,
         )
         self.shape, self.device = self.options.shape, self.options.device
         self._steps = StepPool(model, table, self.options, self.reverse_step)
@@ -122,9 +126,8 @@ class Sampler:
     def reverse_step(step: StaticStep) -> None:
         """The body of Algorithm 2's loop, captured once as a graph on CUDA: x_{t-1} ~ p_theta(x_{t-1} | x_t)."""
         m = step.predict()  # eps_theta(x_t, t)
-        step.update(
-            m
-        )  # x_{t-1} = mu_theta(x_t, t) + sigma_t z; the default sampler has sigma_t = 0, and draws x_T only
+        # x_{t-1} = mu_theta(x_t, t) + sigma_t z; the default sampler has sigma_t = 0, and draws x_T only
+        step.update(m)
         step.next_row()
         step.paste()  # x_{t-1} ~ q(x_{t-1} | known) where data are known
 
@@ -275,7 +278,6 @@ class Sampler:
 
         Args:
             compiled: the decision, where compile="auto" leaves it open; None decides by what is there.
-            **arguments: as in `sample`.
 
         Returns:
             Whether the network runs compiled.
@@ -290,10 +292,7 @@ class Sampler:
         self._steps.refresh()
 
     def clear(self) -> None:
-        """Free buffers, captured graphs and their memory pool; the next call builds them again.
-
-        Each batch size and each set of switches keeps its own until then.
-        """
+        """Free every batch size's buffers, captured graphs and memory pool; the next call builds them again."""
         self._steps.clear()
 
     def _request(self, function: str, arguments: RequestArguments, *, x0_out: bool) -> Request:

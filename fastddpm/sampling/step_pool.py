@@ -179,6 +179,7 @@ class StepPool:
                 want=options.want,
                 strict=options.strict_compile,
                 compiled=options.compiled,
+                fused=options.norm == "fused",
             )
         network = self._networks(key.network_batch)
         self._copies |= not getattr(network, "shares_weights", False)

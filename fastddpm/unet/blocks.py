@@ -112,14 +112,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
-        B, C, H, W = x.shape
-        h = x if self.group_norm is None else self.group_norm(x)
+        out = self.attend(x if self.group_norm is None else self.group_norm(x))
+        return _rescale(x + out, self.output_scale_factor)
+
+    def attend(self, h: Tensor) -> Tensor:
+        """What is added to the input, from its normalised pixels [B, C, H, W]."""
+        B, C, H, W = h.shape
         tokens = h.flatten(2).transpose(1, 2)  # [B, HW, C]
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.project(tokens))
         attended = functional.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, head_dim]
         out = self.to_out[0](attended.transpose(1, 2).flatten(2))
-        out = out.transpose(1, 2).reshape(B, C, H, W)
-        return _rescale(x + out, self.output_scale_factor)
+        return out.transpose(1, 2).reshape(B, C, H, W)
 
     def project(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """[B, HW, C] -> q, k and v, each [B, HW, heads * head_dim]."""

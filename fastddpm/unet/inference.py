@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,9 @@ from fastddpm.files.run_folder import config_hash
 from fastddpm.machine import packages
 from fastddpm.machine.building import Job, Want, build, obtain
 from fastddpm.machine.torch_compile import compile_call
+from fastddpm.unet import fused
 from fastddpm.unet.blocks import timestep_embedding
-from fastddpm.unet.forms import (
-    inference_form,
-    use_channels_last,
-    use_channels_last_norms,
-    use_subpixels,
-    use_winograd,
-)
+from fastddpm.unet.forms import inference_form, use_channels_last, use_channels_last_norms, use_subpixels, use_winograd
 from fastddpm.unet.unet import UNet, beside
 
 logger = logging.getLogger("fastddpm")
@@ -54,11 +49,14 @@ class UNetForms:
         want: how much a run wants compiled code; asked again at each.
         strict: raise where it is wanted now and cannot be had, instead of running uncompiled.
         file: a package to take it from, instead of the cache.
+        fuse: normalise by `unet.fused`, for CUDA.
     """
 
-    def __init__(self, unet: UNet, timesteps: Tensor, *, want: Want, strict: bool, file: Path | None = None) -> None:
+    def __init__(
+        self, unet: UNet, timesteps: Tensor, *, want: Want, strict: bool, file: Path | None = None, fuse: bool = False
+    ) -> None:
         self.unet, self.timesteps = unet, timesteps
-        self.want, self._strict, self._file = want, strict, file
+        self.want, self._strict, self._file, self._fuse = want, strict, file, fuse
         self._compiled: dict[torch.Size, Denoise] = {}
 
     def __call__(self, batch: int) -> UNetInference:
@@ -93,7 +91,7 @@ class UNetForms:
     def _uncompiled(self) -> Denoise:
         form = inference_form(self.unet)
         use_channels_last(form)
-        return Form(form)
+        return Form(form, fused.denoise if self._fuse else UNet.denoise)
 
     def _slice(self, x: Tensor) -> Tensor:
         """As much of x as compiled code takes at a time."""
@@ -165,13 +163,13 @@ class UNetForms:
 class Form(nn.Module):
     """A network from `inference_form`, given x and the blocks' time projections side by side."""
 
-    def __init__(self, form: UNet) -> None:
+    def __init__(self, form: UNet, denoise: Callable[[UNet, Tensor, Sequence[Tensor]], Tensor] = UNet.denoise) -> None:
         super().__init__()
-        self.form, self.widths = form, time_widths(form)
+        self.form, self.widths, self.denoise = form, time_widths(form), denoise
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """[B, C, H, W] and [B, sum of the widths] -> [B, C_out, H, W]."""
-        return self.form.denoise(x, time.split(self.widths, dim=1))
+        return self.denoise(self.form, x, time.split(self.widths, dim=1))
 
 
 class UNetInference:

@@ -191,3 +191,13 @@ def test_command_refuses_what_it_does_not_know() -> None:
         command.run(parse_arguments("--gpu", "GTX 1"))
     with pytest.raises(ValueError, match="is sm_90, not sm_80"):
         command.run(parse_arguments("--gpu", "H100 SXM", "--arch", "sm_80"))
+
+
+@pytest.mark.parametrize("name", [name for kernel, name in catalogue() if kernel == "group_norm"])
+def test_group_norm_is_bound_by_memory_at_all_shapes_of_a_unet(name: str) -> None:
+    cost, joined = report("group_norm", name), "+" in name
+    assert (cost.spills, cost.notes, cost.roof) == (0, (), "DRAM")
+    assert cost.registers <= 128
+    if not joined:
+        assert cost.bytes_per_element == (8 if "residual" in name else 4)
+    assert set(cost.widths["y"]["store"]) <= {64, 128}

@@ -10,7 +10,13 @@ pytest.importorskip("triton")
 from fastddpm.diagnostics import compile_offline as offline
 from fastddpm.diagnostics.compile_offline import ARCHITECTURES
 from fastddpm.diagnostics.step_cases import step_case
-from fastddpm.diagnostics.variants import ddpm_loss_variant, noise_variant, p_sample_variant, q_sample_variant
+from fastddpm.diagnostics.variants import (
+    ddpm_loss_variant,
+    group_norm_variant,
+    noise_variant,
+    p_sample_variant,
+    q_sample_variant,
+)
 from tests.kernels.registers import check_registers
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -30,6 +36,17 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_kernels_compile_everywhere(name: str, arch: str) -> None:
     check_registers(VARIANTS[name](), arch, most=168 if "all" in name else 128)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_group_norm_compiles_everywhere(arch: str) -> None:
+    """Warps add up over shared memory, and that is all that lies there."""
+    variant = group_norm_variant("joined", 256, 32, skip=128, adds=True)
+    used = offline.resources(offline.compile_launch(variant.launch, arch))
+    assert (used.spills, used.stack) == (0, 0)
+    assert used.shared <= 4096
+    # 65,536 registers, 16 warps.
+    assert used.registers <= 128
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "shifted"])

@@ -195,7 +195,7 @@ class PtxDevice:
             program = _program(_texts[metadata.hash])
             blocks = np.asarray(self.select_blocks(grid)) if self.select_blocks else None
             scratch = [0] * (len(program.parameters) - len(bits))
-            Machine(program, self.memory).run(bits + scratch, Grid(grid, blocks))
+            Machine(program, self.memory, metadata.shared).run(bits + scratch, Grid(grid, blocks))
 
     def _bind(self, name: str, kind: str, value: Any) -> int:
         """An argument's bits; a tensor that is new becomes memory."""

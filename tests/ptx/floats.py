@@ -140,6 +140,25 @@ def _fma(modifiers: tuple[str, ...]) -> Operation:
     return _explicitly_rounded(fused_multiply_add, 3)(modifiers)
 
 
+def _ex2(modifiers: tuple[str, ...]) -> Operation:
+    """The nearest float32 stands for what the processor gives, which is within 2 ulp."""
+    if modifiers != ("approx", "ftz", "f32"):
+        raise PtxError(f"ex2.{'.'.join(modifiers)} is not defined here")
+    return Operation("f32", ("f32",), lambda a: flush(np.exp2(flush(a).astype(np.float64)).astype(np.float32)))
+
+
+def _div(modifiers: tuple[str, ...]) -> Operation:
+    """``full``: the nearest float32 stands for what the processor gives, 2 ulp off at most; 0 for huge divisors."""
+    if modifiers != ("full", "f32"):
+        return _explicitly_rounded(np.divide, 2)(modifiers)
+
+    def compute(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        huge = np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), a) * np.sign(b))
+        return canonical(np.where(np.abs(b) >= np.float32(2.0**126), huge, a / b), "f32")
+
+    return Operation("f32", ("f32", "f32"), compute)
+
+
 def _half_too(build: Callable[[tuple[str, ...]], Operation]) -> Callable[[tuple[str, ...]], Operation]:
     """Add the form whose first operand is a float16, converted to float32 first, which is exact."""
 
@@ -173,7 +192,8 @@ BUILDERS: dict[str, Callable[[tuple[str, ...]], Operation]] = {
     "add": _half_too(_pairs_too(_arithmetic(operator.add, 2))),
     "sub": _half_too(_pairs_too(_arithmetic(operator.sub, 2))),
     "mul": _pairs_too(_arithmetic(operator.mul, 2)),
-    "div": _explicitly_rounded(np.divide, 2),
+    "div": _div,
+    "ex2": _ex2,
     "sqrt": _explicitly_rounded(np.sqrt, 1),
     "rcp": _explicitly_rounded(np.reciprocal, 1),
     "fma": _pairs_too(_fma),

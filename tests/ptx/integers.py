@@ -176,13 +176,16 @@ def _permute(modifiers: tuple[str, ...]) -> Operation:
 
 def _field_extract(modifiers: tuple[str, ...]) -> Operation:
     (kind,) = modifiers
-    if kind != "u32":
+    if kind not in ("u32", "s32"):
         raise PtxError(f"bfe.{kind} is not defined here")
 
     def compute(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-        position, length = (np.minimum(x & np.uint32(255), np.uint32(32)).astype(np.uint64) for x in (position, length))
-        mask = (np.uint64(1) << length) - np.uint64(1)
-        return ((a.astype(np.uint64) >> position) & mask).astype(np.uint32)
+        position, length = (np.minimum(x & np.uint32(255), np.uint32(32)).astype(np.int64) for x in (position, length))
+        field = (a.astype(np.int64) >> position) & ((np.int64(1) << length) - 1)
+        if kind == "s32":
+            # The field's highest bit is its sign; a shift to the top and back repeats it.
+            field = np.where(length == 0, 0, field << (63 - length) << 1 >> (63 - length) >> 1)
+        return field.astype(a.dtype)
 
     return Operation(kind, (kind, "u32", "u32"), compute)
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from tests.ptx import conversions, floats, integers
 from tests.ptx.memory import Memory
-from tests.ptx.parser import Address, Immediate, Instruction, Operand, Program, PtxError, Register, Symbol, Vector
+from tests.ptx.parser import Address, Instruction, Operand, Program, PtxError, Register, Symbol, Vector
 from tests.ptx.registers import Lanes, RegisterFile
 from tests.ptx.scalars import Operation, decode, literal, type_bits
+from tests.ptx.shared import SharedMemory
 
 LANES_AT_ONCE = 1 << 13
 _FLOAT_TYPES = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f32x2", "f64")
@@ -54,9 +55,10 @@ def build_operation(instruction: Instruction) -> Operation:
 class Machine:
     """Executes one program on one memory."""
 
-    def __init__(self, program: Program, memory: Memory) -> None:
-        self.program, self.memory = program, memory
+    def __init__(self, program: Program, memory: Memory, shared: int = 0) -> None:
+        self.program, self.memory, self._shared_size = program, memory, shared
         self.registers = RegisterFile(program.registers)
+        self.shared = SharedMemory(self)
         self._steps = [self._decode(instruction) for instruction in program.instructions]
         targets = (i.operands[-1] for i in program.instructions if i.opcode == "bra")
         self._joins = {program.labels[t.name] for t in targets if isinstance(t, Symbol)}
@@ -85,7 +87,7 @@ class Machine:
         size = self.program.threads
         tid = np.tile(np.arange(size, dtype=np.uint32), len(blocks))
         block = np.repeat(blocks, size)
-        self._threads = block * size + tid
+        self.threads = block * size + tid
         special = {"%tid.x": tid, "%laneid": tid % np.uint32(32), "%warpid": tid // np.uint32(32)}
         coordinates = (block % shape[0], block // shape[0] % shape[1], block // (shape[0] * shape[1]))
         for axis, ctaid, count in zip("xyz", coordinates, shape, strict=True):
@@ -93,7 +95,10 @@ class Machine:
             special[f"%nctaid.{axis}"] = np.array([count], np.uint32)
         for name, value in {"%ntid.x": size, "%ntid.y": 1, "%ntid.z": 1, "%tid.y": 0, "%tid.z": 0}.items():
             special[name] = np.array([value], np.uint32)
+        # Offsets within shared memory begin at 0.
+        special |= {name: np.zeros(1, np.uint32) for name in self.program.shared_symbols}
         self.registers.reset(len(tid), special)
+        self.shared.start(len(blocks), self._shared_size)
 
     def _run_groups(self) -> None:
         """Run the group with the lowest program counter until every thread has returned."""
@@ -177,7 +182,12 @@ class Machine:
         if opcode in ("ld", "st"):
             return self._decode_access(instruction)
         if opcode == "shfl":
-            return self._decode_shuffle(instruction)
+            return self.shared.shuffle(instruction)
+        # The barrier of a warp is that of a block of one warp.
+        if instruction.text == "bar.sync 0" or (instruction.text == "bar.warp.sync -1" and self.program.threads == 32):
+            return self.shared.barrier
+        if opcode in ("ldmatrix", "stmatrix"):
+            return self.shared.matrices(instruction)
         return self._decode_arithmetic(instruction)
 
     def _decode_arithmetic(self, instruction: Instruction) -> Callable[[Lanes], None]:
@@ -198,27 +208,6 @@ class Machine:
             registers.write(destination, operation.compute(*values), operation.result, lanes, undefined)
             if halves is not None:
                 registers.note_pieces(destination, halves, lanes)
-
-        return execute
-
-    def _decode_shuffle(self, instruction: Instruction) -> Callable[[Lanes], None]:
-        """``shfl.sync.bfly.b32``: each thread reads the register of the one whose lane differs by these bits."""
-        destination, source, bits, *rest = instruction.operands
-        everyone = [Immediate(31), Immediate(-1)]
-        if instruction.modifiers != ("sync", "bfly", "b32") or not isinstance(bits, Immediate) or rest != everyone:
-            raise PtxError(f"only a butterfly over whole warps is defined here: {instruction.text}")
-        distance, registers = bits.value, self.registers
-        read = registers.reader(source, "b32")
-
-        def execute(lanes: Lanes) -> None:
-            partner = np.arange(registers.count) ^ distance
-            if lanes is not None and not np.isin(partner[lanes], lanes).all():
-                raise PtxError(f"a thread of the warp is elsewhere: {instruction.text}")
-            chosen = partner if lanes is None else partner[lanes]
-            values = np.broadcast_to(read(None), partner.shape)[chosen]
-            marks = registers.undefined(source, None)
-            undefined = None if marks is None else np.broadcast_to(marks, partner.shape)[chosen]
-            registers.write(destination, values, "b32", lanes, undefined)
 
         return execute
 
@@ -245,14 +234,17 @@ class Machine:
         kind = modifiers[-1]
         count = next((_VECTORS[m] for m in modifiers if m in _VECTORS), 1)
         unknown = [m for m in modifiers[:-1] if m not in _CACHE_HINTS and m not in _VECTORS and "::" not in m]
-        if modifiers[0] != "global" or unknown:
-            raise PtxError(f"only plain global memory is defined here: {instruction.text}")
+        space = modifiers[0].partition("::")[0]
+        if space not in ("global", "shared") or set(unknown) - {"shared"}:
+            raise PtxError(f"only plain global and shared memory are defined here: {instruction.text}")
         data, address = instruction.operands[:2] if is_load else instruction.operands[1::-1]
         items = data.items if isinstance(data, Vector) else (data,)
         if len(items) != count or not isinstance(address, Address):
             raise PtxError(f"{count} values and an address expected: {instruction.text}")
-        locate = self._locator(address)
-        return self._load(items, kind, locate) if is_load else self._store(items, kind, locate)
+        memory, locate = (
+            (self.memory, self._locator(address)) if space == "global" else (self.shared, self.shared.locator(address))
+        )
+        return (self._load if is_load else self._store)(items, kind, locate, memory)
 
     def _locator(self, address: Address) -> Callable[[Lanes], tuple[np.ndarray, np.ndarray]]:
         """Addresses and global thread indices, one each per active thread."""
@@ -260,23 +252,27 @@ class Machine:
 
         def locate(lanes: Lanes) -> tuple[np.ndarray, np.ndarray]:
             self.registers.require_defined(address.base, lanes, "an address")
-            threads = self._threads if lanes is None else self._threads[lanes]
+            threads = self.threads if lanes is None else self.threads[lanes]
             return np.broadcast_to(read(lanes) + offset, threads.shape), threads
 
         return locate
 
-    def _load(self, items: tuple[Operand, ...], kind: str, locate: Callable) -> Callable[[Lanes], None]:
+    def _load(
+        self, items: tuple[Operand, ...], kind: str, locate: Callable, memory: Memory | SharedMemory
+    ) -> Callable[[Lanes], None]:
         width = type_bits(kind) // 8
 
         def execute(lanes: Lanes) -> None:
             addresses, threads = locate(lanes)
-            values, undefined = self.memory.load(addresses, width, len(items), threads)
+            values, undefined = memory.load(addresses, width, len(items), threads)
             for item, value in zip(items, values, strict=True):
                 self.registers.write(item, decode(value, kind), kind, lanes, undefined)
 
         return execute
 
-    def _store(self, items: tuple[Operand, ...], kind: str, locate: Callable) -> Callable[[Lanes], None]:
+    def _store(
+        self, items: tuple[Operand, ...], kind: str, locate: Callable, memory: Memory | SharedMemory
+    ) -> Callable[[Lanes], None]:
         width = type_bits(kind) // 8
         readers = [self.registers.reader(item, f"u{width * 8}") for item in items]
 
@@ -285,6 +281,6 @@ class Machine:
             for item in items:
                 self.registers.require_defined(item, lanes, "memory")
             values = [np.broadcast_to(read(lanes), threads.shape) for read in readers]
-            self.memory.store(addresses, width, values, threads)
+            memory.store(addresses, width, values, threads)
 
         return execute

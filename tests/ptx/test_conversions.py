@@ -108,7 +108,7 @@ def test_round_to_integral_float_matches_python() -> None:
 
 @pytest.mark.parametrize(
     "instruction",
-    ["ex2.approx.f32 $0, $1", "sqrt.approx.f32 $0, $1", "div.full.f32 $0, $1, $1", "cvt.rz.f32.u32 $0, $1"],
+    ["ex2.approx.f32 $0, $1", "sqrt.approx.f32 $0, $1", "div.approx.f32 $0, $1, $1", "cvt.rz.f32.u32 $0, $1"],
 )
 def test_what_has_no_bit_exact_definition_is_refused(instruction: str) -> None:
     with pytest.raises(PtxError, match=r"approx|not defined|bit-exact"):

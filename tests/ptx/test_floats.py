@@ -152,3 +152,12 @@ def test_neg_and_abs_touch_only_the_sign() -> None:
     bits = a.view(np.uint32)
     assert np.array_equal(evaluate("neg.f32 $0, $1", [a], "uint32"), bits ^ np.uint32(0x80000000))
     assert np.array_equal(evaluate("abs.f32 $0, $1", [a], "uint32"), bits & np.uint32(0x7FFFFFFF))
+
+
+def test_approximations_are_the_nearest_float_and_flush() -> None:
+    a = np.array([0.0, -1.0, 0.5, 126.5, -127.0, 200.0, -1e-40, -np.inf, np.inf], np.float32)
+    expected = [1.0, 0.5, np.sqrt(2.0), 2.0**126.5, 0.0, np.inf, 1.0, 0.0, np.inf]
+    assert same_bits(evaluate("ex2.approx.ftz.f32 $0, $1", [a], "float32"), np.array(expected, np.float32))
+    a, b = np.array([1.0, -3.0, 3.0, 1.0], np.float32), np.array([3.0, 2.0**126, np.inf, -0.5], np.float32)
+    expected = np.array([1 / 3, -0.0, 0.0, -2.0], np.float32)
+    assert same_bits(evaluate("div.full.f32 $0, $1, $2", [a, b], "float32"), expected)

@@ -131,6 +131,8 @@ def test_bit_field_population_and_leading_zeros_match_python() -> None:
     assert evaluate("popc.b32 $0, $1", [a], "uint32").tolist() == [bin(x).count("1") for x in a.tolist()]
     assert evaluate("clz.b32 $0, $1", [a], "uint32").tolist() == [32 - x.bit_length() for x in a.tolist()]
     assert evaluate("bfe.u32 $0, $1, 5, 11", [a], "uint32").tolist() == [x >> 5 & 0x7FF for x in a.tolist()]
+    signed = [((x >> 5 & 0x7FF) ^ 0x400) - 0x400 for x in a.tolist()]
+    assert evaluate("bfe.s32 $0, $1, 5, 11", [a], "int32").tolist() == signed
 
 
 def test_moves_pack_and_unpack_halves() -> None:

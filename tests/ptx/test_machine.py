@@ -124,9 +124,7 @@ def test_undefined_values_may_be_computed_with_and_dropped(limit: int) -> None:
     assert output.tolist() == [i + 1 if i < limit else 7 for i in range(32)]
 
 
-@pytest.mark.parametrize(
-    "text", ["fizz.b32 %r0, %r1;", "bar.sync 0;", "ld.shared.b32 %r0, [%r1];", "add.u32 %r0, %r1;"]
-)
+@pytest.mark.parametrize("text", ["fizz.b32 %r0, %r1;", "bar.sync 1;", "ld.local.b32 %r0, [%r1];", "add.u32 %r0, %r1;"])
 def test_unknown_instructions_are_refused_before_anything_runs(text: str) -> None:
     with pytest.raises(PtxError, match=r"not defined|sources expected|defined here"):
         run_kernel(text, [np.zeros(32, np.uint32)], writable=0)

@@ -17,9 +17,12 @@ from fastddpm.diagnostics.step_cases import SHAPES, StepCase, arrange, inputs, s
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
+from fastddpm.ops.group_norm import group_norm
 from fastddpm.ops.operators import pack
 from fastddpm.ops.twins import Flags
 from fastddpm.tables.table import COLUMNS, loss_rows
+from tests.ops.norm_cases import CASES as NORM_CASES
+from tests.ops.norm_cases import NormCase
 
 OUTPUTS = ("out", "x0_out", "low_out", "history")
 
@@ -209,3 +212,13 @@ def test_exp_kernel_equals_its_twin_over_its_range() -> None:
     results = [ops.p_sample(*arguments, clip=False, learned=True, backend=b) for b in ("torch", "triton")]
     assert torch.equal(*results)
     assert torch.allclose(results[0][0, 0], v.clamp(-87, 88).exp(), rtol=3e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", NORM_CASES, ids=str)
+def test_group_norm_kernel_is_its_twin_to_rounding(case: NormCase, dtype: torch.dtype) -> None:
+    arguments = case.arguments(dtype)
+    (y, u), (expected, kept) = (group_norm(**arguments, backend=backend) for backend in ("triton", "torch"))
+    tolerance = 2**-20 if dtype == torch.float32 else 2**-9
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(u, kept)

@@ -1,0 +1,146 @@
+"""A UNet's form for a GPU whose normalisations are one kernel each, together with the additions before them.
+
+A block leaves its output as a sum that nobody has added up; the normalisation that reads it does so, stores it where it
+is needed again, and reads a skip connection where it is, without a copy of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastddpm.ops.group_norm import group_norm
+from fastddpm.unet.blocks import Attention, DownBlock, ResnetBlock, UpBlock
+from fastddpm.unet.unet import UNet
+
+
+class Sum:
+    """x + bias + residual, [B, C, H, W], added up when first needed."""
+
+    def __init__(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
+        self.parts = (x, bias, residual)
+
+    @property
+    def value(self) -> Tensor:
+        """The sum."""
+        x, bias, residual = self.parts
+        if bias is not None:
+            x = x + bias[:, None, None]
+        x = x if residual is None else x + residual
+        self.parts = (x, None, None)
+        return x
+
+    def normalise(
+        self,
+        norm: nn.GroupNorm,
+        *,
+        silu: bool,
+        skip: Sum | None = None,
+        time: Tensor | None = None,
+        scale_shift: bool = False,
+        keep: bool = True,
+    ) -> Tensor:
+        """Normalise the sum, with the channels of skip behind it; `keep`: it is needed again. See `ops.group_norm`."""
+        x, bias, residual = self.parts
+        pending = keep and (bias is not None or residual is not None)
+        y, u = group_norm(
+            x,
+            norm.weight,
+            norm.bias,
+            norm.num_groups,
+            norm.eps,
+            skip=None if skip is None else skip.value,
+            residual=residual,
+            bias=bias,
+            time=time,
+            scale_shift=scale_shift,
+            silu=silu,
+            keep=pending,
+        )
+        if pending:
+            self.parts = (u, None, None)
+        return y
+
+
+def denoise(unet: UNet, x: Tensor, time: Sequence[Tensor]) -> Tensor:
+    """`UNet.denoise` of a network from `forms.inference_form`, whose convolutions are channels-last."""
+    times = iter(time)
+    h = _conv(unet.conv_in, 2 * x - 1 if unet.config.center_input_sample else x)
+    skips = [h]
+    for block in unet.down_blocks:
+        assert isinstance(block, DownBlock)
+        outputs = list(_layers(block, h, times))
+        skips += outputs
+        h = outputs[-1]
+        if block.downsamplers is not None:
+            (down,) = block.downsamplers
+            h = _conv(down.conv, functional.pad(h.value, (0, 1, 0, 1)) if down.pad_after else h.value)  # type: ignore[arg-type]
+            skips.append(h)
+    first, last = unet.mid_block.resnets
+    h = _resnet(first, h, next(times))  # type: ignore[arg-type]
+    if unet.mid_block.attentions is not None:
+        h = _attend(unet.mid_block.attentions[0], h)  # type: ignore[arg-type]
+    h = _resnet(last, h, next(times))  # type: ignore[arg-type]
+    for block in unet.up_blocks:
+        assert isinstance(block, UpBlock)
+        *_, h = _layers(block, h, times, skips)
+        if block.upsamplers is not None:
+            (up,) = block.upsamplers
+            h = _conv(up.conv, functional.interpolate(h.value, scale_factor=2.0, mode="nearest"))  # type: ignore[arg-type]
+    return unet.conv_out(h.normalise(unet.conv_norm_out, silu=True, keep=False))
+
+
+def _layers(
+    block: DownBlock | UpBlock, h: Sum, times: Iterator[Tensor], skips: list[Sum] | None = None
+) -> Iterator[Sum]:
+    """The output of each residual block, and of the attention behind it."""
+    for i, resnet in enumerate(block.resnets):
+        h = _resnet(resnet, h, next(times), None if skips is None else skips.pop())  # type: ignore[arg-type]
+        if block.attentions is not None:
+            h = _attend(block.attentions[i], h)  # type: ignore[arg-type]
+        yield h
+
+
+def _conv(conv: nn.Conv2d, x: Tensor) -> Sum:
+    return Sum(conv._conv_forward(x, conv.weight, None), conv.bias)
+
+
+def _resnet(block: ResnetBlock, x: Sum, time: Tensor, skip: Sum | None = None) -> Sum:
+    silu = block.act is functional.silu
+
+    def act(h: Tensor) -> Tensor:
+        return h if silu else block.act(h)
+
+    h = _conv(block.conv1, act(x.normalise(block.norm1, silu=silu, skip=skip)))
+    h = _conv(
+        block.conv2, act(h.normalise(block.norm2, silu=silu, time=time, scale_shift=block.scale_shift, keep=False))
+    )
+    shortcut = _shortcut(block.conv_shortcut, x, skip)
+    if block.output_scale_factor == 1.0:
+        return Sum(*h.parts[:2], shortcut)
+    return Sum((shortcut + h.value) / block.output_scale_factor)
+
+
+def _shortcut(conv: nn.Conv2d | None, x: Sum, skip: Sum | None) -> Tensor:
+    """The 1x1 convolution as a product for x and one for skip, the second added to the first by its own kernel."""
+    if conv is None:
+        return x.value if skip is None else torch.cat([x.value, skip.value], dim=1)
+    parts = [part.value for part in (x, skip) if part is not None]
+    weights = conv.weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
+    batch, _, height, width = parts[0].shape
+    assert conv.bias is not None
+    out: Tensor = conv.bias
+    for part, weight in zip(parts, weights, strict=True):
+        out = torch.addmm(out, part.movedim(1, -1).flatten(0, 2), weight.t())
+    return out.view(batch, height, width, -1).movedim(-1, 1)
+
+
+def _attend(attention: Attention, x: Sum) -> Sum:
+    h = x.value if attention.group_norm is None else x.normalise(attention.group_norm, silu=False)
+    h = attention.attend(h)
+    if attention.output_scale_factor == 1.0:
+        return Sum(h, None, x.value)
+    return Sum((x.value + h) / attention.output_scale_factor)
