@@ -142,14 +142,14 @@ def _lucidrains(case: Case) -> Prepared:
     return Prepared(run, evaluate)
 
 
-def fastddpm_loop(case: Case, dtype: torch.dtype, *, compile: bool = True, cuda_graph: bool | str = "auto") -> Prepared:
+def fastddpm_loop(case: Case, dtype: torch.dtype, **options: Any) -> Prepared:
     """The sampler, its options as `Sampler` takes them."""
     if case.sampler == "ddim":
         table = ddim_table(schedule(), steps=case.steps, spacing=loop_gate.spacing(case), rederive_eps=False)
     else:
         table = ddpm_table(schedule(), steps=case.steps, spacing=loop_gate.spacing(case))
     model = networks.build(case.network)
-    sampler = Sampler(model, table, case.shape, device=case.device, dtype=dtype, compile=compile, cuda_graph=cuda_graph)
+    sampler = Sampler(model, table, case.shape, device=case.device, dtype=dtype, **{"compile": True, **options})
     labels = networks.labels(case.network, case.batch)
     seeds = list(range(case.batch))
 

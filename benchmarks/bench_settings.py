@@ -35,6 +35,10 @@ def cases(device: str, smoke: bool) -> list[Case]:
     return [Case("settings", batch, networks.shape("cifar10"), "cifar10", 20, device=device) for batch in batches]
 
 
+def _needs_cuda(case: Case) -> str | None:
+    return None if case.device == "cuda" else "the fused normalisation is for CUDA"
+
+
 BENCHMARK = Benchmark(
     name="settings",
     title="Settings of the loop",
@@ -42,6 +46,7 @@ BENCHMARK = Benchmark(
         Provider("fastddpm", _with(), "bfloat16", compiled=True),
         Provider("fastddpm, no CUDA graph", _with(cuda_graph=False), "bfloat16", compiled=True),
         Provider("fastddpm, cudnn.benchmark", _cudnn_benchmark, "bfloat16", compiled=True),
+        Provider("fastddpm, fused norms", _with(norm="fused"), "bfloat16", compiled=True, skips=_needs_cuda),
         Provider("fastddpm, not compiled", _with(compile=False), "bfloat16"),
     ),
     cases=cases,
