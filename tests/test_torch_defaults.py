@@ -129,6 +129,7 @@ ENTRIES: dict[str, Callable[[], Any]] = {
     "ddim_table": lambda: fastddpm.ddim_table(SCHEDULE, eta=0.5, timesteps=[40, 3, 0]),
     "ddim_inversion_table": lambda: fastddpm.ddim_inversion_table(SCHEDULE, steps=5),
     "dpm_solver_table": lambda: fastddpm.dpm_solver_table(SCHEDULE, sigmas=[9.0, 2.0, 0.1]),
+    "slerp": lambda: fastddpm.slerp(X, M, 0.3),
     "Table": lambda: fastddpm.ddpm_table(SCHEDULE).with_guidance(2.0),
     "q_rows": lambda: [q_rows(SCHEDULE), q_step_rows(SCHEDULE), loss_rows(SCHEDULE, weighting="min-snr")],
     "reference.q_step": lambda: reference.q_step(X, T, SCHEDULE, Z),

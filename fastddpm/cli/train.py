@@ -21,7 +21,7 @@ EXAMPLES = shared.examples(
     "fastddpm train --data mnist --outdir runs/digits",
     "fastddpm train --data pictures/ --resolution 32 --flip --outdir runs/pictures",
     "fastddpm train --outdir runs/digits --resume --steps 20000",
-    "torchrun --nproc-per-node 8 --max-restarts 3 -m fastddpm train --data pictures/ --outdir runs/pictures --resume",
+    "torchrun --nproc-per-node 8 -m fastddpm train --data mnist --outdir runs/many",
 )
 
 

@@ -58,8 +58,8 @@ class Checkpoint:
         except RefusedObjectError as error:
             raise ValueError(
                 f"{path}: refused, since it holds more than tensors and plain values (it needs {error}), and such "
-                "objects can run code when loaded; where you trust the file, save its weights alone and take those: "
-                f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'weights.pt')"
+                "objects can run code when loaded; load it in the program that wrote it and save its weights alone: "
+                "torch.save(checkpoint['state_dict'], 'weights.pt')"
             ) from None
         except _DAMAGE as error:
             raise ValueError(f"{path}: no usable checkpoint: {error}") from None

@@ -112,7 +112,7 @@ def test_a_checkpoint_with_objects_is_taken_as_the_message_says(
     with pytest.raises(ValueError, match=r"it needs 'types\.SimpleNamespace'") as refusal:
         read(tmp_path / "last.ckpt", config=config)
     monkeypatch.chdir(tmp_path)
-    exec(str(refusal.value)[str(refusal.value).index("torch.save(") :], {"torch": torch})
+    exec(str(refusal.value)[str(refusal.value).index("torch.save(") :], {"torch": torch, "checkpoint": content})
     model = read("weights.pt", config=config).model
     assert model is not None
     assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
