@@ -34,7 +34,6 @@ WARMUP_STEPS = 3
 
 # PyTorch: "only one capture may be underway at a time in the process".
 _CAPTURE_LOCK = threading.Lock()
-
 _POOLS: weakref.WeakSet[StepPool] = weakref.WeakSet()
 
 
