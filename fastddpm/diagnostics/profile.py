@@ -32,6 +32,7 @@ class RangedSampler(Sampler):
             with named(P_SAMPLE):
                 step.update(m)
             step.next_row()
+            step.paste()
 
 
 def ranges(device: torch.device) -> Callable[[str], contextlib.AbstractContextManager[Any]]:
