@@ -31,9 +31,11 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     results: list[Result] = []
     for result in verify(device):
-        results.append(result)
         if not args.json:
-            print(_line(result), flush=True)
+            alike = (r.name for r in results if r.status == result.status == "left out" and r.detail == result.detail)
+            first = next(alike, None)
+            print(_line(result if first is None else result._replace(detail=f"as {first!r}")), flush=True)
+        results.append(result)
     if args.json:
         print(json.dumps({"device": str(device), "checks": [r._asdict() for r in results]}, indent=1))
     else:

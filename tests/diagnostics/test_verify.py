@@ -38,6 +38,7 @@ def test_verify_prints_80_columns_and_a_verdict(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[-1].startswith("cpu: verified (")
+    assert sum("TRITON_INTERPRET" in line for line in lines) <= 1  # a reason once
 
 
 def test_verify_fails_when_a_bit_of_the_noise_changes(
