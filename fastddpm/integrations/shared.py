@@ -39,7 +39,7 @@ class Seeding(TypedDict, total=False):
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise TypeError unless every option is an argument of `Sampler` that a drop-in leaves to its caller."""
     for name in options:
-        one_of("option", name, SamplerArguments.__annotations__.keys() - {"device"}, error=TypeError)
+        one_of("option", name, sorted(SamplerArguments.__annotations__.keys() - {"device"}), error=TypeError)
 
 
 class InvalidArgumentError(ValueError, AssertionError):
