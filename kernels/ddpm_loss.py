@@ -8,22 +8,27 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastddpm.kernels.launch import Launch, Words, is_aligned, sample_stride, split_words, tile_constants
-from fastddpm.kernels.noise import normals4
-from fastddpm.kernels.tiles import (
+from fastddpm.kernels.launch import (
     PIXELS,
     SCALAR,
     STRIDED,
     VECTOR,
+    Launch,
+    Words,
+    is_aligned,
     launch_grid,
     load,
     per_row,
     program,
+    sample_stride,
     split4,
+    split_words,
     store,
+    tile_constants,
     tile_groups,
     tile_samples,
 )
+from fastddpm.kernels.noise import normals4
 from torch import Tensor
 
 COLUMNS = tl.constexpr(3)
@@ -94,7 +99,7 @@ def _ddpm_loss_kernel(
               or 0 for all; scale: [batch] fp32, if GRADIENT
     Output    partial sums of squares: [batch, programs * BLOCK_G / LANES] fp32, each over LANES groups (times
               CHANNELS in a loop over channels); or the gradient, laid out as m
-    Grid      ``tiles.launch_grid``; if m is channels-last, a tile is a block of pixels and loops over channels
+    Grid      ``launch_grid``; if m is channels-last, a tile is a block of pixels and loops over channels
     Counts    as in ``p_sample``
     Traffic   sums: 1 read = 4 B/element at fp32, 8 if USE_X0; gradient: 1 write more (x_0 is not read for the
               epsilon target, nor is eps for any)

@@ -9,8 +9,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastddpm.kernels.launch import Launch, Words, is_aligned, split_words, tile_constants
-from fastddpm.kernels.tiles import SCALAR, VECTOR, join4, launch_grid, program, store, tile_groups, tile_samples
+from fastddpm.kernels.launch import (
+    SCALAR,
+    VECTOR,
+    Launch,
+    Words,
+    is_aligned,
+    join4,
+    launch_grid,
+    program,
+    split_words,
+    store,
+    tile_constants,
+    tile_groups,
+    tile_samples,
+)
 from torch import Tensor
 
 PHILOX_M0 = tl.constexpr(0xD2511F53)
@@ -125,7 +138,7 @@ def _randn_kernel(
 
     Inputs    seed, sample_id, step: int64, stride 1 per sample or 0 for all
     Output    out: [batch, n] contiguous, fp32/fp16/bf16
-    Grid      ``tiles.launch_grid``; count: n in groups of four (in elements if not ALIGNED)
+    Grid      ``launch_grid``; count: n in groups of four (in elements if not ALIGNED)
     Traffic   1 write = 4 B/element at fp32; about 50 instructions an element, so issue binds inside the L2
     Numerics  bit-equal to ``fastddpm/noise/v1.py``
     """

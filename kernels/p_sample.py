@@ -9,23 +9,27 @@ from collections import namedtuple
 
 import triton
 import triton.language as tl
-from fastddpm.kernels import launch
-from fastddpm.kernels.launch import Launch, Words, is_aligned, sample_stride, split_words, tile_constants
-from fastddpm.kernels.noise import horner, normals4
-from fastddpm.kernels.tiles import (
+from fastddpm.kernels.launch import (
     PIXELS,
     SCALAR,
     STRIDED,
     VECTOR,
+    Launch,
+    Words,
+    is_aligned,
     launch_grid,
     load,
     per_row,
     program,
     repeats,
+    sample_stride,
+    split_words,
     store,
+    tile_constants,
     tile_groups,
     tile_samples,
 )
+from fastddpm.kernels.noise import horner, normals4
 from torch import Tensor
 
 EXP_POLY = tl.constexpr(
@@ -40,9 +44,6 @@ EXP_POLY = tl.constexpr(
     )
 )
 NAN = tl.constexpr(tl.PropagateNan.ALL)
-NOISE_NONE = tl.constexpr(launch.NOISE_NONE)
-NOISE_COUNTER = tl.constexpr(launch.NOISE_COUNTER)
-NOISE_GIVEN = tl.constexpr(launch.NOISE_GIVEN)
 
 RUNTIME = (
     "x_ptr", "m_ptr", "z_ptr", "ring_ptr", "out_ptr", "x0_out_ptr", "low_ptr",
@@ -111,25 +112,25 @@ def _p_sample_kernel(
     x_ptr, m_ptr, z_ptr, ring_ptr, out_ptr, x0_out_ptr, low_ptr, rows_ptr, row_ptr, seed_ptr, id_ptr, step_ptr,
     batch, count, repeat, row_stride, seed_stride, id_stride, step_stride, stream,
     CLIP: tl.constexpr, LEARNED: tl.constexpr, GUIDED: tl.constexpr, USE_M: tl.constexpr, HISTORY: tl.constexpr,
-    X0_OUT: tl.constexpr, LOW_OUT: tl.constexpr, M_NHWC: tl.constexpr, LOW_NHWC: tl.constexpr, NOISE: tl.constexpr,
-    CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
+    M_NHWC: tl.constexpr, LOW_NHWC: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_G: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """x_prev = mean(x_t, x0) + std * z, x0 = clip(a * x_t + b * m): one table row   (Ho et al. 2020, eqs. 7, 11, 15).
 
     Inputs    x_t, z: [batch, n] contiguous; m: the network's output, n or (LEARNED) 2 n elements a sample,
               2 batch samples if GUIDED, contiguous or (M_NHWC) channels-last; fp32/fp16/bf16 each.
               rows: [R, 14] fp32; row, seed, sample_id, step: int64, stride 1 per sample or 0 for all
-    Output    x_prev: [batch, n], may alias x_t; x0 if X0_OUT; a copy if LOW_OUT, contiguous or (LOW_NHWC)
-              channels-last
+    Output    x_prev: [batch, n], may alias x_t; where they are passed, x0, and low, a copy of x_prev that is contiguous
+              or (LOW_NHWC) channels-last
     Ring      [HISTORY, batch, n]: the x0 of k rows before lies in slot (row - k) mod HISTORY; x0 takes the
               place of the oldest, by the thread that read it
-    Grid      ``tiles.launch_grid``; if a tensor is channels-last, a tile is a block of pixels and loops over channels
+    Grid      ``launch_grid``; if a tensor is channels-last, a tile is a block of pixels and loops over channels
     Counts    n = CHANNELS * plane, CHANNELS = 1 if nothing is channels-last; count: the plane in groups of four (in
               elements if not ALIGNED); repeat: tiles that a program walks
     Traffic   2 reads + 1 write = 12 B/element at fp32, 16 + 4 HISTORY with a history; coefficients from L1; memory
               bound
     Numerics  fp32 inside, no contraction, one rounding at each store; bit-equal to ``twins.p_sample``
-    Noise     noise-v1, or z, or none; not added where sigma is 0
+    Noise     noise-v1 if a seed is passed, else z if that is; not added where sigma is 0
     """
     LOOP: tl.constexpr = (M_NHWC or LOW_NHWC) and ALIGNED
     FLAT: tl.constexpr = VECTOR if ALIGNED else SCALAR
@@ -148,7 +149,7 @@ def _p_sample_kernel(
     s, exists = tile_samples(batch, BLOCK_G, TILE)
     row_index = tl.load(row_ptr + s * row_stride)
     row = _row(rows_ptr + row_index * COLUMNS, BLOCK_G, TILE)
-    if NOISE == NOISE_COUNTER:
+    if seed_ptr is not None:
         seed = tl.load(seed_ptr + s * seed_stride)
         sample_id = tl.load(id_ptr + s * id_stride)
         step = tl.load(step_ptr + s * step_stride)
@@ -190,18 +191,18 @@ def _p_sample_kernel(
             x0_2 = load(ring_ptr, second, e, live, n, plane, CHANNELS, channel, FLAT)
             x0_3 = load(ring_ptr, oldest, e, live, n, plane, CHANNELS, channel, FLAT)
         z = None
-        if NOISE == NOISE_COUNTER:
+        if seed_ptr is not None:
             z = normals4(seed, sample_id, step, stream, g + (channel * groups).to(tl.uint32))
-        if NOISE == NOISE_GIVEN:
+        if z_ptr is not None:
             z = load(z_ptr, base, e, live, n, plane, CHANNELS, channel, FLAT)
 
         x_prev, x0 = _update(x, m, v, z, x0_1, x0_2, x0_3, row, CLIP, USE_M)
         store(out_ptr, base, e, x_prev, live, n, plane, CHANNELS, channel, FLAT)
         if HISTORY >= 1:
             store(ring_ptr, oldest, e, x0, live, n, plane, CHANNELS, channel, FLAT)
-        if X0_OUT:
+        if x0_out_ptr is not None:
             store(x0_out_ptr, base, e, x0, live, n, plane, CHANNELS, channel, FLAT)
-        if LOW_OUT:
+        if low_ptr is not None:
             low_index = index if LOW_NHWC else e
             store(low_ptr, base, low_index, x_prev, live, n, plane, CHANNELS, channel, LOW_ACCESS)
 
@@ -234,7 +235,6 @@ def p_sample_launch(
     """
     batch, n = len(x_t), x_t.shape[1:].numel()
     given = noise if isinstance(noise, Tensor) else None
-    kind = launch.NOISE_NONE if noise is None else launch.NOISE_COUNTER if given is None else launch.NOISE_GIVEN
     m_nhwc, low_nhwc = not m.is_contiguous(), low_out is not None and not low_out.is_contiguous()
     nhwc = m_nhwc or low_nhwc
     channels = x_t.shape[1] if nhwc else 1
@@ -249,8 +249,7 @@ def p_sample_launch(
     )  # fmt: skip
     flags = {
         "CLIP": clip, "LEARNED": learned, "GUIDED": guided, "USE_M": use_m, "HISTORY": history,
-        "X0_OUT": x0_out is not None, "LOW_OUT": low_out is not None, "M_NHWC": m_nhwc, "LOW_NHWC": low_nhwc,
-        "NOISE": kind, "CHANNELS": channels,
+        "M_NHWC": m_nhwc, "LOW_NHWC": low_nhwc, "CHANNELS": channels,
     }  # fmt: skip
     grid = launch_grid(batch, groups, repeat)
     return Launch(_p_sample_kernel, grid, values, flags | tile_constants(groups, aligned))

@@ -8,20 +8,25 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastddpm.kernels.launch import Launch, Words, is_aligned, sample_stride, split_words, tile_constants
-from fastddpm.kernels.noise import normals4
-from fastddpm.kernels.tiles import (
+from fastddpm.kernels.launch import (
     SCALAR,
     VECTOR,
+    Launch,
+    Words,
+    is_aligned,
     launch_grid,
     load,
     per_row,
     program,
+    sample_stride,
     split4,
+    split_words,
     store,
+    tile_constants,
     tile_groups,
     tile_samples,
 )
+from fastddpm.kernels.noise import normals4
 from torch import Tensor
 
 RUNTIME = (
@@ -34,17 +39,17 @@ RUNTIME = (
 def _q_sample_kernel(
     x_ptr, noise_ptr, out_ptr, eps_out_ptr, keep_ptr, rows_ptr, row_ptr, seed_ptr, id_ptr, step_ptr,
     batch, count, row_stride, seed_stride, id_stride, step_stride, stream,
-    EPS_OUT: tl.constexpr, COUNTER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """x_t = c_x * x_0 + sigma * eps   (Ho et al. 2020, eq. 4; with the rows of q_step, eq. 2).
 
     Inputs    x_0, noise: [batch, n] contiguous, fp32/fp16/bf16; rows: [R, 2] fp32; row, seed, sample_id, step: int64,
               stride 1 per sample or 0 for all; keep: [batch, n] uint8
-    Output    x_t: [batch, n], only where keep is 0 if it is given; eps if EPS_OUT
-    Grid      ``tiles.launch_grid``; count: n in groups of four (in elements if not ALIGNED)
+    Output    x_t: [batch, n], only where keep is 0 if it is passed; eps if its tensor is
+    Grid      ``launch_grid``; count: n in groups of four (in elements if not ALIGNED)
     Traffic   1 read + 1 write = 8 B/element at fp32, 12 with eps returned; 9 with keep
     Numerics  fp32 inside, no contraction, one rounding at each store; bit-equal to ``twins.q_sample``
-    Noise     noise-v1 if COUNTER, else the caller's eps
+    Noise     noise-v1 if a seed is passed, else the caller's eps
     """
     ACCESS: tl.constexpr = VECTOR if ALIGNED else SCALAR
     n = count.to(tl.int64)
@@ -62,7 +67,7 @@ def _q_sample_kernel(
     c_x = per_row(tl.load(row), BLOCK_G, TILE)
     sigma = per_row(tl.load(row + 1), BLOCK_G, TILE)
     x = load(x_ptr, base, index, live, n, n, 1, 0, ACCESS)
-    if COUNTER:
+    if seed_ptr is not None:
         seed = tl.load(seed_ptr + s * seed_stride)
         sample_id = tl.load(id_ptr + s * id_stride)
         eps = normals4(seed, sample_id, tl.load(step_ptr + s * step_stride), stream, g)
@@ -80,7 +85,7 @@ def _q_sample_kernel(
         tl.store(p + 3, x3, mask=live & (k3 == 0) & (index + 3 < n))
     else:
         store(out_ptr, base, index, x_t, live, n, n, 1, 0, ACCESS)
-    if EPS_OUT:
+    if eps_out_ptr is not None:
         store(eps_out_ptr, base, index, eps, live, n, n, 1, 0, ACCESS)
 
 
@@ -108,5 +113,4 @@ def q_sample_launch(
     kept = None if keep is None else keep.view(torch.uint8)
     tensors = (x_0, given, out, eps_out, kept, rows, row, *words)
     values = (*tensors, batch, count, sample_stride(row, batch), *strides, stream)
-    flags = {"EPS_OUT": eps_out is not None, "COUNTER": given is None} | tile_constants(groups, aligned)
-    return Launch(_q_sample_kernel, launch_grid(batch, groups), values, flags)
+    return Launch(_q_sample_kernel, launch_grid(batch, groups), values, tile_constants(groups, aligned))

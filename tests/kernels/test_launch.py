@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fastddpm.kernels import tiles
+from fastddpm.kernels import launch as kernel_launch
 
 from fastddpm.diagnostics.step_cases import make_counter, make_rows, step_case
 from fastddpm.diagnostics.variants import p_sample_variant
@@ -120,7 +120,7 @@ def test_odd_sizes_and_unaligned_storage_share_one_more_variant(
 
 def test_all_sizes_together_compile_a_bounded_number_of_variants(device: PtxDevice) -> None:
     """One per block size, and one per block size for what is not aligned."""
-    blocks = {tiles.block_groups(groups) for groups in range(1, 2**16)}
+    blocks = {kernel_launch.block_groups(groups) for groups in range(1, 2**16)}
     assert len(blocks) <= 9
     with device.active():
         for n in (1, 2, 3, 4, 5, 8, 12, 16, 100, 192, 784, 1000, 1023, 1024, 1025, 3072, 4096):

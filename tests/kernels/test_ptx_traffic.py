@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastddpm.kernels import launch as kernel_launch
 from fastddpm.kernels import p_sample as p_sample_kernel
-from fastddpm.kernels import tiles
 
 from fastddpm.diagnostics.step_cases import StepCase, make_counter, make_rows, step_case
 from fastddpm.diagnostics.variants import p_sample_variant
@@ -135,8 +135,8 @@ def test_100_000_points_fill_their_lanes_and_fit_the_grid() -> None:
     run = run_step(IMAGE.but(shape=(100_000, 2)))
     assert_twins_bits(run)
     (launch,) = run.device.launches
-    rows = launch.grid[0] * launch.grid[1] * launch.grid[2] * tiles.TILE
-    assert 100_000 <= rows < 100_000 + tiles.TILE
+    rows = launch.grid[0] * launch.grid[1] * launch.grid[2] * kernel_launch.TILE
+    assert 100_000 <= rows < 100_000 + kernel_launch.TILE
     assert launch.grid[1:] == (1, 1)
 
 
@@ -153,8 +153,8 @@ def test_programs_of_a_large_batch_walk_several_tiles(
     case: StepCase, repeat: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a sample that fills tiles, and of one with a ragged end; a tile that samples share is walked alone."""
-    monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 1)
-    monkeypatch.setattr(p_sample_kernel, "repeats", tiles.repeats.__wrapped__)
+    monkeypatch.setattr(kernel_launch, "_ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(p_sample_kernel, "repeats", kernel_launch.repeats.__wrapped__)
     run = run_step(case)
     assert_twins_bits(run)
     assert dict(run.device.launches[0].arguments)["repeat"] == repeat
@@ -171,10 +171,10 @@ GROUPS = [1, 2, 3, 15, 16, 17, 48, 192, 255, 256, 257, 768, 49152, 2**24 + 1, 2*
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("batch", [1, 7, 64, 100_000])
 def test_the_grid_covers_every_group_wastes_few_lanes_and_never_wraps(batch: int, groups: int) -> None:
-    block = tiles.block_groups(groups)
-    repeat = tiles.repeats(batch, groups)
-    x, y, z = tiles.launch_grid(batch, groups, repeat)
-    assert x * (tiles.TILE // block) >= batch
+    block = kernel_launch.block_groups(groups)
+    repeat = kernel_launch.repeats(batch, groups)
+    x, y, z = kernel_launch.launch_grid(batch, groups, repeat)
+    assert x * (kernel_launch.TILE // block) >= batch
     assert x <= 2**31 - 1
     assert max(y, z) <= 65535
     assert groups <= y * z * block * repeat <= 2**32
@@ -205,7 +205,7 @@ def test_elements_beyond_two_to_the_31_in_one_sample(n: int) -> None:
     counter = make_counter(1, True, torch.Generator().manual_seed(1))
     rows, row = make_rows(1, True, torch.Generator().manual_seed(2))
     launch = p_sample_variant("huge", step_case("clip", shape=(1, n))).launch
-    size = 4 * tiles.TILE * launch.arguments["repeat"]
+    size = 4 * kernel_launch.TILE * launch.arguments["repeat"]
     middle, last, end = 2**31 // size, (n - 1) // size, launch.grid[1] * launch.grid[2] - 1
     programs = sorted({0, middle - 1, middle, last, end})
     windows = [slice(p * size, min((p + 1) * size, n)) for p in programs if p <= last]
