@@ -18,6 +18,7 @@ from typing import Any
 
 from fastddpm import __version__
 from fastddpm.checks import printable
+from fastddpm.machine.interrupts import Stopped
 
 COMMANDS = (
     *("sample", "train", "eval", "steps", "tune", "diffuse", "convert", "inspect", "verify", "bench", "profile"),
@@ -33,12 +34,8 @@ _KEYWORD = re.compile(r"\b(device|dtype|backend|compile|spacing|sampler|steps)=[
 _SWITCH = {"True": "on", "False": "off"}
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived; unwinds the stack so that finished files are kept and temporary ones removed."""
-
-
 def _raise_terminated(signum: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    raise Stopped(signum, "terminated")
 
 
 def _one_line_error(error: Exception, options: Sequence[str]) -> str:
@@ -131,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{_name()}: interrupted", file=sys.stderr)
         return 130
-    except _Terminated:
-        print(f"{_name()}: terminated", file=sys.stderr)
-        return 143
+    except Stopped as stopped:
+        print(f"{_name()}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
     except BrokenPipeError:
         # The reader went away; leave quietly, and keep the interpreter from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,7 +23,8 @@ of processes. Those that torchrun starts share the work: each draws the next bat
 
 EPILOG = """Existing output is never overwritten unless --overwrite is given; --resume completes a run that was
 interrupted, with the bytes that it would have written, and refuses if anything about it has changed. Exit status: 0, 1
-(error), 2 (usage), 130 or 143 (interrupted; finished files are kept).
+(error), 2 (usage), 130 or 143 (interrupted: finished files are kept, and the batch in flight after its current step,
+from which --resume goes on; a second signal stops at once).
 
 Under torchrun the last process to finish joins the parts and draws the --grid. With --resume (and torchrun's
 --max-restarts) a run survives the death of its processes, and goes on with any number of them.

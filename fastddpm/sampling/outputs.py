@@ -20,14 +20,15 @@ from fastddpm.files.run_folder import RunFolder
 # A grid of more images is larger than anyone looks at, and than viewers open.
 MAX_GRID = 1024
 
-PATTERNS = ("seed-*.png", "part-*.npz", "samples.npz", "grid.png")
+PATTERNS = ("seed-*.png", "part-*.npz", "samples.npz", "grid.png", "state-*.safetensors")
 
 
 class Outputs:
     """What a run writes to its directory, by one process or by several.
 
     With "png" that is ``seed-000015.png`` per seed; with "npz" one ``part-00000.npz`` per batch until all are there,
-    then ``samples.npz`` (x float32 [N, ...], seeds uint64 [N], class_labels int64 [N] where there are classes).
+    then ``samples.npz`` (x float32 [N, ...], seeds uint64 [N], class_labels int64 [N] where there are classes). A batch
+    that a signal interrupted leaves ``state-00000.safetensors``, until all are there.
 
     Args:
         file_format: "png" or "npz".
@@ -54,6 +55,10 @@ class Outputs:
         if self.format == "npz":
             return [self.directory / f"part-{i:05d}.npz"]
         return [self.directory / f"seed-{self.seeds[k]:06d}.png" for k in self.batches[i]]
+
+    def state(self, i: int) -> Path:
+        """Return the file of batch i's `State`, where a signal stops it."""
+        return self.directory / f"state-{i:05d}.safetensors"
 
     def missing(self) -> list[int]:
         """Return the batches of which a file is not there."""
@@ -96,6 +101,8 @@ class Outputs:
                 images.join_npz(self.samples_path, files)
             for path in files:
                 path.unlink(missing_ok=True)
+        for path in self.directory.glob(PATTERNS[-1]):
+            path.unlink(missing_ok=True)
         if grid:
             images.save_grid(self._drawn_images(files), self.grid_path, scale=scale)
 

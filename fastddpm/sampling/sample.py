@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
@@ -184,8 +185,10 @@ class Run:
             self._compiled = self.sampler.settle(compiled, **self._arguments(list(self.batches[0])))
         return bool(self._compiled)
 
-    def draw(self, batch: range, callback: Callable[[StepResult[None]], None] | None = None) -> Tensor:
-        """Draw the samples of one batch, float32 [len(batch), ...]."""
+    def draw(
+        self, batch: range, callback: Callable[[StepResult[None]], None] | None = None, state: Path | None = None
+    ) -> Tensor:
+        """Draw the samples of one batch, float32 [len(batch), ...]; or the rest of it, from its saved `State`."""
         indices = list(batch)
         if self.settle() or self.sampler.options.uses_graph:
             # Another size would mean another compilation or capture; the last seed fills the place.
@@ -195,6 +198,8 @@ class Run:
             if callback is not None:
                 callback(result._replace(x_t=result.x_t[: len(batch)]))
 
+        if state is not None:
+            return self.sampler.resume(state, callback=after)[: len(batch)]
         return self.sampler.sample(callback=after, **self._arguments(indices))[: len(batch)]
 
     def _arguments(self, indices: list[int]) -> RequestArguments:

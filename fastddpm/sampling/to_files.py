@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import signal
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastddpm.files.run_folder import config_hash
+from fastddpm.machine.interrupts import Stopped, interruptible
 from fastddpm.machine.packages import weights_digest
 from fastddpm.machine.progress import Progress
 from fastddpm.machine.ranks import Ranks
@@ -22,7 +24,7 @@ from fastddpm.noise.v1 import NOISE_VERSION
 from fastddpm.sampling.changes import raw_bytes
 from fastddpm.sampling.outputs import Outputs
 from fastddpm.sampling.sample import Run
-from fastddpm.sampling.state import table_digest
+from fastddpm.sampling.state import StepResult, table_digest
 from fastddpm.unet.unet import UNet
 
 logger = logging.getLogger("fastddpm")
@@ -124,34 +126,48 @@ def draw(
     """Draw and save batches, those that no other rank has taken when this one is free; rank 0 shows how far all are.
 
     Returns:
-        For each batch drawn, its number of samples and the seconds that it took.
+        For each batch drawn whole, its number of samples and the seconds that it took.
 
     Raises:
         ValueError: a sample is not finite; its batch is not saved.
         OSError: a file cannot be written.
+        Stopped: SIGINT or SIGTERM came; the batch in flight is kept as a `State`, from which the next run goes on.
     """
     ranks, drawn = ranks.within(str(outputs.directory)), []
-    untold, due = 0, 0.0
-    with Progress("sampling", len(missing) * len(planned.sampler.table), hidden=quiet or ranks.rank > 0) as progress:
+    steps = len(planned.sampler.table)
+    i, done, untold, due = 0, 0, 0, 0.0
+    shown = Progress("sampling", len(missing) * steps, hidden=quiet or ranks.rank > 0)
+    with shown as progress, interruptible() as interrupt:
 
         def tell() -> None:
             nonlocal untold, due
             progress.show(ranks.add("steps", untold))
             untold, due = 0, time.monotonic() + TELL_EVERY
 
-        def after_step(_: object) -> None:
-            nonlocal untold
-            untold += 1
+        def stop_if_asked(kept: str) -> None:
+            if interrupt.signal:
+                name = signal.Signals(interrupt.signal).name
+                raise Stopped(interrupt.signal, f"stopped by {name}; {kept} are kept, continue with --resume")
+
+        def after_step(result: StepResult[None]) -> None:
+            nonlocal done, untold
+            untold, done = untold + result.index + 1 - done, result.index + 1
+            if interrupt.signal:
+                result.state().save(outputs.state(i))
+                stop_if_asked(f"finished files and step {done} of {steps}, {outputs.state(i).name},")
             if time.monotonic() >= due:
                 tell()
 
         while (place := ranks.add("taken") - 1) < len(missing):
-            batch = planned.batches[missing[place]]
-            started = time.perf_counter()
-            x = planned.draw(batch, after_step)
-            _refuse_non_finite(x, [planned.seeds[i] for i in batch])
-            drawn.append((len(batch), time.perf_counter() - started))
-            outputs.save(missing[place], x)
+            i, done = missing[place], 0
+            batch, state = planned.batches[i], outputs.state(i)
+            started, whole = time.perf_counter(), not state.exists()
+            x = planned.draw(batch, after_step, None if whole else state)
+            _refuse_non_finite(x, [planned.seeds[k] for k in batch])
+            if whole:
+                drawn.append((len(batch), time.perf_counter() - started))
+            outputs.save(i, x)
+            stop_if_asked("finished files")
         tell()
     return drawn
 

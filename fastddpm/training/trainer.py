@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastddpm.data.datasets import Dataset
 from fastddpm.errors import FastDDPMError
+from fastddpm.machine.interrupts import interruptible
 from fastddpm.machine.ranks import ALONE, Ranks, join_ranks
 from fastddpm.noise import v1 as noise
 from fastddpm.schedules.schedule import Schedule
@@ -190,7 +188,7 @@ def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
     if run.has_checkpoint:
         state = load_checkpoint(run.out, model, ema, trainer.optimizer)
     n, loss, stopped = state["step"], math.nan, 0
-    with _interruptible() as interrupt, contextlib.ExitStack() as stack:
+    with interruptible() as interrupt, contextlib.ExitStack() as stack:
         log = None if ema is None else stack.enter_context(TrainLog(config, run.out, n, state["log"], quiet=quiet))
         saved = n
 
@@ -234,37 +232,6 @@ def build_trainer(config: TrainConfig, data: Dataset, model: UNet, ranks: Ranks 
         net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
     ema = EMA(model, config.ema) if ranks.rank == 0 else None
     return Trainer(config, data, model, net, ema, optimizer, config.diffusion().schedule(), ranks)
-
-
-class _Interrupt:
-    signal: int | None = None
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[_Interrupt]:
-    """Note SIGINT and SIGTERM instead of dying in the middle of a step; the second one acts as it did before."""
-    interrupt = _Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    # nohup and a shell's & have a signal ignored: leave it so.
-    previous: dict[int, Any] = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
-
-    def restore() -> None:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        interrupt.signal = signum
-        restore()
-
-    for signum in previous:
-        signal.signal(signum, note)
-    try:
-        yield interrupt
-    finally:
-        restore()
 
 
 __all__ = ["DivergenceError", "TrainConfig", "TrainResult", "Trainer", "train"]

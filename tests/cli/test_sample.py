@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from fastddpm.cli import main
 from fastddpm.files import images
 from fastddpm.files.run_folder import RunFolder
 from fastddpm.sampling import outputs
+from fastddpm.sampling.step import StaticStep
 from tests.tiny import tiny_unet
 
 pytestmark = pytest.mark.usefixtures("still_generators")
@@ -345,7 +347,10 @@ def test_signal_keeps_finished_files_and_resume_completes(
     assert process.returncode == status, err
     assert out == ""
     assert "Traceback" not in err
-    finished = contents(tmp_path / "out")
+    # None where it came between two batches.
+    assert len(list((tmp_path / "out").glob("state-*"))) == err.count("of 60, state-")
+    assert ("finished files" in err) == (number != signal.SIGKILL)
+    finished = {name: data for name, data in contents(tmp_path / "out").items() if not name.startswith("state-")}
     assert 2 <= len(finished) < 7
     for name in finished:
         if name.endswith(".png"):
@@ -355,6 +360,34 @@ def test_signal_keeps_finished_files_and_resume_completes(
     assert len(resumed) == 7
     whole = {name: data for name, data in finished.items() if not name.endswith(".tmp")}
     assert {name: resumed[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize("file_format", ["png", "npz"])
+def test_signals_at_every_step_leave_the_bytes_of_one_run(
+    run: Any, tmp_path: Path, file_format: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "image.png"
+    images.save_png(image, torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8) * 3)
+    edits = ["--init-image", str(image), "--mask", str(image), "--class", "1", "--guidance", "2"]
+    arguments = ["--seeds", "0-4", "--batch", "3", "--sampler", "ddpm", "--format", file_format, *edits]
+    assert run(*arguments) == 0
+    capsys.readouterr()
+    next_row, signals = StaticStep.next_row, itertools.cycle([signal.SIGTERM, signal.SIGINT])
+
+    def interrupted(step: StaticStep) -> None:
+        next_row(step)
+        signal.raise_signal(next(signals))
+
+    monkeypatch.setattr(StaticStep, "next_row", interrupted)
+    statuses, cut = [run(*arguments, out=tmp_path / "cut")], tmp_path / "cut"
+    assert len(contents(cut)) == 2  # the manifest and the state
+    while statuses[-1]:
+        statuses.append(run(*arguments, "--resume", out=cut))
+    # Once for each step of both batches, and once more where a batch was whole but not yet in its files.
+    assert statuses == [143, 130] * (len(statuses) // 2) + [0]
+    assert len(statuses) == 2 * STEPS + 1
+    assert f"finished files and step 1 of {STEPS}, state-00001.safetensors, are kept" in capsys.readouterr().err
+    assert contents(cut) == contents(tmp_path / "out")
 
 
 def test_samples_of_any_channels_are_saved_as_the_message_says(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
