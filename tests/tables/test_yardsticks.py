@@ -7,7 +7,16 @@ import torch
 
 from fastddpm.tables.by_name import make_table
 from tests.tables.float64 import execute_table64
-from tests.tables.yardsticks import CONFIG, SCHEDULE, ode_error, photographs, ring, start, with_calls
+from tests.tables.yardsticks import (
+    CONFIG,
+    SCHEDULE,
+    extrapolation_errors,
+    ode_error,
+    photographs,
+    ring,
+    start,
+    with_calls,
+)
 
 
 @pytest.mark.parametrize("network", [ring, photographs])
@@ -32,6 +41,11 @@ def test_higher_orders_are_nearer_where_the_steps_are_spaced_by_noise():
     assert error["unipc2"] < error["dpm++2m"] < error["unipc3"] < error["euler"]
     at_20 = {name: ode_error(with_calls(name, 20, spacing="logsnr"), photographs(), 64) for name in error}
     assert max(at_20["unipc2"], at_20["unipc3"], at_20["dpm++2m"]) < at_20["euler"] / 5
+
+
+def test_a_parabola_misses_the_next_x_0_by_more_than_a_line():
+    constant, line, parabola = extrapolation_errors(8, photographs(), n=16, between=8)
+    assert constant < line < parabola / 1.5
 
 
 def test_the_last_jump_of_trailing_timesteps_is_the_same_for_every_solver():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 import warnings
@@ -21,8 +22,9 @@ from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.schedules.levels import alpha_bar_at
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.by_name import SAMPLERS, make_table
+from fastddpm.tables.multistep import weights
 from fastddpm.tables.table import Table
-from tests.tables.float64 import execute_table64
+from tests.tables.float64 import execute_table64, states64
 
 SCHEDULE = Schedule.linear()
 CONFIG = DiffusionConfig(clip_range=None)
@@ -112,6 +114,34 @@ def with_calls(name: str, calls: int, **options: object) -> Table:
     return make_table(name, CONFIG, steps=(calls + 1) // 2 if name == "heun" else calls, **options)
 
 
+def extrapolation_errors(calls: int, network: Mixture, n: int = 64, between: int = 20) -> list[float]:
+    """How far polynomials through the last one, two and three x_0 of the exact solution miss the next one, RMS.
+
+    That is what a step replaces x_0 by along its way; the levels are those of that many calls, evenly in log-SNR.
+    """
+    levels = with_calls("unipc3", calls, spacing="logsnr").timesteps.double()
+    fine = [a + (b - a) * k / between for a, b in itertools.pairwise(levels.tolist()) for k in range(between)]
+    exact = [
+        start(network, n),
+        *states64(make_table("unipc2", CONFIG, timesteps=[*fine, 0.0]), network, start(network, n)),
+    ]
+    alpha_bar = alpha_bar_at(SCHEDULE, levels)
+    x_0 = [
+        (x - (1 - a).sqrt() * network(x, t.expand(n))) / a.sqrt()
+        for x, t, a in zip(exact[::between], levels, alpha_bar, strict=False)
+    ]
+    lam = (alpha_bar / (1 - alpha_bar)).log()
+    missed = []
+    for count in (1, 2, 3):
+        squares = []
+        for i in range(2, calls - 1):
+            nodes = ((lam[i - count + 1 : i + 1] - lam[i]) / (lam[i + 1] - lam[i])).tolist()
+            past = torch.stack(x_0[i - count + 1 : i + 1])
+            squares.append((torch.tensordot(weights(nodes, [1.0] * count), past, 1) - x_0[i + 1]).square())
+        missed.append(float(torch.stack(squares).mean().sqrt()))
+    return missed
+
+
 def stochastic(name: str) -> bool:
     """Whether a sampler adds noise on the way."""
     return bool((with_calls(name, 10).column("sigma") > 0).any())
@@ -168,6 +198,9 @@ def lines() -> Iterator[str]:
             found = errors(yardstick, name)
             if None not in found:
                 yield f"| `{name}` | {' | '.join(f'{error:.2g}' for error in found)} |"
+    for calls in (8, 20, 50):
+        missed = ", ".join(f"{error:.2g}" for error in extrapolation_errors(calls, photographs()))
+        yield f"photographs, {calls} calls: the next x_0 missed by a constant, a line and a parabola by {missed}"
     many = distribution_error(make_table("ddpm", CONFIG), ring())
     draws = sliced_wasserstein(ring().draw(20_000, 3).float(), ring().draw(20_000, 2).float())
     yield from ("", f"ring: ddpm with 1000 calls {many:.3f}, other draws of the data {draws:.3f}")
