@@ -57,11 +57,11 @@ def _group_norm_kernel(
 ):  # fmt: skip
     """y = silu((u - mean) / sqrt(var + TINY) * weight + beta), u = x + bias + time + residual   (Wu & He 2018, eq. 1).
 
-    Inputs    x, residual: [batch, PIXELS, FIRST]; skip: [batch, PIXELS, CHANNELS - FIRST], channels that stand behind
-              those of x, without a copy of both; fp32/fp16/bf16, all alike. bias: [FIRST]; weight, beta: [CHANNELS];
+    Inputs    x, residual: [batch, PIXELS, FIRST]; skip: [batch, PIXELS, CHANNELS - FIRST], the channels of u behind
+              those of x; fp32/fp16/bf16, all alike. bias: [FIRST]; weight, beta: [CHANNELS];
               time: [batch, FIRST], rows time_stride apart; or if SCALE_SHIFT [batch, 2 CHANNELS], scale and shift,
               for y * (1 + scale) + shift before silu
-    Output    y: [batch, PIXELS, CHANNELS]; if sum_ptr, u: [batch, PIXELS, FIRST], and what is normalised is u as stored
+    Output    y: [batch, PIXELS, CHANNELS]; if sum_ptr, u likewise, and what is normalised is u as stored
     Grid      samples, blocks of BLOCK_G groups of WIDTH channels, PARTS blocks of BLOCK_P pixels
     Passes    WHOLE: one block has all pixels, and keeps its values in registers. Else SUMS leaves mean and squared
               deviations of each block in parts, [batch, groups, PARTS, 2] fp32, and APPLY reads them, and u once more
@@ -78,14 +78,14 @@ def _group_norm_kernel(
     exists = (p < PIXELS) & (d < WIDTH)
     PADDED: tl.constexpr = BLOCK_D != WIDTH or PIXELS % BLOCK_P != 0
     # A sample's elements are counted in 32 bits, which saves registers.
-    x_base = sample * (PIXELS * FIRST)
-    at = p * FIRST + c
-
-    first = exists & (c < FIRST)
+    base = sample * (PIXELS * CHANNELS)
+    at = p * CHANNELS + c
     if PASS == _APPLY and sum_ptr is not None:
-        u = _load(sum_ptr + x_base, at, first, ALIGNED)
+        u = _load(sum_ptr + base, at, exists, ALIGNED)
     else:
-        u = _load(x_ptr + x_base, at, first, ALIGNED)
+        first = exists & (c < FIRST)
+        x_base = sample * (PIXELS * FIRST)
+        u = _load(x_ptr + x_base, p * FIRST + c, first, ALIGNED)
         added = tl.zeros((1, BLOCK_G, BLOCK_D), tl.float32)
         if bias_ptr is not None:
             added += tl.load(bias_ptr + c, mask=(d < WIDTH) & (c < FIRST), other=0.0).to(tl.float32)
@@ -95,16 +95,15 @@ def _group_norm_kernel(
         if bias_ptr is not None or (time_ptr is not None and not SCALE_SHIFT):
             u = u + added
         if residual_ptr is not None:
-            u = u + _load(residual_ptr + x_base, at, first, ALIGNED)
+            u = u + _load(residual_ptr + x_base, p * FIRST + c, first, ALIGNED)
+        if FIRST < CHANNELS:
+            skip = skip_ptr + sample * (PIXELS * (CHANNELS - FIRST))
+            behind = _load(skip, p * (CHANNELS - FIRST) + (c - FIRST), exists & (c >= FIRST), ALIGNED)
+            u = tl.where(c < FIRST, u, behind)
         if sum_ptr is not None:
             stored = u.to(sum_ptr.dtype.element_ty)
-            tl.store(_pointers(sum_ptr + x_base, at, ALIGNED), stored, mask=first)
+            tl.store(_pointers(sum_ptr + base, at, ALIGNED), stored, mask=exists)
             u = stored.to(tl.float32)
-    if FIRST < CHANNELS:
-        second = exists & (c >= FIRST)
-        skip = skip_ptr + sample * (PIXELS * (CHANNELS - FIRST))
-        behind = _load(skip, p * (CHANNELS - FIRST) + (c - FIRST), second, ALIGNED)
-        u = tl.where(c < FIRST, u, behind)
 
     if PASS == _APPLY:
         k = tl.arange(0, BLOCK_K)[:, None, None]
@@ -141,33 +140,31 @@ def _group_norm_kernel(
         y = left * (tl.div_rn(1.0, tl.sqrt_rn(squares / (PIXELS * WIDTH) + TINY)) * scale) + shift
         if SILU:
             y = y / (1.0 + tl.exp2(y * -1.4426950408889634))
-        out = _pointers(y_ptr + sample * (PIXELS * CHANNELS), p * CHANNELS + c, ALIGNED)
-        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=exists)
+        tl.store(_pointers(y_ptr + base, at, ALIGNED), y.to(y_ptr.dtype.element_ty), mask=exists)
 
 
 def group_norm_launches(
     x: Tensor,
     weight: Tensor,
     beta: Tensor,
-    y: Tensor,
     groups: int,
     tiny: float,
-    *,
-    skip: Tensor | None = None,
-    residual: Tensor | None = None,
-    bias: Tensor | None = None,
-    time: Tensor | None = None,
-    scale_shift: bool = False,
-    silu: bool = False,
-    sum_out: Tensor | None = None,
+    skip: Tensor | None,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    time: Tensor | None,
+    scale_shift: bool,
+    silu: bool,
+    y: Tensor,
+    u: Tensor | None,
 ) -> Iterator[Launch]:
-    """Fill ``y``, and ``sum_out`` if given; one launch, or two where one program cannot hold a group.
+    """Fill ``y``, and ``u`` if given; one launch, or two where one program cannot hold a group.
 
     Args:
-        x, residual, sum_out: dense channels-last [B, C, H, W] of one dtype, under 2^31 elements a sample; skip: [B, S,
-            H, W] likewise; y: [B, C + S, H, W].
+        x, residual: dense channels-last [B, C, H, W] of one dtype; skip: [B, S, H, W] likewise; y, u: [B, C + S, H, W]
+            likewise, under 2^31 elements a sample.
         weight, beta: contiguous [C + S]; bias: [C].
-        time: [B, C], or with ``scale_shift`` [B, 2 C], rows contiguous; one row is for all.
+        time: [B, C], or with ``scale_shift`` [B, 2 (C + S)], rows contiguous; one row is for all.
     """
     batch, first, pixels = len(x), x.shape[1], x.shape[2:].numel()
     channels = y.shape[1]
@@ -176,10 +173,10 @@ def group_norm_launches(
     parts = -(-pixels // block_p)
     passes = (WHOLE,) if parts == 1 else (SUMS, APPLY)
     sums = None if parts == 1 else torch.empty(batch, groups, parts, 2, dtype=torch.float32, device=x.device)
-    moved = [t for t in (x, skip, residual, sum_out, y) if t is not None]
+    moved = [t for t in (x, skip, residual, u, y) if t is not None]
     run = math.gcd(16 // x.element_size(), width, first) if all(t.data_ptr() % 16 == 0 for t in moved) else 1
     stride = 0 if time is None or len(time) == 1 else time.stride(0)
-    values = (x, skip, residual, bias, time, weight, beta, sum_out, sums, y, stride)
+    values = (x, skip, residual, bias, time, weight, beta, u, sums, y, stride)
     flags = {
         "SILU": silu, "SCALE_SHIFT": scale_shift, "PIXELS": pixels, "CHANNELS": channels, "FIRST": first,
         "WIDTH": width, "TINY": tiny, "ALIGNED": run, "BLOCK_P": block_p, "BLOCK_G": block_g, "BLOCK_D": block_d,

@@ -188,26 +188,27 @@ def group_norm_variant(
     def image(width: int) -> Tensor:
         return tensor((16, width, size, size), dtype, "channels_last")
 
-    total, x = channels + skip, image(channels)
+    total = channels + skip
     launch = next(
         group_norm_launches(
-            x,
+            image(channels),
             tensor((total,), dtype),
             tensor((total,), dtype),
-            image(total),
             32,
             1e-5,
-            skip=image(skip) if skip else None,
-            residual=image(channels) if adds else None,
-            bias=tensor((channels,), dtype),
-            time=None if adds else tensor((16, channels), dtype),
-            silu=True,
-            sum_out=image(channels) if adds else None,
+            image(skip) if skip else None,
+            image(channels) if adds else None,
+            tensor((channels,), dtype),
+            None if adds else tensor((16, channels), dtype),
+            False,
+            True,
+            image(total),
+            image(total) if adds else None,
         )
     )
     names = {"x_ptr": "x", "skip_ptr": "skip", "residual_ptr": "residual", "sum_ptr": "sum", "y_ptr": "y"}
     part = channels / total
-    accesses = {"x_ptr": part, "skip_ptr": 1 - part, "residual_ptr": part, "sum_ptr": part}
+    accesses = {"x_ptr": part, "skip_ptr": 1 - part, "residual_ptr": part}
     return Variant("group_norm", name, launch, 16 * total * size * size, names, accesses)
 
 

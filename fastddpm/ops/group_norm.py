@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +45,11 @@ def group_norm(
             values, y * (1 + scale) + shift, before the activation.
         scale_shift: see `time`.
         silu: apply the activation y * sigmoid(y).
-        keep: also return u, rounded to x's dtype; it is that which is normalised.
+        keep: also return u with the channels of skip behind it, rounded to x's dtype; it is that which is normalised.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        (y, u), [B, C + S, H, W] and [B, C, H, W], channels-last, in x's dtype; u is empty unless kept.
+        (y, u), each [B, C + S, H, W], channels-last, in x's dtype; u is empty unless kept.
 
     Raises:
         ValueError: the groups do not divide the channels, or a sample has 2^31 elements and more.
@@ -63,87 +63,77 @@ def group_norm(
     return _group_norm(x, weight, beta, groups, tiny, skip, residual, bias, time, scale_shift, silu, keep, backend)
 
 
-def _empty(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, _, *plane = x.shape
-    y, kept = (
-        torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        for shape in ((batch, len(weight), *plane), x.shape if rest[-2] else (0, *x.shape[1:]))
-    )
-    return y, kept
+class _Call(NamedTuple):
+    """The operator's arguments; see `group_norm`."""
+
+    x: Tensor
+    weight: Tensor
+    beta: Tensor
+    groups: int
+    tiny: float
+    skip: Tensor | None
+    residual: Tensor | None
+    bias: Tensor | None
+    time: Tensor | None
+    scale_shift: bool
+    silu: bool
+    keep: bool
+    backend: str
 
 
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    beta: Tensor,
-    groups: int,
-    tiny: float,
-    skip: Tensor | None,
-    residual: Tensor | None,
-    bias: Tensor | None,
-    time: Tensor | None,
-    scale_shift: bool,
-    silu: bool,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if not use_triton(backend, x.device):
-        return _twin(x, weight, beta, groups, tiny, skip, residual, bias, time, scale_shift, silu, keep)
-    y, kept = _empty(x, weight, keep, backend)
-    if x.numel():
-        x = x.contiguous(memory_format=torch.channels_last)
-        skip, residual = (
-            None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (skip, residual)
-        )
-        for launch in importlib.import_module("fastddpm.kernels.group_norm").group_norm_launches(
-            x, weight, beta, y, groups, tiny, skip=skip, residual=residual, bias=bias, time=time,
-            scale_shift=scale_shift, silu=silu, sum_out=kept if keep else None,
-        ):  # fmt: skip
+def _empty(*values: Any) -> tuple[Tensor, Tensor]:
+    call = _Call(*values)
+    batch, _, *plane = call.x.shape
+    like: dict[str, Any] = {"dtype": call.x.dtype, "device": call.x.device, "memory_format": torch.channels_last}
+    y, u = (torch.empty((rows, len(call.weight), *plane), **like) for rows in (batch, batch if call.keep else 0))
+    return y, u
+
+
+def _run(*values: Any) -> tuple[Tensor, Tensor]:
+    call = _Call(*values)
+    if not use_triton(call.backend, call.x.device):
+        return _twin(call)
+    y, u = _empty(*call)
+    if call.x.numel():
+        moved = {name: getattr(call, name) for name in ("x", "skip", "residual")}
+        channels_last = {n: t.contiguous(memory_format=torch.channels_last) for n, t in moved.items() if t is not None}
+        dense = call._replace(**channels_last)
+        kernel = importlib.import_module("fastddpm.kernels.group_norm")
+        for launch in kernel.group_norm_launches(*dense[:-2], y, u if call.keep else None):
             launch.run()
-    return y, kept
+    return y, u
 
 
-def _twin(
-    x: Tensor,
-    weight: Tensor,
-    beta: Tensor,
-    groups: int,
-    tiny: float,
-    skip: Tensor | None,
-    residual: Tensor | None,
-    bias: Tensor | None,
-    time: Tensor | None,
-    scale_shift: bool,
-    silu: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _twin(call: _Call) -> tuple[Tensor, Tensor]:
     """The kernel's operations in its order, but for that of the sums; float64 stays float64."""
+    x, time = call.x, call.time
     wide = torch.promote_types(x.dtype, torch.float32)
     added = x.new_zeros((1, x.shape[1]), dtype=wide)
-    if bias is not None:
-        added = added + bias.to(wide)
-    if time is not None and not scale_shift:
+    if call.bias is not None:
+        added = added + call.bias.to(wide)
+    if time is not None and not call.scale_shift:
         added = added + time.to(wide)
     u = x.to(wide) + added[:, :, None, None]
-    if residual is not None:
-        u = u + residual.to(wide)
-    kept = u.to(x.dtype) if keep else x.new_empty((0, *x.shape[1:]))
-    if keep:
+    if call.residual is not None:
+        u = u + call.residual.to(wide)
+    if call.skip is not None:
+        u = torch.cat([u, call.skip.to(wide)], dim=1)
+    kept = u.to(x.dtype)
+    if call.keep:
         u = kept.to(wide)
-    if skip is not None:
-        u = torch.cat([u, skip.to(wide)], dim=1)
-    in_groups = u.reshape(len(u), groups, -1)
+    in_groups = u.reshape(len(u), call.groups, -1)
     left = in_groups - in_groups.mean(dim=2, keepdim=True)
-    scale, shift = weight.to(wide)[None], beta.to(wide)[None]
-    if time is not None and scale_shift:
+    scale, shift = call.weight.to(wide)[None], call.beta.to(wide)[None]
+    if time is not None and call.scale_shift:
         factor, more = time.to(wide).chunk(2, dim=1)
         scale, shift = scale * (1 + factor), shift * (1 + factor) + more
-    inverse = 1 / ((left * left).mean(dim=2) + tiny).sqrt()
-    scale = inverse.repeat_interleave(u.shape[1] // groups, dim=1) * scale
+    inverse = 1 / ((left * left).mean(dim=2) + call.tiny).sqrt()
+    scale = inverse.repeat_interleave(u.shape[1] // call.groups, dim=1) * scale
     y = left.view(u.shape) * scale[:, :, None, None] + shift[:, :, None, None]
-    if silu:
+    if call.silu:
         y = y / (1 + torch.exp2(y * -math.log2(math.e)))
-    return tuple(t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (y, kept))  # type: ignore[return-value]
+    results = (y, kept if call.keep else kept[:0])
+    return tuple(t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in results)  # type: ignore[return-value]
 
 
 _group_norm = define(

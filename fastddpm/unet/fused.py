@@ -1,7 +1,7 @@
 """A UNet's form for a GPU whose normalisations are one kernel each, together with the additions before them.
 
-A block leaves its output as a sum that nobody has added up; the normalisation that reads it does so, stores it where it
-is needed again, and reads a skip connection where it is, without a copy of both.
+A block leaves its output as a sum that nobody has added up; the normalisation that reads it does so, reads a skip
+connection where it is, and stores both side by side for the shortcut, which is one product then.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ class Sum:
         scale_shift: bool = False,
         keep: bool = True,
     ) -> Tensor:
-        """Normalise the sum, with the channels of skip behind it; `keep`: it is needed again. See `ops.group_norm`."""
+        """Normalise the sum, with the channels of skip behind it; see `ops.group_norm`.
+
+        `keep`: it is needed again, and is added up from then on, those channels included.
+        """
         x, bias, residual = self.parts
-        pending = keep and (bias is not None or residual is not None)
+        pending = keep and (*self.parts[1:], skip) != (None, None, None)
         y, u = group_norm(
             x,
             norm.weight,
@@ -118,23 +121,17 @@ def _resnet(block: ResnetBlock, x: Sum, time: Tensor, skip: Sum | None = None) -
     h = _conv(
         block.conv2, act(h.normalise(block.norm2, silu=silu, time=time, scale_shift=block.scale_shift, keep=False))
     )
-    shortcut = _shortcut(block.conv_shortcut, x, skip)
+    shortcut = x.value if block.conv_shortcut is None else _product(block.conv_shortcut, x.value)
     if block.output_scale_factor == 1.0:
         return Sum(*h.parts[:2], shortcut)
     return Sum((shortcut + h.value) / block.output_scale_factor)
 
 
-def _shortcut(conv: nn.Conv2d | None, x: Sum, skip: Sum | None) -> Tensor:
-    """The 1x1 convolution as a product for x and one for skip, the second added to the first by its own kernel."""
-    if conv is None:
-        return x.value if skip is None else torch.cat([x.value, skip.value], dim=1)
-    parts = [part.value for part in (x, skip) if part is not None]
-    weights = conv.weight.flatten(1).split([part.shape[1] for part in parts], dim=1)
-    batch, _, height, width = parts[0].shape
+def _product(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution as one product, whose kernel adds the bias."""
+    batch, _, height, width = x.shape
     assert conv.bias is not None
-    out: Tensor = conv.bias
-    for part, weight in zip(parts, weights, strict=True):
-        out = torch.addmm(out, part.movedim(1, -1).flatten(0, 2), weight.t())
+    out = torch.addmm(conv.bias, x.movedim(1, -1).flatten(0, 2), conv.weight.flatten(1).t())
     return out.view(batch, height, width, -1).movedim(-1, 1)
 
 
