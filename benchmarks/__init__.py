@@ -4,7 +4,7 @@
     harness/    case: what is measured, with what; suite: runs benchmarks into rows; runner, process, worker: one
                 provider, here or in its own process; clock and compare: rounds and ratios; gate and loop_gate
     peers/      the networks, and other libraries around them
-    counts/     what is counted rather than timed: operations, launches, instructions and bytes of compiled kernels
+    counts/     what is counted rather than timed: operations, bytes, launches and waits
     report/     Markdown, plots, README's numbers, one report of several runs, two runs side by side
     gpu_run     ten minutes of a GPU
 

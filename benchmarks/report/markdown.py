@@ -29,8 +29,6 @@ def render(results: Results) -> str:
         parts.append(step_counts_section(results["step_counts"]))
     if results.get("cuda"):
         parts.append(cuda_section(results["cuda"]))
-    if results.get("offline"):
-        parts.append(offline_section(results["offline"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -214,28 +212,3 @@ def cuda_section(cuda: Row) -> str:
     waiting = [row["who"] for row in cuda["rows"] if row["syncs_per_step"] and row["who"].startswith("fastddpm")]
     remarks = [f"**The host waits for the GPU** in each step of {', '.join(waiting)}."] if waiting else []
     return "\n\n".join(["## CUDA: launches", table(columns), *remarks])
-
-
-def offline_section(offline: Row) -> str:
-    """Instructions and bytes per element, from compiled code."""
-    parts = [f"## Compiled for {offline['arch']} without a GPU"]
-    rows = offline["rows"]
-    if rows:
-        columns: Columns = [
-            ("kernel", [f"{row['who']} {row['kernel']}: {row['variant']}" for row in rows]),
-            ("instr", [optional(row["executed"], "{:.1f}") for row in rows]),
-            ("B", [optional(row["bytes_per_element"], "{:.3g}") for row in rows]),
-            ("regs", [str(row["registers"]) for row in rows]),
-            ("smem", [str(row["shared"]) for row in rows]),
-            ("bar", [str(row["barriers"]) for row in rows]),
-        ]
-        parts.append(table(columns))
-        parts.append(
-            textwrap.fill(
-                "SASS instructions executed and bytes moved per element, registers per thread, shared memory and "
-                "barriers per program. Counts, not times: where DRAM binds, kernels of equal bytes tie.",
-                WIDTH,
-            )
-        )
-    parts += [textwrap.fill(f"- {remark}", WIDTH, subsequent_indent="  ") for remark in offline["remarks"]]
-    return "\n\n".join(parts)

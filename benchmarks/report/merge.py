@@ -13,7 +13,7 @@ from fastddpm.files.safejson import read_object
 Results = Mapping[str, Any]
 
 # What is counted rather than timed, and so may come from any of the runs.
-_COUNTED = ("step_counts", "cuda", "offline")
+_COUNTED = ("step_counts", "cuda")
 
 
 # Rows of the full suite take about 1 kB each.

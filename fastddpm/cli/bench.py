@@ -18,7 +18,8 @@ COUNTS = "counts"
 RESULTS = "bench.json"
 DESCRIPTION = """Run the benchmark suite and write bench.json, bench.md and plots. Providers take turns in interleaved
 rounds; each passes a correctness gate before it is timed. Peers (diffusers, denoising-diffusion-pytorch, openvino) take
-part where they are installed. Without a GPU the CPU is measured, and the compiled GPU code is counted."""
+part where they are installed. Without a GPU the CPU is measured; what the compiled GPU code costs, `fastddpm inspect`
+shows."""
 
 EPILOG = """The full suite takes hours on two cores: most of it is diffusers in float32, and compilation. Choose less by
 name, --case and --provider, and join the runs' bench.json with --from-json; an interrupted run leaves the cases that
@@ -50,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
         "only",
         nargs="*",
         help="sampling, unet, p_sample, q_sample, randn, training_step, drop_in, settings; counts: operations, "
-        "launches and instructions (default: all)",
+        "bytes and launches (default: all)",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--smoke", action="store_true", help="run everything once, tiny: does it work?")
@@ -72,8 +73,6 @@ def add_parser(subparsers: Any) -> None:
     earlier.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A", "B"), help="print two bench.json side by side; measure nothing"
     )
-    parser.add_argument("--arch", default="sm_90", help="GPU that the offline part compiles for (default: sm_90)")
-    parser.add_argument("--no-offline", action="store_true", help="leave the offline part out")
     parser.add_argument("--quiet", action="store_true", help="print the report only")
 
 
@@ -108,11 +107,10 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run what was asked for; the results so far are in the output folder after every case."""
-    from fastddpm.benchmarks.counts import cuda, offline, step_counts
+    from fastddpm.benchmarks.counts import cuda, step_counts
     from fastddpm.benchmarks.harness import suite
     from fastddpm.benchmarks.harness.case import NAMES
     from fastddpm.benchmarks.harness.compare import MIN_ROUNDS
-    from fastddpm.diagnostics.compile_offline import check_arch
     from fastddpm.files.atomic import write_files
 
     no_gpu = cuda.why_skipped()
@@ -121,8 +119,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = "cpu" if args.device == "cpu" or no_gpu is not None else "cuda"
     names, cases, providers = QUICK[device] if args.quick else ([*NAMES, COUNTS], [], [])
     names = [one_of("benchmark", name, (*NAMES, COUNTS)) for name in args.only or names]
-    if COUNTS in names and not args.no_offline:
-        check_arch(args.arch)
     results = suite.run(
         [name for name in names if name != COUNTS],
         device=device,
@@ -136,9 +132,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if COUNTS in names:
         results["step_counts"] = step_counts.measure(smoke=args.smoke)
         results["cuda"] = cuda.measure(smoke=args.smoke) if device == "cuda" else {"skipped": no_gpu or "--device cpu"}
-        if not args.no_offline:
-            _progress(args)(f"compiling the kernels for {args.arch}")
-            results["offline"] = offline.measure(args.arch, smoke=args.smoke)
     return results
 
 

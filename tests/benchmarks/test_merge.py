@@ -77,10 +77,10 @@ def test_merge_takes_the_rows_of_a_case_from_one_run(facts: dict[str, Any]) -> N
 
 
 def test_merge_takes_counts_from_a_run_that_timed_nothing(facts: dict[str, Any]) -> None:
-    counted = run(facts, 1, rows=[], offline={"rows": []}, date="2025-01-01T00:00:00")
+    counted = run(facts, 1, rows=[], step_counts=[1], date="2025-01-01T00:00:00")
     counted["machine"]["threads"] = {"intra_op": 99, "inter_op": 1}
     merged = merge([counted, run(facts, 4, "diffusers")])
-    assert merged["offline"] == {"rows": []}
+    assert merged["step_counts"] == [1]
     assert merged["machine"]["threads"] == facts["threads"]
     assert merged["date"].startswith("2026")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastddpm.benchmarks.counts import cuda, inductor_kernel, offline
+from fastddpm.benchmarks.counts import cuda
 from fastddpm.benchmarks.harness import suite, worker
 from fastddpm.benchmarks.harness.case import NAMES, NOT_ASKED, Benchmark, Case, Check, Prepared, Provider, find
 from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
@@ -22,7 +22,6 @@ from torch.autograd import DeviceType
 
 from fastddpm.cli import main
 from fastddpm.cli.bench import QUICK
-from fastddpm.errors import BackendUnavailable
 from fastddpm.unet.inference import UNetForms
 
 CASE = Case("p_sample", 2, (3, 4, 4))
@@ -32,7 +31,7 @@ CASE = Case("p_sample", 2, (3, 4, 4))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole suite, once; what its providers compile has tests of its own."""
     outdir = tmp_path_factory.mktemp("bench")
-    command = ["bench", "--smoke", "--quiet", "--device", "cpu", "--no-offline", "--outdir", str(outdir)]
+    command = ["bench", "--smoke", "--quiet", "--device", "cpu", "--outdir", str(outdir)]
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
         patch.setattr(UNetForms, "_compile", lambda self, x: None)
         assert main(command) == 0
@@ -187,14 +186,6 @@ def test_interrupted_bench_leaves_what_it_finished(tmp_path: Path, monkeypatch: 
     assert report.render(found)
 
 
-def test_bench_refuses_an_architecture_before_it_measures(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(suite, "run", lambda *names, **options: pytest.fail("measured"))
-    assert main(["bench", "--arch", "sm90"]) == 1
-    assert "unknown architecture 'sm90' (did you mean 'sm_90'?)" in capsys.readouterr().err
-
-
 def test_process_runner_gates_times_and_counts_memory() -> None:
     benchmark = find("sampling")
     (case, *_) = benchmark.cases("cpu", True)
@@ -267,54 +258,6 @@ def test_report_warns_of_a_noisy_and_of_a_busy_machine(results: dict[str, Any]) 
     noisy, busy = report.warnings(changed)
     assert "Noisy machine" in noisy
     assert "load average 99.0" in busy
-
-
-def test_offline_part_fails_softly(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(arch: str, smoke: bool) -> list[dict[str, Any]]:
-        raise BackendUnavailable("Inductor is not as known here")
-
-    monkeypatch.setattr(offline, "_inductor", broken)
-    monkeypatch.setattr(offline, "_ours", broken)
-    found = offline.measure()
-    assert found["rows"] == []
-    assert found["remarks"] == ["broken: Inductor is not as known here"] * 2
-    assert "Inductor is not as known here" in report.offline_section(found)
-
-
-def test_offline_part_counts_our_kernel() -> None:
-    pytest.importorskip("triton")
-    found = offline.measure(smoke=True)
-    (row,) = found["rows"]
-    assert (row["who"], row["kernel"], row["variant"]) == ("fastddpm", "p_sample", "float32")
-    assert 60 < row["executed"] < 80
-    assert row["bytes_per_element"] == 12
-    assert "fastddpm p_sample: float32" in report.offline_section(found)
-
-
-def test_inductor_kernel_says_what_it_needs() -> None:
-    with pytest.raises(BackendUnavailable, match="no data sheet on file for sm_99"):
-        inductor_kernel.measure("sm_99")
-    if torch.version.cuda is None:
-        with pytest.raises(BackendUnavailable, match="needs a CUDA build"):
-            inductor_kernel.measure()
-
-
-def test_inductor_kernel_after_torch_has_found_no_gpu() -> None:
-    if torch.version.cuda is None:
-        pytest.skip("needs a CUDA build of PyTorch, whose fake tensors can be traced; this is a CPU build")
-    from torch.utils import _triton
-
-    before = _triton.has_triton()
-    assert 60 < inductor_kernel.measure().executed < 90
-    assert _triton.has_triton() == before
-
-
-def test_find_kernel_wants_exactly_one() -> None:
-    one = "k = async_compile.triton('k', '''\nbody\n''', device_str='cuda')\n"
-    assert inductor_kernel.find_kernel(one) == ("k", "\nbody\n")
-    for module in ("", one * 2):
-        with pytest.raises(BackendUnavailable, match="instead of one"):
-            inductor_kernel.find_kernel(module)
 
 
 def test_tally_tells_launches_from_kernels_and_waits() -> None:
