@@ -55,7 +55,7 @@ def render(results: Results) -> str:
     )
     parts = [textwrap.fill(origin, report.WIDTH), *report.warnings(results)]
     for name in SUBJECTS:
-        rows = [row for row in results["rows"] if row["op"] == name and not row["case"]["sweep"]]
+        rows = [row for row in results["rows"] if row["op"] == name]
         heading = f"**{find(name).title}: "
         parts += [
             report.case_section(case).replace("### ", heading, 1).replace("\n", "**\n", 1)

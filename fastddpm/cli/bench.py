@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import warnings
@@ -16,10 +15,9 @@ from fastddpm.cli.parser import add_outdir, examples, positive
 # No benchmark: what is counted rather than timed.
 COUNTS = "counts"
 RESULTS = "bench.json"
-DESCRIPTION = """Run the benchmark suite and write bench.json, bench.md and plots. Providers take turns in interleaved
-rounds; each passes a correctness gate before it is timed. Peers (diffusers, denoising-diffusion-pytorch, openvino) take
-part where they are installed. Without a GPU the CPU is measured; what the compiled GPU code costs, `fastddpm inspect`
-shows."""
+DESCRIPTION = """Run the benchmark suite and write bench.json and bench.md. Providers take turns in interleaved rounds;
+each passes a correctness gate before it is timed. Peers (diffusers, denoising-diffusion-pytorch, openvino) take part
+where they are installed. Without a GPU the CPU is measured; `fastddpm inspect` shows what compiled GPU code costs."""
 
 EPILOG = """The full suite takes hours on two cores: most of it is diffusers in float32, and compilation. Choose less by
 name, --case and --provider, and join the runs' bench.json with --from-json; an interrupted run leaves the cases that
@@ -144,14 +142,9 @@ def _progress(args: argparse.Namespace) -> Any:
 
 
 def write(args: argparse.Namespace, results: dict[str, Any], text: str) -> None:
-    """Write JSON, Markdown and, where matplotlib is installed, plots."""
-    from fastddpm.benchmarks.report import plots
+    """Write JSON and Markdown."""
     from fastddpm.files.atomic import write_files
 
     files = {RESULTS: _encode(results), "bench.md": text.encode()}
-    if importlib.util.find_spec("matplotlib") is None:
-        _progress(args)("no plots: pip install matplotlib")
-    else:
-        files |= plots.draw(results)
     write_files({args.outdir / name: content for name, content in files.items()})
     _progress(args)(f"wrote {', '.join(files)} in {args.outdir}")

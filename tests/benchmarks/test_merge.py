@@ -11,7 +11,7 @@ import pytest
 from fastddpm.benchmarks.harness import suite
 from fastddpm.benchmarks.harness.case import Case
 from fastddpm.benchmarks.report import markdown as report
-from fastddpm.benchmarks.report import plots, side_by_side
+from fastddpm.benchmarks.report import side_by_side
 from fastddpm.benchmarks.report.merge import merge
 
 from fastddpm.cli import main
@@ -105,9 +105,8 @@ def test_merge_refuses_a_smoke_run(facts: dict[str, Any]) -> None:
 
 
 def test_bench_from_json_joins_its_files(
-    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plots, "draw", lambda results: {})
     paths = [tmp_path / "1.json", tmp_path / "4.json"]
     for path, batch in zip(paths, (1, 4), strict=True):
         path.write_text(json.dumps(run(facts, batch, "diffusers")))
