@@ -112,7 +112,7 @@ def case_section(rows: Sequence[Row]) -> str:
 def _case_title(row: Row) -> str:
     case = row["case"]
     parts = [case["original"], case["network"], f"batch {case['batch']}", "x".join(map(str, case["shape"]))]
-    if case["steps"] and row["op"] != "unet":
+    if case["steps"]:
         parts.append(f"{case['steps']} {case['sampler'].upper()} steps")
     return ", ".join(part for part in parts if part)
 

@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "only",
         nargs="*",
-        help="sampling, unet, p_sample, q_sample, randn, training_step, drop_in, settings; counts: operations, "
+        help="sampling, p_sample, q_sample, randn, training_step, drop_in, settings; counts: operations, "
         "bytes and launches (default: all)",
     )
     length = parser.add_mutually_exclusive_group()
