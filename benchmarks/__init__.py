@@ -5,7 +5,7 @@
                 provider, here or in its own process; clock and compare: rounds and ratios; gate and loop_gate
     peers/      the networks, and other libraries around them
     counts/     what is counted rather than timed: operations, bytes, launches and waits
-    report/     Markdown, README's numbers, one report of several runs, two runs side by side
+    report/     Markdown, and two runs side by side
     gpu_run     ten minutes of a GPU
 
 `fastddpm bench` runs it; `pytest benchmarks` runs the same benchmarks under pytest-benchmark, which keeps a history.

@@ -20,8 +20,8 @@ each passes a correctness gate before it is timed. Peers (diffusers, denoising-d
 where they are installed. Without a GPU the CPU is measured; `fastddpm inspect` shows what compiled GPU code costs."""
 
 EPILOG = """The full suite takes hours on two cores: most of it is diffusers in float32, and compilation. Choose less by
-name, --case and --provider, and join the runs' bench.json with --from-json; an interrupted run leaves the cases that
-it finished there. Run it on a machine that does nothing else.
+name, --case and --provider; an interrupted run leaves the cases that it finished in bench.json. Run it on a machine
+that does nothing else.
 
 """ + examples(
     "fastddpm bench --quick",
@@ -63,12 +63,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where it is")
     add_outdir(parser, "bench-results")
-    parser.add_argument("--readme", type=Path, help="also write the numbers between the markers of this file")
-    earlier = parser.add_mutually_exclusive_group()
-    earlier.add_argument(
-        "--from-json", type=Path, nargs="+", help="write one report of earlier runs' bench.json; measure nothing"
-    )
-    earlier.add_argument(
+    parser.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A", "B"), help="print two bench.json side by side; measure nothing"
     )
     parser.add_argument("--quiet", action="store_true", help="print the report only")
@@ -77,22 +72,18 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print."""
     from fastddpm.benchmarks.report import markdown as report
-    from fastddpm.benchmarks.report import merge, readme, side_by_side
+    from fastddpm.benchmarks.report import side_by_side
     from fastddpm.files.run_folder import RunFolder
 
     if args.compare:
-        a, b = map(merge.read, args.compare)
+        a, b = map(side_by_side.read, args.compare)
         print(side_by_side.render(a, b, (str(args.compare[0]), str(args.compare[1]))), end="")
         return 0
-    if args.readme is not None:
-        readme.check(args.readme, smoke=args.smoke)
     # What other libraries warn of would stand between the lines of progress; ours goes through the logger.
     with RunFolder(args.outdir, ()).locked(), warnings.catch_warnings(action="ignore"):
-        results = merge.merge([merge.read(path) for path in args.from_json]) if args.from_json else measure(args)
+        results = measure(args)
         text = report.render(results)
         write(args, results, text)
-    if args.readme is not None:
-        readme.update(args.readme, results)
     print(text, end="")
     wrong = [row for row in results["rows"] if row["note"].startswith("failed")]
     if wrong:

@@ -17,7 +17,6 @@ from fastddpm.benchmarks.harness.case import NAMES, NOT_ASKED, Benchmark, Case, 
 from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
 from fastddpm.benchmarks.harness.runner import LocalRunner
 from fastddpm.benchmarks.report import markdown as report
-from fastddpm.benchmarks.report import readme
 from torch.autograd import DeviceType
 
 from fastddpm.cli import main
@@ -72,12 +71,6 @@ def test_report_labels_the_cpu_and_the_smoke_run(folder: Path) -> None:
 
 def test_report_says_why_cuda_was_skipped(folder: Path) -> None:
     assert "Skipped: " in (folder / "bench.md").read_text()
-
-
-def test_from_json_writes_the_same_report(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "--quiet", "--from-json", str(folder / "bench.json"), "--outdir", str(tmp_path)]
-    assert main(arguments) == 0
-    assert (tmp_path / "bench.md").read_text() == (folder / "bench.md").read_text() == capsys.readouterr().out
 
 
 def test_bench_names_the_cases_where_none_was_chosen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -201,31 +194,6 @@ def test_peak_memory_sees_what_came_and_went() -> None:
     assert (worker.peak_mb() or 0) - before > 50
 
 
-def markers(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "README.md"
-    path.write_text(text)
-    return path
-
-
-def test_readme_replaces_only_what_is_between_the_markers(tmp_path: Path, results: dict[str, Any]) -> None:
-    path = markers(tmp_path, f"before\n{readme.BEGIN}\nold numbers\n{readme.END}\nafter\n")
-    readme.update(path, results | {"smoke": False})
-    text = path.read_text()
-    assert text.startswith(f"before\n{readme.BEGIN}\n")
-    assert text.endswith(f"{readme.END}\nafter\n")
-    assert "old numbers" not in text
-    assert results["date"][:10] in text
-    assert results["machine"]["cpu"]["model"] in " ".join(text.split())
-    readme.update(path, results | {"smoke": False})
-    assert path.read_text() == text
-
-
-def test_readme_refuses_a_smoke_run(tmp_path: Path, results: dict[str, Any]) -> None:
-    path = markers(tmp_path, f"{readme.BEGIN}\n{readme.END}")
-    with pytest.raises(ValueError, match="a smoke run measures nothing"):
-        readme.update(path, results)
-
-
 def test_report_prints_losses_and_ties_like_wins(results: dict[str, Any]) -> None:
     value = {"to": "base", "low": 0.7, "high": 0.9, "median": 0.8, "verdict": "slower"}
     assert report.ratio(value) == "0.80 (0.70-0.90) slower"
@@ -304,19 +272,6 @@ def test_bench_refuses_an_outdir_before_it_measures(
     assert main(["bench", "randn", "--smoke", "--outdir", str(tmp_path / outdir)]) == 1
     assert outdir in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("no markers", "must hold")])
-def test_bench_refuses_a_readme_before_it_measures(
-    text: str | None, message: str, unmeasured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "README.md"
-    if text is not None:
-        path.write_text(text)
-    assert main(["bench", "randn", "--readme", str(path), "--outdir", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert str(path) in error
 
 
 def test_bench_names_the_nearest_provider(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from fastddpm.evaluation.measures import ACCURACY, DIVERSITY, FRECHET, NEAREST
 from fastddpm.evaluation.report import PICTURE, PLOT, REPORT, bits_line, show, weakest
 from fastddpm.files.atomic import write_files
-from fastddpm.files.markers import replace_between
 from fastddpm.files.safejson import read_object
 from fastddpm.training.log import loss_plot, read_log
 
@@ -105,6 +104,22 @@ def _row(result: Mapping[str, Any]) -> str:
         *(show(result[name]["ratio"]) for name in (FRECHET, NEAREST, DIVERSITY)),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def replace_between(text: str, begin: str, end: str, content: str, name: object) -> str:
+    """Replace what stands between two markers; the markers stay, on lines of their own.
+
+    Args:
+        name: what an error calls the text, such as its path.
+
+    Raises:
+        ValueError: the text does not hold each marker once, in order.
+    """
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    if text.count(begin) != 1 or text.count(end) != 1 or end in before:
+        raise ValueError(f"{name} must hold {begin} and, after it, {end}, once each: the numbers go between them")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 if __name__ == "__main__":

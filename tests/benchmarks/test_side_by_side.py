@@ -1,4 +1,4 @@
-"""Choosing a part of the suite, and one report of several runs."""
+"""Choosing a part of the suite, and two runs side by side."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 from fastddpm.benchmarks.harness import suite
 from fastddpm.benchmarks.harness.case import Case
-from fastddpm.benchmarks.report import markdown as report
 from fastddpm.benchmarks.report import side_by_side
-from fastddpm.benchmarks.report.merge import merge
 
 from fastddpm.cli import main
 from fastddpm.diagnostics import environment
@@ -60,89 +58,28 @@ def test_choose_takes_cases_by_the_parts_of_their_names(chosen: list[str], batch
     assert [case.batch for case in suite.choose(CASES, chosen)] == batches
 
 
-def test_merge_keeps_the_rows_of_every_run(facts: dict[str, Any]) -> None:
-    first, second = run(facts, 1, "diffusers", "fastddpm"), run(facts, 4, "diffusers", date="2026-01-01T00:00:00")
-    second["load_average_after"] = [9.0, 1.0, 1.0]
-    merged = merge([first, second])
-    assert merged["rows"] == first["rows"] + second["rows"]
-    assert merged["date"] == "2026-01-01T00:00:00"
-    assert merged["seconds"] == 20.0
-    assert merged["load_average_after"] == [9.0, 1.0, 1.0]
-
-
-def test_merge_takes_the_rows_of_a_case_from_one_run(facts: dict[str, Any]) -> None:
-    first, second = run(facts, 1, "diffusers", "fastddpm"), run(facts, 1, "diffusers", "OpenVINO")
-    other = run(facts, 4, "diffusers")
-    assert merge([first, other, second])["rows"] == second["rows"] + other["rows"]
-
-
-def test_merge_takes_counts_from_a_run_that_timed_nothing(facts: dict[str, Any]) -> None:
-    counted = run(facts, 1, rows=[], step_counts=[1], date="2025-01-01T00:00:00")
-    counted["machine"]["threads"] = {"intra_op": 99, "inter_op": 1}
-    merged = merge([counted, run(facts, 4, "diffusers")])
-    assert merged["step_counts"] == [1]
-    assert merged["machine"]["threads"] == facts["threads"]
-    assert merged["date"].startswith("2026")
-
-
-def test_merge_does_not_care_where_compiled_code_is_kept(facts: dict[str, Any]) -> None:
-    other = run(facts, 4, "diffusers")
-    other["machine"]["environment"]["compilers"]["TORCHINDUCTOR_CACHE_DIR"] = "/elsewhere"
-    assert len(merge([run(facts, 1, "diffusers"), other])["rows"]) == 2
-
-
-@pytest.mark.parametrize("name", ["cpu", "threads", "versions", "environment"])
-def test_merge_refuses_another_machine(name: str, facts: dict[str, Any]) -> None:
-    other = run(facts, 4, "diffusers")
-    other["machine"][name] = {"changed": True}
-    with pytest.raises(ValueError, match=f"cannot merge runs of different {name}"):
-        merge([run(facts, 1, "diffusers"), other])
-
-
-def test_merge_refuses_a_smoke_run(facts: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="a smoke run measures nothing"):
-        merge([run(facts, 1, "diffusers"), run(facts, 4, "diffusers", smoke=True)])
-
-
-def test_bench_from_json_joins_its_files(
-    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths = [tmp_path / "1.json", tmp_path / "4.json"]
-    for path, batch in zip(paths, (1, 4), strict=True):
-        path.write_text(json.dumps(run(facts, batch, "diffusers")))
-    assert main(["bench", "--quiet", "--outdir", str(tmp_path), "--from-json", *map(str, paths)]) == 0
-    text = capsys.readouterr().out
-    assert "### cifar10, batch 1, 3x32x32, 20 DDPM steps" in text
-    assert "### cifar10, batch 4, 3x32x32, 20 DDPM steps" in text
-    assert max(map(len, text.splitlines())) <= report.WIDTH
-    assert (
-        (tmp_path / "bench.md").read_text() == text == report.render(json.loads((tmp_path / "bench.json").read_text()))
-    )
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "not usable as JSON"), ("{}", "no bandwidth, date"), ("[]", "must hold a JSON object")],
     ids=["json", "keys", "list"],
 )
-@pytest.mark.parametrize("option", ["--from-json", "--compare"])
 def test_bench_names_the_file_that_is_no_run(
-    option: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "bad.json"
     path.write_text(content)
-    assert main(["bench", "--outdir", str(tmp_path / "out"), option, str(path), *[str(path)] * (option == "--compare")])
+    assert main(["bench", "--compare", str(path), str(path)]) == 1
     error = capsys.readouterr().err
     assert f"fastddpm: error: {path}: " in error
     assert message in error
 
 
-def test_bench_from_json_refuses_rows_that_are_none(
+def test_bench_compares_no_rows_that_are_none(
     facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(run(facts, 1, "diffusers") | {"rows": [{"op": "sampling"}]}))
-    assert main(["bench", "--outdir", str(tmp_path / "out"), "--from-json", str(path)]) == 1
+    assert main(["bench", "--compare", str(path), str(path)]) == 1
     assert f"{path}: not a bench.json of fastddpm bench; its rows lack" in capsys.readouterr().err
 
 
