@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ INK, MUTED, FRAME, GOOD, BAD = "#1d2433", "#6b7487", "#d5d9e2", "#1a7f4b", "#c03
 TARGET = "#8e97a8"
 
 # Inches. What stands below the panels takes two lines where the picture is narrow.
-_SIDE, _GAP, _LEFT, _TOP, _BOTTOM = 1.9, 0.04, 0.72, 1.58, 0.72
+_GAP, _LEFT, _TOP, _BOTTOM = 0.04, 0.72, 1.58, 0.72
 _MIN_WIDTH, _ONE_LINE = 7.0, 14.0
 
 
@@ -40,12 +41,23 @@ def strip(recording: Recording) -> bytes:
     return stream.getvalue()
 
 
-def strip_figure(recording: Recording) -> Any:
-    """Lay the states of a recording out side by side: the forward process, beneath it the reverse, column by column."""
-    columns = spread(len(recording.indices) - 1, MAX_PANELS)
-    rows = _rows(recording)
-    heights = [_SIDE * _aspect(states) for _, states in rows]
-    content = _LEFT + _SIDE * len(columns) + 0.08
+def strip_figure(
+    recording: Recording,
+    columns: Sequence[int] | None = None,
+    rows: Sequence[tuple[str, Tensor]] | None = None,
+    side: float = 1.9,
+) -> Any:
+    """Lay the states of a recording out side by side: the forward process, beneath it the reverse, column by column.
+
+    Args:
+        columns: which of its states; default: as many as stay legible.
+        rows: labels and states; default: those of `rows_of`.
+        side: width of a panel in inches.
+    """
+    columns = spread(len(recording.indices) - 1, MAX_PANELS) if columns is None else columns
+    labelled = rows_of(recording) if rows is None else rows
+    heights = [side * _aspect(states) for _, states in labelled]
+    content = _LEFT + side * len(columns) + 0.08
     width = max(content, _MIN_WIDTH)
     left = _LEFT + (width - content) / 2
     height = _TOP + sum(heights) + (_BOTTOM if width >= _ONE_LINE else 1.5 * _BOTTOM)
@@ -55,19 +67,19 @@ def strip_figure(recording: Recording) -> Any:
     size = min(21, 72 * (width - 0.2) / (0.65 * len(title)))
     _text(figure, width / 2, height - 0.32, title, size=size, weight="bold")
     for c, k in enumerate(columns):
-        _titles(figure, recording.process, recording.indices[k], left + _SIDE * (c + 0.5), height - 0.80)
+        _titles(figure, recording.process, recording.indices[k], left + side * (c + 0.5), height - 0.80)
     top = height - _TOP
-    for (label, states), row_height in zip(rows, heights, strict=True):
+    for (label, states), row_height in zip(labelled, heights, strict=True):
         top -= row_height
         _text(figure, left - 0.38, top + row_height / 2, label, rotation=90, size=15, linespacing=1.5)
         for c, k in enumerate(columns):
-            axes = add_axes(figure, left + _SIDE * c + _GAP, top + _GAP, _SIDE - 2 * _GAP, row_height - 2 * _GAP)
+            axes = _add_axes(figure, left + side * c + _GAP, top + _GAP, side - 2 * _GAP, row_height - 2 * _GAP)
             _panel(axes, recording, states, k)
     _footer(figure, recording, width)
     return figure
 
 
-def add_axes(figure: Any, x: float, y: float, width: float, height: float) -> Any:
+def _add_axes(figure: Any, x: float, y: float, width: float, height: float) -> Any:
     """Add an empty frame; all in inches, from the lower left corner."""
     w, h = figure.get_size_inches()
     axes = figure.add_axes((x / w, y / h, width / w, height / h))
@@ -82,7 +94,8 @@ def _text(figure: Any, x: float, y: float, text: str, **style: Any) -> Any:
     return figure.text(x / w, y / h, text, **{"ha": "center", "va": "center", "color": INK, **style})
 
 
-def _rows(recording: Recording) -> list[tuple[str, Tensor]]:
+def rows_of(recording: Recording) -> list[tuple[str, Tensor]]:
+    """Return the label and the states of each row: forward, reverse and, of images, the estimates of x_0."""
     rows = [
         ("forward $\\rightarrow$\n$q(x_t\\,|\\,x_{t-1})$", recording.forward),
         (f"$\\leftarrow$ reverse\n{recording.model}", recording.reverse),
@@ -148,13 +161,13 @@ def _panel(axes: Any, recording: Recording, states: Tensor, k: int) -> None:
     axes.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal")
     points = states[k].numpy()
     axes.scatter(points[:, 0], points[:, 1], s=3.2, c=colours(states[0]), alpha=0.75, linewidths=0)
-    axes.add_patch(ellipse(np.zeros(2), np.eye(2), edgecolor=TARGET, linewidth=1.2, linestyle=(0, (3, 2))))
+    axes.add_patch(_ellipse(np.zeros(2), np.eye(2), edgecolor=TARGET, linewidth=1.2, linestyle=(0, (3, 2))))
     mean, covariance = (m.numpy() for m in marginal(recording.x_0, recording.process.alpha_bar(recording.indices[k])))
-    axes.add_patch(ellipse(mean, covariance, edgecolor=INK, linewidth=1.5))
+    axes.add_patch(_ellipse(mean, covariance, edgecolor=INK, linewidth=1.5))
     axes.plot(*mean, marker="+", markersize=8, markeredgewidth=1.5, color=INK)
 
 
-def ellipse(mean: np.ndarray, covariance: np.ndarray, **style: Any) -> Any:
+def _ellipse(mean: np.ndarray, covariance: np.ndarray, **style: Any) -> Any:
     """Return the points two standard deviations from the mean, as a patch."""
     from matplotlib.patches import Ellipse
 
@@ -196,7 +209,7 @@ def mosaic(states: Tensor) -> np.ndarray:
     return stacked[:, :, 0] if stacked.shape[2] == 1 else stacked
 
 
-def verdict(process: Process) -> str:
+def _verdict(process: Process) -> str:
     """Say whether the process ends Gaussian, with the number that decides, in mathtext."""
     alpha_bar, bound = number(process.alpha_bar(process.steps)), number(GAUSSIAN_END)
     name = rf"\bar{{\alpha}}_{{{process.t[-1]}}}"
@@ -205,18 +218,18 @@ def verdict(process: Process) -> str:
     return rf"does NOT end Gaussian: ${name} = {alpha_bar} \geq {bound}$"
 
 
-def verdict_colour(process: Process) -> str:
+def _verdict_colour(process: Process) -> str:
     """Return green for a process that ends Gaussian, else red."""
     return GOOD if process.ends_gaussian() else BAD
 
 
 def _footer(figure: Any, recording: Recording, width: float) -> None:
     process = recording.process
-    text = verdict(process)
+    text = _verdict(process)
     if width >= _ONE_LINE:
         L_T = number(process.prior_term(recording.x_0))
         text += rf",   $\mathrm{{KL}}(q(x_T|x_0)\,\|\,\mathcal{{N}}(0, I)) = {L_T}$ nats"
-    _text(figure, width - 0.1, 0.34, text, ha="right", size=16, color=verdict_colour(process))
+    _text(figure, width - 0.1, 0.34, text, ha="right", size=16, color=_verdict_colour(process))
     if is_points(recording):
         _legend(figure, 0.34 if width >= _ONE_LINE else 0.72)
 

@@ -112,36 +112,33 @@ def test_mosaic_stacks_images_with_a_white_gap() -> None:
     assert drawing.mosaic(states).tolist() == [[0, 0]] * 3 + [[255, 255]] * 4
 
 
-def test_frames_go_there_and_back(cosine: Schedule) -> None:
-    frames = animation.frames(small_recording(cosine))
-    there, back = frames[: len(frames) // 2], frames[len(frames) // 2 :]
-    assert all(f.forward for f in there)
-    assert not any(f.forward for f in back)
-    assert [f.k for f in there] == sorted(f.k for f in there) == [f.k for f in back[::-1]]
-    # Every state is among them, and rests.
-    assert {f.k for f in there if f.milliseconds >= animation.REST} == set(range(T + 1))
-
-
-def test_between_two_states_the_points_keep_to_the_marginal(cosine: Schedule) -> None:
-    x_0 = points.draw("swiss-roll", 5000)
-    forward = forward_walk(x_0, cosine, range(T + 1))
-    recorded = Recording("swiss-roll", Process.of(cosine), tuple(range(T + 1)), x_0, forward, forward, forward, "")
-    for k in (0.0, 3.0, 8.0):
-        torch.testing.assert_close(animation._between(recorded, forward, k), forward[int(k)], rtol=1e-5, atol=1e-5)
-    for k in (2.4, 7.5):
-        low = recorded.process.alpha_bar(int(k))
-        alpha_bar = low + (k - int(k)) * (recorded.process.alpha_bar(int(k) + 1) - low)
-        variance = animation._between(recorded, forward, k).double().square().sum(dim=1)
-        expected = float(marginal(x_0, alpha_bar)[1].trace())
-        assert float(variance.mean()) == pytest.approx(expected, abs=5 * float(variance.std()) / math.sqrt(5000))
-
-
-def test_gif_holds_the_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(animation, "GLIDE_FRAMES", 2)
-    recorded = small_recording(Schedule.cosine(2))
-    with Image.open(io.BytesIO(animation.gif(recorded))) as gif:
-        assert gif.n_frames == len(animation.frames(recorded))
+def test_gif_goes_there_and_back_and_rests_at_the_ends() -> None:
+    with Image.open(io.BytesIO(animation.gif(small_recording(Schedule.cosine(2))))) as gif:
         assert gif.info["loop"] == 0
-        gif.seek(1)
-        assert gif.info["duration"] == animation.REST
-        assert gif.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+        durations = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+            assert gif.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+    assert durations == 2 * [animation.PAUSE, animation.REST, animation.PAUSE]
+
+
+def test_gif_of_images_shows_x_0_beneath(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
+    process = Process.of(Schedule.cosine(2))
+    forward = forward_walk(x_0, process.schedule, range(3))
+    recorded = Recording("a.png", process, (0, 1, 2), x_0, forward, forward, -forward, "model")
+    shown: list[list[np.ndarray]] = []
+
+    def pixels(figure: Any) -> Image.Image:
+        shown.append([np.asarray(axes.images[0].get_array()) for axes in figure.axes])
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(drawing, "pixels", pixels)
+    animation.gif(recorded)
+    states, estimates = ([drawing.mosaic(x) for x in values] for values in (forward, -forward))
+    there = [(state, states[0]) for state in states]
+    back = list(zip(states, estimates, strict=True))[::-1]
+    assert len(shown) == 6
+    for panels, expected in zip(shown, [*there, *back], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(panels, expected, strict=True))
