@@ -20,8 +20,7 @@ import fastddpm
 from fastddpm import DiffusionConfig, Sampler, Schedule, reference
 from fastddpm.data import points
 from fastddpm.data.datasets import Dataset
-from fastddpm.evaluation import classifier_training
-from fastddpm.evaluation.classifier import Classifier, load_classifier, save_classifier
+from fastddpm.evaluation.classifier import Classifier, load_classifier
 from fastddpm.evaluation.measures import measure
 from fastddpm.evaluation.real_images import Reference
 from fastddpm.evaluation.steps import measure_steps
@@ -35,6 +34,7 @@ from fastddpm.tables.by_name import SAMPLERS, make_table
 from fastddpm.tables.table import loss_rows, q_rows, q_step_rows
 from fastddpm.training.trainer import train
 from fastddpm.unet.unet import UNet
+from tests.evaluation import classifier_training
 from tests.tiny import RGB, tiny_unet
 from tests.training.train_cases import tiny_run
 
@@ -79,7 +79,7 @@ def trained() -> dict[str, str]:
 def measured() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.safetensors"
-        save_classifier(path, CLASSIFIER)
+        classifier_training.save_classifier(path, CLASSIFIER)
         return measure(LABELLED, Reference(LABELLED, LABELLED), load_classifier(path, 2)).to_json()
 
 

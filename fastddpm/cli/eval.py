@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,18 +69,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--background", metavar="COLOUR", help="behind transparent pixels of --data")
     parser.add_argument("--channels", choices=("first", "last"), help="of an array whose shape does not say it")
     parser.add_argument("--classifier", type=Path, help="one trained on --data (default: the shipped one, of mnist)")
-    parser.add_argument(
-        "--train-classifier", type=Path, metavar="FILE", help="only train a classifier on --data, and write it"
-    )
     parser.add_argument("--bits-per-dim", action="store_true", help="also bound the likelihood of real images")
     parser.add_argument("--download", action="store_true", help="fetch FID's network if it is missing (96 MB)")
     sampling_options.add_options(parser, outdir="eval")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate a model, or train the classifier that it takes."""
-    if args.train_classifier is not None:
-        return _train_classifier(args)
+    """Evaluate a model."""
     from fastddpm.data.values import parse_range
     from fastddpm.evaluation.bits import real_bits
     from fastddpm.evaluation.real_images import load_reference
@@ -208,32 +202,6 @@ def _add_fid(measures: Measures, args: argparse.Namespace, samples: Dataset, ref
         measures.notes.append(obstacle)
     else:
         measures.fid = compute_fid(samples, reference.train)
-
-
-def _train_classifier(args: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
-
-    from fastddpm.evaluation.classifier import classify, load_classifier, save_classifier
-    from fastddpm.evaluation.classifier_training import count_steps, train_classifier
-    from fastddpm.evaluation.measures import accuracy
-    from fastddpm.evaluation.real_images import built_in
-    from fastddpm.evaluation.report import show
-
-    path: Path = args.train_classifier
-    if path.exists() and not args.overwrite:
-        raise FileExistsError(f"{path} exists already; use --overwrite to replace it")
-    train, held_out = built_in(args.data)
-    hidden = args.quiet or not sys.stderr.isatty()
-    with tqdm(total=count_steps(train), unit="step", desc="training", file=sys.stderr, disable=hidden) as bar:
-        classifier = train_classifier(train, seed=args.seed, progress=lambda loss: bar.update() and None)
-    save_classifier(path, classifier)
-    # Of what was saved: the weights were rounded.
-    estimate = accuracy(classify(load_classifier(path, len(train.classes)), held_out), held_out)._asdict()
-    if args.json:
-        print(json.dumps({"classifier": str(path), "held_out": len(held_out), "accuracy": estimate}))
-    elif not args.quiet:
-        print(f"{show(estimate, percent=True)} of {len(held_out)} held-out images recognised; wrote {path}")
-    return 0
 
 
 def _weights(text: str) -> list[float]:

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastddpm.data.datasets import Dataset
-from fastddpm.files.atomic import write_files
 from fastddpm.files.tensors import SafetensorsFile, read_tensors
 from fastddpm.machine.ranks import ALONE, Ranks
 from fastddpm.unet.load import SHIPPED
 
-# Trained on `fastddpm.data.mnist("train")` by: fastddpm eval --train-classifier FILE
+# Trained on `fastddpm.data.mnist("train")` by: python -m tests.evaluation.classifier_training FILE
 SHIPPED_CLASSIFIER = SHIPPED / "digits" / "classifier.safetensors"
 
 FEATURES = 64
@@ -67,12 +65,6 @@ def classify(classifier: Classifier, data: Dataset, ranks: Ranks = ALONE) -> Pre
         lambda k: classifier.features(data.x_0(k)), torch.arange(len(data), device="cpu").split(_BATCH)
     )
     return Predictions(classifier.head(features).argmax(dim=1), features.double())
-
-
-def save_classifier(path: Path, classifier: Classifier) -> None:
-    """Write the weights as float16 safetensors, atomically."""
-    tensors = {name: tensor.detach().half().contiguous() for name, tensor in classifier.state_dict().items()}
-    write_files({path: save(tensors)})
 
 
 def load_classifier(path: Path, classes: int = 10) -> Classifier:

@@ -31,17 +31,6 @@ class Reference:
     held_out: Dataset | None
 
 
-def built_in(source: str) -> tuple[Dataset, Dataset]:
-    """Load the training and the held-out images of a set that the project splits itself.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if source not in _SPLITS:
-        raise ValueError(f"of {source} nothing is held out to test a classifier by; use {' or '.join(_SPLITS)}")
-    return _SPLITS[source]("train"), _SPLITS[source]("test")
-
-
 def load_reference(source: str, shape: tuple[int, ...], **options: Any) -> Reference:
     """Load a built-in set with what was held out of it, or a user's images.
 
@@ -55,7 +44,7 @@ def load_reference(source: str, shape: tuple[int, ...], **options: Any) -> Refer
         ValueError: the source is unusable (see `load_data`), or its images have another shape.
     """
     if source in _SPLITS:
-        reference = Reference(*built_in(source))
+        reference = Reference(_SPLITS[source]("train"), _SPLITS[source]("test"))
     else:
         square = len(shape) == 3 and shape[1] == shape[2] and Path(source).is_dir()
         reference = Reference(load_data(source, resolution=shape[1] if square else None, **options), None)

@@ -16,7 +16,8 @@ from fastddpm import DiffusionConfig
 from fastddpm.cli import main
 from fastddpm.data.array_file import array_file
 from fastddpm.evaluation import real_images
-from fastddpm.evaluation.classifier import Classifier, save_classifier
+from fastddpm.evaluation.classifier import Classifier
+from tests.evaluation.classifier_training import save_classifier
 from tests.tiny import PLAIN, tiny_unet
 from tests.torchrun import torchrun
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from fastddpm.data.datasets import Dataset, mnist
-from fastddpm.evaluation import classifier_training
-from fastddpm.evaluation.classifier import SHIPPED_CLASSIFIER, Classifier, classify, load_classifier, save_classifier
-from fastddpm.evaluation.classifier_training import distort, train_classifier
+from fastddpm.evaluation.classifier import SHIPPED_CLASSIFIER, Classifier, classify, load_classifier
 from fastddpm.evaluation.measures import accuracy
+from tests.evaluation import classifier_training
+from tests.evaluation.classifier_training import distort, save_classifier, train_classifier
 
 
 def bars() -> Dataset:

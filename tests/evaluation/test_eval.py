@@ -22,13 +22,14 @@ import fastddpm
 from fastddpm import DiffusionConfig
 from fastddpm.cli import main
 from fastddpm.data.datasets import digits8x8
-from fastddpm.evaluation import classifier_training, fid, report
-from fastddpm.evaluation.classifier import Classifier, save_classifier
+from fastddpm.evaluation import fid, report
+from fastddpm.evaluation.classifier import Classifier
 from fastddpm.files import images
 from fastddpm.machine.packages import weights_digest
 from fastddpm.training.folder import LOG
 from fastddpm.training.likelihood import bits_per_dim
 from tests.evaluation import model_card as card
+from tests.evaluation.classifier_training import save_classifier
 from tests.tiny import tiny_unet
 
 pytestmark = pytest.mark.usefixtures("still_generators")
@@ -288,23 +289,6 @@ def test_eval_gives_fid_no_weights_but_its_own(
     torch_fidelity.write_text("b")
     assert main(own_images) == 1
     assert "has the SHA-256 bbb" in capsys.readouterr().err
-
-
-def test_train_classifier_writes_one_and_says_how_good_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = classifier_training.train_classifier
-    monkeypatch.setattr(
-        classifier_training, "train_classifier", lambda data, **options: train(data, epochs=1, **options)
-    )
-    command = ["eval", "--data", "digits8x8", "--train-classifier", str(tmp_path / "c.safetensors")]
-    assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["held_out"] == 359
-    # One epoch, where chance is 10 %.
-    assert found["accuracy"]["value"] > 0.3
-    assert main(command) == 1
-    assert "exists already; use --overwrite" in capsys.readouterr().err
 
 
 def test_card_takes_the_numbers_between_its_markers(evaluated: Path, tmp_path: Path) -> None:
