@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastddpm.files.markers import replace_between
+from tests.evaluation.model_card import replace_between
 
 
 def test_replace_between_leaves_the_rest_as_it_is() -> None:
