@@ -1,4 +1,4 @@
-"""Benchmark: the forward process q(x_t | x_0), with the noise it adds, as a training step wants it."""
+"""Benchmark: the forward process q(x_t | x_0), with the noise it adds, as a step of training wants it."""
 
 from __future__ import annotations
 

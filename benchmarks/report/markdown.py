@@ -37,11 +37,10 @@ def heading(results: Results) -> str:
     device = "CPU, not comparable with GPU" if results["device"] == "cpu" else "CUDA"
     limits, facts = results["bandwidth"], results["machine"]
     load = facts["load_average"]
-    rates = ", ".join(f"{rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["gflop_per_s"].items())
     lines = [
         f"{results['date'][:10]}, {device}. {environment.summary(facts)}.",
         f"Measured in this run: copying {limits['copy_gb_per_s']:.1f} GB/s (read plus write, "
-        f"{limits['copy_mb']:.0f} MB tensors), multiplying matrices {rates}.",
+        f"{limits['copy_mb']:.0f} MB tensors).",
         f"Load average {' '.join(map(str, load)) if load else 'unknown'} before, "
         f"{' '.join(map(str, results['load_average_after'] or ['unknown']))} after. "
         f"Allocator: {_environment(facts['environment']['allocator'])}. "
