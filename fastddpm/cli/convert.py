@@ -10,15 +10,14 @@ from typing import Any
 from fastddpm.checks import DTYPES
 from fastddpm.cli.parser import examples
 
-DESCRIPTION = """Convert a model of another library: a diffusers folder (DDPMPipeline or UNet2DModel), a checkpoint of
-OpenAI's improved-diffusion or guided-diffusion, of latent-diffusion, of Ho et al.'s code in PyTorch, or one of
-denoising-diffusion-pytorch. Nothing in a checkpoint is executed: files that hold more than tensors are refused. Its
-networks are found by their parameters' names, whatever stands before them, and a moving average is preferred. A network
-is converted exactly or not at all."""
+DESCRIPTION = """Convert a model of another library: a diffusers folder (DDPMPipeline or UNet2DModel), or a checkpoint
+of OpenAI's improved-diffusion or guided-diffusion, or of latent-diffusion. Nothing in a checkpoint is executed: files
+that hold more than tensors are refused. Its networks are found by their parameters' names, whatever stands before them,
+and a moving average is preferred. A network is converted exactly or not at all."""
 
-EPILOG = """denoising-diffusion-pytorch's own Unet is another architecture, so that only its schedule can be converted
-(--schedule-only); sample it through fastddpm.integrations.lucidrains. Checkpoints of OpenAI and of Ho et al. do not
-say how they were trained: repeat the flags of the training script, which default to those of improved-diffusion."""
+EPILOG = """denoising-diffusion-pytorch's own Unet is another architecture: sample it through
+fastddpm.integrations.lucidrains. Checkpoints of OpenAI do not say how they were trained: repeat the flags of the
+training script, which default to those of improved-diffusion."""
 
 EXAMPLES = examples(
     "fastddpm convert ddpm-cifar10-32 converted",
@@ -28,7 +27,7 @@ EXAMPLES = examples(
 
 
 # Arguments of `integrations.convert.convert`, each an option of the same name.
-_OPTIONS = ("layout", "config", "weights", "prefix", "prediction", "schedule_only")
+_OPTIONS = ("layout", "config", "weights", "prefix", "prediction")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,8 +52,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--prefix", help="what stands before the names of the network to take, of several")
     parser.add_argument("--prediction", choices=("epsilon", "x_0", "v"), help="for files that do not say it")
-    parser.add_argument("--schedule-only", action="store_true", help="write scheduler_config.json alone")
-    openai = parser.add_argument_group("what OpenAI's and Ho et al.'s scripts were given in training")
+    openai = parser.add_argument_group("what OpenAI's scripts were given in training")
     heads = openai.add_mutually_exclusive_group()
     heads.add_argument("--num-heads", type=int, help="of every attention layer")
     heads.add_argument("--num-head-channels", type=int, help="width of every head")
@@ -82,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         flags=flags,
         **{name: getattr(args, name) for name in _OPTIONS},
     )
-    print(f"{args.destination}: {_describe(converted, schedule_only=args.schedule_only)}")
+    print(f"{args.destination}: {_describe(converted)}")
     if converted.taken is not None and (converted.taken.prefix or converted.others):
         print(f"taken: {converted.taken}")
     for other in converted.others:
@@ -90,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(converted: Any, *, schedule_only: bool) -> str:
-    diffusion = converted.diffusion
+def _describe(converted: Any) -> str:
+    diffusion = converted.model.diffusion
     trained = (
         "schedule unknown"
         if diffusion is None
@@ -101,7 +99,5 @@ def _describe(converted: Any, *, schedule_only: bool) -> str:
             f"predicts {diffusion.prediction_type}, variance {diffusion.variance_type}"
         )
     )
-    if schedule_only:
-        return f"schedule of a {converted.kind} checkpoint ({trained}); no network"
     count = sum(parameter.numel() for parameter in converted.model.parameters())
     return f"network of {count / 1e6:.1f} M parameters from {converted.kind} ({trained})"

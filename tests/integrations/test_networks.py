@@ -14,10 +14,11 @@ from torch import Tensor
 
 import fastddpm
 from fastddpm.cli import main
-from fastddpm.integrations.convert import convert, read
+from fastddpm.files.checkpoints import Checkpoint
+from fastddpm.integrations.convert import read
+from fastddpm.integrations.lucidrains.buffers import read_diffusion
 from fastddpm.integrations.lucidrains.tables import SCHEDULES, make_buffers
 from fastddpm.integrations.openai.unet_weights import OpenAIFlags
-from tests.integrations.ho_unet import HoUNet
 from tests.integrations.openai_unet import UNetModel
 from tests.tiny import RGB, tiny_unet
 
@@ -171,7 +172,7 @@ def test_openai_networks_are_found_under_a_prefix(tmp_path: Path, prefix: str) -
     converted = read(tmp_path / "a.pt", flags=OpenAIFlags(num_heads=2))
     assert converted.model is not None
     assert torch.equal(converted.model.conv_in.weight, theirs["input_blocks.0.0.weight"])
-    assert converted.diffusion == fastddpm.DiffusionConfig(variance_type="fixed_large")
+    assert converted.model.diffusion == fastddpm.DiffusionConfig(variance_type="fixed_large")
 
 
 def test_a_latent_diffusion_file_gives_its_own_betas(tmp_path: Path) -> None:
@@ -181,47 +182,34 @@ def test_a_latent_diffusion_file_gives_its_own_betas(tmp_path: Path) -> None:
     }
     state = {**buffers, **prefixed(UNetModel().w, "model.diffusion_model.")}
     torch.save({"state_dict": state}, tmp_path / "a.ckpt")
-    diffusion = read(tmp_path / "a.ckpt", flags=OpenAIFlags(num_heads=2)).diffusion
+    diffusion = read(tmp_path / "a.ckpt", flags=OpenAIFlags(num_heads=2)).model.diffusion
     assert diffusion is not None
     assert diffusion.trained_betas == tuple(betas.float().double().tolist())
     assert diffusion.prediction_type == "epsilon"
 
 
-@pytest.mark.parametrize("layout", ["bare", "list-of-five"])
-def test_ho_et_al_networks_compute_the_same(tmp_path: Path, layout: str) -> None:
-    torch.manual_seed(0)
-    raw, theirs = HoUNet(), HoUNet().eval()
-    states = [prefixed(dict(raw.state_dict()), "module."), {"state": {}}, 3, 400, theirs.state_dict()]
-    torch.save(theirs.state_dict() if layout == "bare" else states, tmp_path / "ckpt.pth")
-    converted = read(tmp_path / "ckpt.pth")
-    assert converted.model is not None
-    assert converted.diffusion == fastddpm.DiffusionConfig(variance_type="fixed_large")
-    x, t = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 777])
-    with torch.no_grad():
-        expected, actual = theirs.double()(x, t), converted.model.double()(x, t)
-    assert float(expected.abs().max()) > 0.1
-    assert float((actual - expected).abs().max()) < 1e-6
-    assert converted.model.config.block_out_channels == (32, 64, 64)
-
-
 @pytest.mark.parametrize("loss", ["p2_loss_weight", "none"])
 def test_lucidrains_files_that_do_not_say_what_is_predicted_ask(tmp_path: Path, loss: str) -> None:
-    state = {**make_buffers(SCHEDULES["cosine"](100), "pred_noise", None), "model.init_conv.weight": torch.zeros(1)}
+    state = make_buffers(SCHEDULES["cosine"](100), "pred_noise", None)
     del state["loss_weight"]
     if loss != "none":
         state[loss] = torch.ones(100)
     torch.save({"step": 1, "model": state, "ema": prefixed(state, "ema_model.")}, tmp_path / "model-1.pt")
+    checkpoint = Checkpoint(tmp_path / "model-1.pt")
     with pytest.raises(ValueError, match=r"without a loss_weight it does not say.*epsilon"):
-        convert(tmp_path / "model-1.pt", tmp_path / "out", schedule_only=True)
-    converted = convert(tmp_path / "model-1.pt", tmp_path / "out", schedule_only=True, prediction="epsilon")
-    assert converted.diffusion == fastddpm.DiffusionConfig(beta_schedule="cosine", num_timesteps=100)
+        read_diffusion(checkpoint, "model.", None, None)
+    diffusion = read_diffusion(checkpoint, "model.", "epsilon", None)
+    assert diffusion == fastddpm.DiffusionConfig(beta_schedule="cosine", num_timesteps=100)
 
 
 def test_lucidrains_loss_weights_of_another_length_or_prediction_are_refused(tmp_path: Path) -> None:
     state = make_buffers(SCHEDULES["cosine"](100), "pred_v", None)
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="predicts v by its loss_weight, not epsilon"):
-        read(tmp_path / "a.pt", prediction="epsilon")
+        read_diffusion(Checkpoint(tmp_path / "a.pt"), "", "epsilon", None)
     torch.save({**state, "loss_weight": torch.ones(50)}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="'loss_weight' differ in length"):
-        read(tmp_path / "a.pt")
+        read_diffusion(Checkpoint(tmp_path / "a.pt"), "", None, None)
+    torch.save({**state, "loss_weight": torch.rand(100)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="loss_weight fits 0 objectives"):
+        read_diffusion(Checkpoint(tmp_path / "a.pt"), "", None, None)
