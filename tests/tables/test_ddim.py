@@ -229,6 +229,22 @@ def test_ddim_table_undoes_the_inversion_of_a_straight_path(prediction_type):
     torch.testing.assert_close(back, x_0, rtol=0, atol=1e-10)
 
 
+def test_ddim_inversion_and_back_is_of_first_order():
+    # Data N(0, 0.3^2), whose exact network is linear.
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha_bar = SCHEDULE.alphas_cumprod[t]
+        return (1 - alpha_bar).sqrt() / (0.09 * alpha_bar + 1 - alpha_bar) * x
+
+    error, x_0 = [], randn(1)
+    for steps in (100, 200, 400):
+        x_T = execute_table64(ddim_inversion_table(SCHEDULE, steps=steps), model, x_0)
+        back = execute_table64(ddim_table(SCHEDULE, steps=steps, spacing="linspace", clip_range=None), model, x_T)
+        error.append(relative_error(back, x_0))
+    assert error[0] < 0.1
+    assert error[1] / error[2] == pytest.approx(2, abs=0.3)
+    assert error[0] / error[1] == pytest.approx(2, abs=0.3)
+
+
 def test_learned_variance_is_ignored():
     output, x_t, z = randn(2, 6, 4, seed=1), randn(2, 3, 4), randn(2, 3, 4, seed=2)
     learned = ddim_table(SCHEDULE, steps=9, eta=0.5, learned=True)
