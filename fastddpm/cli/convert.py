@@ -11,13 +11,13 @@ from fastddpm.checks import DTYPES
 from fastddpm.cli.parser import examples
 
 DESCRIPTION = """Convert a model of another library: a diffusers folder (DDPMPipeline or UNet2DModel), or a checkpoint
-of OpenAI's improved-diffusion or guided-diffusion, or of latent-diffusion. Nothing in a checkpoint is executed: files
-that hold more than tensors are refused. Its networks are found by their parameters' names, whatever stands before them,
-and a moving average is preferred. A network is converted exactly or not at all."""
+of OpenAI's improved-diffusion or guided-diffusion, of latent-diffusion, or of Ho et al.'s code in PyTorch. Nothing in a
+checkpoint is executed: files that hold more than tensors are refused. Its networks are found by their parameters'
+names, whatever stands before them, and a moving average is preferred. A network is converted exactly or not at all."""
 
 EPILOG = """denoising-diffusion-pytorch's own Unet is another architecture: sample it through
-fastddpm.integrations.lucidrains. Checkpoints of OpenAI do not say how they were trained: repeat the flags of the
-training script, which default to those of improved-diffusion."""
+fastddpm.integrations.lucidrains. Checkpoints of OpenAI and of Ho et al. do not say how they were trained:
+repeat the flags of the training script, which default to those of improved-diffusion."""
 
 EXAMPLES = examples(
     "fastddpm convert ddpm-cifar10-32 converted",
@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--prefix", help="what stands before the names of the network to take, of several")
     parser.add_argument("--prediction", choices=("epsilon", "x_0", "v"), help="for files that do not say it")
-    openai = parser.add_argument_group("what OpenAI's scripts were given in training")
+    openai = parser.add_argument_group("what OpenAI's and Ho et al.'s scripts were given in training")
     heads = openai.add_mutually_exclusive_group()
     heads.add_argument("--num-heads", type=int, help="of every attention layer")
     heads.add_argument("--num-head-channels", type=int, help="width of every head")

@@ -2,6 +2,7 @@
 
 diffusers      a DDPMPipeline or UNet2DModel folder, its weights in safetensors or .bin
 OpenAI         a UNetModel (improved-diffusion, guided-diffusion, latent-diffusion), where `UNet` is the same network
+Ho et al.      their network in the names of their TensorFlow code, as PyTorch ports of it keep them
 lucidrains     a Trainer's or GaussianDiffusion's file around one of the above; the package's own Unet is another
                architecture
 
@@ -20,7 +21,7 @@ import torch
 from fastddpm.checks import shown
 from fastddpm.files.checkpoints import Checkpoint
 from fastddpm.files.tensors import SafetensorsFile, TensorFile
-from fastddpm.integrations import networks
+from fastddpm.integrations import ho_weights, networks
 from fastddpm.integrations.lucidrains.buffers import diffusion_places, read_diffusion
 from fastddpm.integrations.networks import StoredNetwork
 from fastddpm.integrations.openai.unet_weights import OpenAIFlags, convert_unet, diffusion_of
@@ -100,7 +101,7 @@ def read(
         weights: take a moving "average" of the weights where there is one, or the "last" weights.
         prefix: what stands before the names of the network to take, where a file holds several.
         prediction: "epsilon", "x_0" or "v", for files with a schedule that does not say.
-        flags: what OpenAI's scripts do not store.
+        flags: what OpenAI's and Ho et al.'s scripts do not store.
 
     Raises:
         FileNotFoundError, ValueError: see `convert`.
@@ -120,7 +121,7 @@ def read(
     others = tuple(other for other in networks.find_networks(file.tensors) if other != network)
     try:
         diffusion = _stored_diffusion(file, network, prediction)
-        if network.kind == networks.OPENAI:
+        if network.kind in (networks.OPENAI, networks.HO):
             diffusion = diffusion or _flagged_diffusion(file, network, flags)
         model = _build(file, network, config, flags)
     except ValueError as error:
@@ -135,7 +136,10 @@ def _build(file: TensorFile, network: StoredNetwork, config: str | os.PathLike[s
             raise ValueError("weights of a UNet2DModel; give its config.json too (config, --config)")
         return build_unet(read_config(Path(config))[0], file, network.places)
     read = file.read(network.places.values())
-    return convert_unet({name: read[place] for name, place in network.places.items()}, flags, file.path)
+    tensors = {name: read[place] for name, place in network.places.items()}
+    if network.kind == networks.HO:
+        return ho_weights.convert_unet(tensors, file.path)
+    return convert_unet(tensors, flags, file.path)
 
 
 def _stored_diffusion(file: TensorFile, network: StoredNetwork, prediction: str | None) -> DiffusionConfig | None:
@@ -149,7 +153,9 @@ def _stored_diffusion(file: TensorFile, network: StoredNetwork, prediction: str 
 
 
 def _flagged_diffusion(file: TensorFile, network: StoredNetwork, flags: OpenAIFlags) -> DiffusionConfig:
-    ends = ("out.2.weight", "input_blocks.0.0.weight")
+    ends = ("conv_out.weight", "conv_in.weight")
+    if network.kind == networks.OPENAI:
+        ends = ("out.2.weight", "input_blocks.0.0.weight")
     last, first = (tuple(getattr(file.tensors.get(network.places.get(name, "")), "shape", ())) for name in ends)
     if len(last) != 4 or len(first) != 4:
         raise ValueError(f"{network}: no {' or no '.join(ends)} of four dimensions")

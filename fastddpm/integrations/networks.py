@@ -1,7 +1,7 @@
 """Networks in a checkpoint of unknown make: every place that holds one, and which of them to take.
 
 A network is known by two of its parameters' names, whatever stands before them: "module.", "_orig_mod.", a trainer's
-"state_dict.model.", a list's "0.". Moving averages without names of their own (a list of tensors, as diffusers'
+"state_dict.model.", a list's "4.". Moving averages without names of their own (a list of tensors, as diffusers'
 EMAModel keeps; names without dots, as latent-diffusion's LitEma does) are known by the network that they fit.
 """
 
@@ -23,9 +23,10 @@ Tensors = Mapping[str, Any]
 KINDS = {
     "UNet2DModel (diffusers)": ("time_embedding.linear_1.weight", "conv_in.weight"),
     "UNetModel (OpenAI)": ("time_embed.0.weight", "input_blocks.0.0.weight"),
+    "Model (Ho et al.)": ("temb.dense.0.weight", "down.0.block.0.conv1.weight"),
     "Unet (denoising-diffusion-pytorch)": ("time_mlp.1.weight", "init_conv.weight"),
 }
-UNET2D, OPENAI, LUCIDRAINS = KINDS
+UNET2D, OPENAI, HO, LUCIDRAINS = KINDS
 _AVERAGE = re.compile(r"(?<![a-z])(ema|avg|swa|polyak)(?![a-z])|ema_?model|averag|shadow")
 _SHOWN, _MAX_NETWORKS = 8, 64
 
@@ -103,15 +104,16 @@ def choose_network(checkpoint: TensorFile, weights: Weights, prefix: str | None 
 
 def _network(kind: str, prefix: str, places: dict[str, str], tensors: Tensors) -> StoredNetwork:
     shapes = [getattr(tensors[place], "shape", (0,)) for place in places.values()]
-    return StoredNetwork(kind, prefix, places, _is_average(prefix, tensors), sum(map(math.prod, shapes)))
+    return StoredNetwork(kind, prefix, places, _is_average(prefix, kind, tensors), sum(map(math.prod, shapes)))
 
 
-def _is_average(prefix: str, tensors: Tensors) -> bool:
+def _is_average(prefix: str, kind: str, tensors: Tensors) -> bool:
     parts = prefix.lower().split(".")
     # ema_pytorch keeps the network itself beside its average, as online_model.
     named = any(_AVERAGE.search(part) for part in parts) and not any("online" in part for part in parts)
-    # torch's AveragedModel counts.
-    return named or prefix.removesuffix("module.") + "n_averaged" in tensors
+    # torch's AveragedModel counts; Ho et al.'s PyTorch port saves [model, optimiser, epoch, step, average].
+    counted = prefix.removesuffix("module.") + "n_averaged" in tensors
+    return named or counted or (kind == HO and parts[0] == "4")
 
 
 def _prefixes(tensors: Tensors, anchor: str) -> Iterator[str]:

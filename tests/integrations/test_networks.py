@@ -19,6 +19,7 @@ from fastddpm.integrations.convert import read
 from fastddpm.integrations.lucidrains.buffers import read_diffusion
 from fastddpm.integrations.lucidrains.tables import SCHEDULES, make_buffers
 from fastddpm.integrations.openai.unet_weights import OpenAIFlags
+from tests.integrations.ho_unet import HoUNet
 from tests.integrations.openai_unet import UNetModel
 from tests.tiny import RGB, tiny_unet
 
@@ -186,6 +187,22 @@ def test_a_latent_diffusion_file_gives_its_own_betas(tmp_path: Path) -> None:
     assert diffusion is not None
     assert diffusion.trained_betas == tuple(betas.float().double().tolist())
     assert diffusion.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize("layout", ["bare", "list-of-five"])
+def test_ho_et_al_networks_compute_the_same(tmp_path: Path, layout: str) -> None:
+    torch.manual_seed(0)
+    raw, theirs = HoUNet(), HoUNet().eval()
+    states = [prefixed(dict(raw.state_dict()), "module."), {"state": {}}, 3, 400, theirs.state_dict()]
+    torch.save(theirs.state_dict() if layout == "bare" else states, tmp_path / "ckpt.pth")
+    converted = read(tmp_path / "ckpt.pth")
+    assert converted.model.diffusion == fastddpm.DiffusionConfig(variance_type="fixed_large")
+    x, t = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 777])
+    with torch.no_grad():
+        expected, actual = theirs.double()(x, t), converted.model.double()(x, t)
+    assert float(expected.abs().max()) > 0.1
+    assert float((actual - expected).abs().max()) < 1e-6
+    assert converted.model.config.block_out_channels == (32, 64, 64)
 
 
 @pytest.mark.parametrize("loss", ["p2_loss_weight", "none"])
