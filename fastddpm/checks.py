@@ -46,7 +46,8 @@ def one_of(name: str, value: object, choices: Iterable[T], error: Callable[[str]
             return choice
     near = nearest(value, choices)
     hint = "" if near is None else f" (did you mean {near!r}?)"
-    raise error(f"unknown {name} {shown(value)}{hint}; choose one of {', '.join(map(str, choices))}")
+    listed = ", ".join(repr(choice) if "," in str(choice) else str(choice) for choice in choices)
+    raise error(f"unknown {name} {shown(value)}{hint}; choose one of {listed}")
 
 
 def nearest(value: object, choices: Iterable[object]) -> str | None:

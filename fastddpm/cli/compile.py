@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", default="digits", help="name of a shipped model, or a directory (default: digits)")
     parser.add_argument("--batch", type=positive, default=16, help="images per batch (default: 16)")
     parser.add_argument("--guided", action="store_true", help="for guidance, which takes two network rows per image")
-    parser.add_argument("--shape", type=_shape, metavar="C,H,W", help="of an image (default: the model's)")
+    parser.add_argument("--shape", type=_shape, metavar="C,H,W", help="of what the network takes (default: its own)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a file, NAME.pt2, instead of the cache")
     add_machine(parser, "dtype")
 
@@ -46,8 +46,10 @@ def run(args: argparse.Namespace) -> int:
     model = load(args.model)
     dtype = model.dtype if args.dtype is None else getattr(torch, args.dtype)
     forms = UNetForms(model.to(dtype), torch.zeros(1), want=Want.NEVER, strict=True)
-    _, *size = args.shape or shape_of(model)
-    x = torch.zeros(args.batch * (1 + args.guided), model.config.in_channels, *size, dtype=dtype)
+    channels, *size = args.shape or (model.config.in_channels, *shape_of(model)[1:])
+    if channels != model.config.in_channels:
+        raise ValueError(f"--shape has C = {channels}, and the network takes {model.config.in_channels} channels")
+    x = torch.zeros(args.batch * (1 + args.guided), channels, *size, dtype=dtype)
     started = time.perf_counter()
     path = forms.build(x.contiguous(memory_format=torch.channels_last), args.out)
     print(f"{path}: {path.stat().st_size / (1 << 20):.1f} MiB, {time.perf_counter() - started:.0f} s")

@@ -93,12 +93,10 @@ def run(args: argparse.Namespace) -> int:
     planned = sampling_options.plan(args, model, range(args.seed, args.seed + args.samples))
     ranks = join_ranks()
     with RunFolder(args.outdir, ()).locked() if ranks.rank == 0 else contextlib.nullcontext(), ranks.connected():
-        results = [
-            _result(
-                args, model, dataclasses.replace(planned, conditions={"guidance": weight}), reference, classifier, ranks
-            )
-            for weight in args.guidance
-        ]
+        results = []
+        for weight in args.guidance:
+            run = dataclasses.replace(planned, conditions={**planned.conditions, "guidance": weight})
+            results.append(_result(args, model, run, reference, classifier, ranks))
         if ranks.rank:
             return 0
         report = {"model": args.model, "data": args.data, "samples": args.samples, "results": results}

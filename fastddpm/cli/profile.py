@@ -95,10 +95,15 @@ def _sampler(args: argparse.Namespace, model: Any) -> RangedSampler:
 
 
 def _call(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    from fastddpm.sampling.conditions import labels_for
+    import torch
 
-    seeds = list(range(args.batch))
-    return {"seeds": seeds, "class_labels": labels_for(model, seeds, None)}
+    from fastddpm.sampling.conditions import labels_for
+    from fastddpm.sampling.sample import shape_of
+
+    seeds, (channels, *size) = list(range(args.batch)), shape_of(model)
+    beside = model.config.in_channels - channels
+    kwargs = {"condition": torch.zeros(args.batch, beside, *size)} if beside else {}
+    return {"seeds": seeds, "class_labels": labels_for(model, seeds, None), "model_kwargs": kwargs}
 
 
 def to_dict(found: Breakdown, args: argparse.Namespace) -> dict[str, Any]:

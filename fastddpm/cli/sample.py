@@ -79,9 +79,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--guidance-rescale", type=float, metavar="PHI", help="how far guidance keeps the spread, 0 to 1"
     )
-    parser.add_argument(
-        "--condition", type=Path, metavar="FILE", help="seen beside x: .npy or .npz, a row per seed or one"
-    )
     parser.add_argument("--format", choices=("png", "npz"), default="png", help="one PNG per seed, or samples.npz")
     parser.add_argument("--grid", action="store_true", help="also write grid.png with all images")
     parser.add_argument("--scale", type=positive, default=1, metavar="N", help="enlarge the grid N times (default: 1)")
@@ -119,7 +116,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace, model: UNet) -> Run:
-    from fastddpm.data.array_file import read_condition
     from fastddpm.files.images import has_image_shape
     from fastddpm.files.tensors import read_numbers
     from fastddpm.sampling.network import null_class_of
@@ -131,13 +127,7 @@ def _plan(args: argparse.Namespace, model: UNet) -> Run:
     starts = {"x_T": x_T, "init": _image(args.init_image, model), "mask": _image(args.mask, model, mask=True)}
     conditions: Any = {name: value for name, value in {**given, **starts}.items() if value is not None}
     conditions["strength"] = args.strength
-    if args.condition is not None:
-        condition = {"condition": read_condition(args.condition, len(seeds))}
-        conditions |= {"model_kwargs": condition, "null_kwargs": {"condition": 0.0}}
     planned = sampling_options.plan(args, model, seeds, class_labels=labels, conditions=conditions)
-    missing = model.config.in_channels - planned.sampler.shape[0]
-    if missing and args.condition is None:
-        raise ValueError(f"the model sees {missing} channels beside x: give them as --condition FILE")
     if (args.format == "png" or args.grid) and not has_image_shape(planned.sampler.shape):
         raise ValueError(f"samples of shape {planned.sampler.shape} are no images; use --format npz, without --grid")
     return planned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastddpm.cli.parser import COMPILE, add_machine, add_outdir, add_output, positive
@@ -42,6 +43,9 @@ def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     sampler.completer = lambda **_: [entry.name for entry in NAMES]  # type: ignore[attr-defined]  # argcomplete's
     for name, kind, text in TABLE_OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    parser.add_argument(
+        "--condition", type=Path, metavar="FILE", help="seen beside x: .npy or .npz, a row per seed or one"
+    )
     add_outdir(parser, outdir)
     add_machine(parser, "dtype", "device", "backend", "compile")
     parser.add_argument(
@@ -69,9 +73,17 @@ def plan(
     """
     import torch
 
+    from fastddpm.data.array_file import read_condition
     from fastddpm.machine.ranks import device_of_rank
-    from fastddpm.sampling.sample import plan_run
+    from fastddpm.sampling.sample import plan_run, shape_of
 
+    beside = model.config.in_channels - shape_of(model)[0]
+    if beside and args.condition is None:
+        raise ValueError(f"the model sees {beside} channels beside x: give them as --condition FILE")
+    conditions = conditions or {}
+    if args.condition is not None:
+        condition = {"condition": read_condition(args.condition, len(seeds))}
+        conditions |= {"model_kwargs": condition, "null_kwargs": {"condition": 0.0}}
     given = {name: getattr(args, name) for name, _, _ in TABLE_OPTIONS if getattr(args, name) is not None}
     try:
         return plan_run(
@@ -81,7 +93,7 @@ def plan(
             sampler=args.sampler,
             sampler_options=given,
             class_labels=class_labels,
-            **(conditions or {}),
+            **conditions,
             batch_size=args.batch,
             device=device_of_rank(args.device),
             dtype=None if args.dtype is None else getattr(torch, args.dtype),

@@ -277,7 +277,9 @@ def test_bench_refuses_an_outdir_before_it_measures(
 def test_bench_names_the_nearest_provider(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "randn", "--smoke", "--outdir", str(tmp_path / "out"), "--provider"]
     assert main([*command, "fastdpm"]) == 1
-    assert "unknown provider 'fastdpm' (did you mean 'fastddpm'?); choose one of torch.randn" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "unknown provider 'fastdpm' (did you mean 'fastddpm'?); choose one of torch.randn" in error
+    assert ", fastddpm, 'fastddpm, eager twin'\n" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -101,6 +101,25 @@ def test_a_condition_goes_from_the_data_to_the_samples(tmp_path: Path, capsys: p
         assert main([*given, str(tmp_path / "c.npy"), "--resume"]) == 1
         said = capsys.readouterr().err
         assert ("condition" in said and "differ" in said) or "2 conditions for 3 samples" in said
+    np.save(tmp_path / "c.npy", condition[:3])
+    measured = ["eval", "--model", run, "--data", str(tmp_path / "d.npz"), "--samples", "3", "--steps", "3", "--json"]
+    measured += ["--guidance", "2", "--outdir", str(tmp_path / "eval"), "--condition", str(tmp_path / "c.npy")]
+    assert main(measured) == 0, capsys.readouterr().err
+    drawn = fastddpm.sample(
+        run,
+        seeds=range(3),
+        steps=3,
+        guidance=2.0,
+        model_kwargs={"condition": beside},
+        null_kwargs={"condition": 0.0},
+    )
+    assert np.array_equal(read_x(tmp_path / "eval" / "guidance-2" / "samples.npz"), drawn.numpy())
+    profiled = ["profile", "--model", run, "--batch", "2", "--steps", "2", "--compile", "off", "--json"]
+    capsys.readouterr()
+    assert main([*profiled, "--trace", str(tmp_path / "trace.json")]) == 0
+    assert json.loads(capsys.readouterr().out)["unet"]["calls"] == 2
+    assert main(["compile", "--model", run, "--shape", "1,8,8"]) == 1
+    assert "--shape has C = 1, and the network takes 3 channels" in capsys.readouterr().err
 
 
 def test_train_writes_a_model_and_says_so(
