@@ -13,7 +13,7 @@ from fastddpm.benchmarks.harness import gate
 from fastddpm.benchmarks.harness.case import NOT_ASKED, Benchmark, Case, Check, Prepared, Provider, not_installed
 from fastddpm.benchmarks.harness.inputs import MIDDLE, T, gaussian
 from fastddpm.benchmarks.peers import lucidrains, networks
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastddpm.integrations import accelerate
 
@@ -66,12 +66,7 @@ def _pipeline(case: Case, form: Form) -> Call:
 
 def _lucidrains_step(case: Case, form: Form) -> Call:
     x_t, m = _given(case)
-
-    class Given(nn.Module):
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return m
-
-    diffusion = form(lucidrains.diffusion(case, Given(), T))
+    diffusion = form(lucidrains.diffusion(case, lucidrains.Given(m), T))
 
     def call(seed: int) -> Tensor:
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from fastddpm.benchmarks.harness import gate
 from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
 from fastddpm.benchmarks.harness.inputs import MIDDLE, Coefficients, T, counter, gaussian, normals, schedule, twin_only
 from fastddpm.benchmarks.peers import lucidrains
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastddpm import ops, reference
 from fastddpm.noise import v1 as noise
@@ -60,12 +60,7 @@ def _diffusers(case: Case) -> Prepared:
 
 def _lucidrains(case: Case) -> Prepared:
     x_t, m = _given(case)
-
-    class Given(nn.Module):
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return m
-
-    diffusion = lucidrains.diffusion(case, Given(), T)
+    diffusion = lucidrains.diffusion(case, lucidrains.Given(m), T)
     return _prepared(lambda t: diffusion.p_sample(x_t, t)[0])
 
 

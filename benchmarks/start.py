@@ -84,39 +84,14 @@ def _tuned(folder: Path, batch: int) -> Draw:
 
 
 def _openvino(folder: Path, batch: int) -> Draw:
-    openvino = importlib.import_module("openvino")
-    kept = Path(os.environ["OPENVINO_CACHE_DIR"]) / "network.xml"
-
-    class Positional(torch.nn.Module):
-        def __init__(self, unet: Any) -> None:
-            super().__init__()
-            self.unet, self.labels = unet, _labels(unet.config, batch)
-
-        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.unet(x, t, **self.labels).sample
+    from fastddpm.benchmarks.peers import openvino
+    from fastddpm.benchmarks.peers.networks import WithLabels
 
     def prepare(unet: Any) -> Any:
-        core = openvino.Core()
-        if not kept.exists():
-            example = (torch.zeros(batch, *_shape(unet)), torch.zeros(batch, dtype=torch.int64))
-            with torch.no_grad():
-                converted = openvino.convert_model(
-                    Positional(unet), example_input=example, input=[list(e.shape) for e in example]
-                )
-            openvino.save_model(converted, kept, compress_to_fp16=False)
-        hints: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "CACHE_DIR": str(kept.parent),
-        }
-        hints["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-        request = core.compile_model(kept, "CPU", hints).create_infer_request()
-
-        def predict(x: torch.Tensor, t: torch.Tensor, **labels: torch.Tensor) -> torch.Tensor:
-            result = request.infer({0: x.numpy(), 1: t.expand(batch).numpy()}, share_inputs=True, share_outputs=True)
-            return torch.from_numpy(result[0])
-
-        return predict
+        model = WithLabels(unet, _labels(unet.config, batch).get("class_labels"))
+        cache = Path(os.environ["OPENVINO_CACHE_DIR"])
+        predict = openvino.compile_module(model, (batch, *_shape(unet)), "f32", cache)
+        return lambda x, t, **labels: predict(x, t.expand(batch))
 
     return _diffusers(folder, batch, prepare)
 

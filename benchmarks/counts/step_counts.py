@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastddpm.benchmarks.harness.case import Case, not_installed
-from fastddpm.benchmarks.harness.inputs import MIDDLE, Coefficients, T, gaussian, schedule
-from fastddpm.benchmarks.peers import lucidrains
-from torch import Tensor, nn
+from fastddpm.benchmarks import bench_drop_in, bench_p_sample
+from fastddpm.benchmarks.harness.case import Case
+from fastddpm.benchmarks.harness.inputs import gaussian, schedule
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,8 +21,7 @@ from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.step import StaticStep
 from fastddpm.tables.ddpm import ddpm_table
 
-CASE = Case("p_sample", 4, (3, 32, 32))
-_DIFFUSERS = {"diffusers": "diffusers"}
+CASE = Case("p_sample", 2, (3, 32, 32))
 
 # They make another view of the same memory, or only describe one: nothing runs.
 _FREE = frozenset(
@@ -124,14 +122,15 @@ def count(run: Callable[[], Any], threshold: int = 1) -> Counts:
 def measure(*, smoke: bool = False) -> list[dict[str, Any]]:
     """Count one step of each on the CPU; rows with a "note" for those not installed."""
     rows = []
-    for name, needs, build in (
-        ("PyTorch", {}, _pytorch),
-        ("diffusers DDPMScheduler.step", _DIFFUSERS, lambda: _diffusers("DDPMScheduler")),
-        ("diffusers DDIMScheduler.step", _DIFFUSERS, lambda: _diffusers("DDIMScheduler")),
-        ("lucidrains p_sample", lucidrains.NEEDS, _lucidrains),
+    originals = [case for case in bench_drop_in.cases("cpu", smoke=True) if not case.network]
+    for name, provider, case in (
+        ("PyTorch", bench_p_sample.BENCHMARK.provider("PyTorch"), CASE),
+        *((case.original, bench_drop_in.BENCHMARK.provider("original"), case) for case in originals),
     ):
-        missing = not_installed(needs)
-        rows.append({"who": name, "note": missing} if missing else _row(name, count(build(), CASE.n_elements)))
+        if (reason := provider.why_not(case)) is not None:
+            rows.append({"who": name, "note": reason})
+        else:
+            rows.append(_row(name, count(provider.build(case).run, CASE.n_elements)))
     rows.append(_row("fastddpm, eager twin", _fastddpm(compiled=False)))
     if not smoke:
         # No dispatch mode sees what the code that Inductor made of the twin reads and writes.
@@ -152,40 +151,9 @@ def _row(name: str, counts: Counts) -> dict[str, Any]:
     }
 
 
-def _given() -> tuple[Tensor, Tensor]:
-    return gaussian(1, CASE.full_shape), gaussian(2, CASE.full_shape)
-
-
-def _pytorch() -> Callable[[], Any]:
-    x_t, m = _given()
-    table, t = Coefficients.of(schedule(), "cpu"), torch.full((CASE.batch,), MIDDLE)
-    return lambda: table.p_sample(x_t, m, t, torch.randn_like(x_t))
-
-
-def _diffusers(name: str) -> Callable[[], Any]:
-    """As its pipeline calls it, with a generator."""
-    x_t, m = _given()
-    scheduler: Any = getattr(importlib.import_module("diffusers"), name)(num_train_timesteps=T)
-    scheduler.set_timesteps(T)
-    t = scheduler.timesteps[T - 1 - MIDDLE]
-    generator = torch.Generator().manual_seed(0)
-    return lambda: scheduler.step(m, t, x_t, generator=generator).prev_sample
-
-
-def _lucidrains() -> Callable[[], Any]:
-    x_t, m = _given()
-
-    class Given(nn.Module):
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return m
-
-    diffusion = lucidrains.diffusion(CASE, Given(), T)
-    return lambda: diffusion.p_sample(x_t, MIDDLE)
-
-
 def _fastddpm(*, compiled: bool) -> Counts:
     """All of the sampler's step but the network, on the CPU; counted inside the operator too."""
-    _, m = _given()
+    m = gaussian(2, CASE.full_shape)
     table = ddpm_table(schedule())
     sampler = Sampler(lambda x, t: m, table, CASE.shape, device="cpu", compile=compiled)
     network = Network(sampler.model, compile_model=False, strict=False)

@@ -90,7 +90,6 @@ def plain_loop(case: Case, predict: Predict, generator: torch.Generator, recorde
     return x
 
 
-@functools.lru_cache(maxsize=8)
 @functools.lru_cache(maxsize=2)
 def _reference_network(name: str) -> torch.nn.Module:
     return networks.build(name)

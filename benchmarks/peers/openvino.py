@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from fastddpm.benchmarks.harness.case import NOT_ASKED, Case
 from fastddpm.benchmarks.peers import networks
-from torch import Tensor
+from torch import Tensor, nn
 
 NEEDS = {"openvino": "openvino"}
 
@@ -25,29 +27,39 @@ def skips(case: Case) -> str | None:
 
 
 def compile_network(case: Case, precision: str) -> Any:
+    """Compile the network of a case, see `compile_module`."""
+    model = networks.WithLabels(networks.build(case.network), networks.labels(case.network, case.batch)).eval()
+    return compile_module(model, case.full_shape, precision)
+
+
+def compile_module(model: nn.Module, shape: Sequence[int], precision: str, cache: Path | None = None) -> Any:
     """Convert and compile for a fixed batch: its documented way to the lowest latency.
 
     Args:
+        model: called as model(x, t).
+        shape: of x, [B, ...].
         precision: "f32" or "bf16", its INFERENCE_PRECISION_HINT.
+        cache: a folder that keeps what was converted and compiled for later processes.
 
     Returns:
         A callable (x float32 [B, ...], t int64 [B]) to eps.
     """
     openvino = importlib.import_module("openvino")
-    model = networks.WithLabels(networks.build(case.network), networks.labels(case.network, case.batch)).eval()
-    example = (torch.zeros(case.full_shape), torch.zeros(case.batch, dtype=torch.int64))
-    with torch.no_grad():
-        converted = openvino.convert_model(model, example_input=example, input=[list(e.shape) for e in example])
-    compiled = openvino.Core().compile_model(
-        converted,
-        "CPU",
-        {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        },
-    )
-    request = compiled.create_infer_request()
+    core = openvino.Core()
+    kept = None if cache is None else cache / "network.xml"
+    if kept is None or not kept.exists():
+        example = (torch.zeros(*shape), torch.zeros(shape[0], dtype=torch.int64))
+        with torch.no_grad():
+            network = openvino.convert_model(model, example_input=example, input=[list(e.shape) for e in example])
+        if kept is not None:
+            openvino.save_model(network, kept, compress_to_fp16=False)
+    hints = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        **({} if cache is None else {"CACHE_DIR": str(cache)}),
+    }
+    request = core.compile_model(network if kept is None else kept, "CPU", hints).create_infer_request()
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         inputs = {0: x.contiguous().numpy(), 1: t.numpy()}

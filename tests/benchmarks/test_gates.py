@@ -157,7 +157,7 @@ def test_network_gate_knows_that_cuda_convolutions_may_run_in_tf32(
 def test_step_counts_finds_what_diffusers_asks_for() -> None:
     pytest.importorskip("diffusers")
     rows = {row["who"]: row for row in step_counts.measure(smoke=True)}
-    theirs = rows["diffusers DDPMScheduler.step"]
+    theirs = rows["DDPMScheduler.step"]
     assert (theirs["calls"], theirs["large"], theirs["host_reads"]) == (62, 10, 11)
 
 
