@@ -24,7 +24,7 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
     ``pipe.scheduler = FastDDPMScheduler.from_config(pipe.scheduler.config)`` is the whole change. A step reads nothing
     back from the device and compiles with ``fullgraph=True``, with an int or a tensor as timestep, unless a
     `torch.Generator` is passed, which cannot be traced. Float64 and tensors that need gradients take diffusers' own
-    step. The package's docstring lists what differs.
+    step. docs/drop-in.md lists what differs.
     """
 
     _original = DDPMScheduler
