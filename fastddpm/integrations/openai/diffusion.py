@@ -25,28 +25,8 @@ from torch import Tensor
 from fastddpm.integrations.openai.losses import TrainingLosses
 from fastddpm.integrations.openai.process import Kwargs, Model
 from fastddpm.integrations.openai.steps import Step, StepRunner
-from fastddpm.integrations.openai.tables import (
-    LossType,
-    ModelMeanType,
-    ModelVarType,
-    betas_for_alpha_bar,
-    get_named_beta_schedule,
-    space_timesteps,
-)
 from fastddpm.integrations.shared import NoiseSource, Seeding, check_options, require
 from fastddpm.sampling.options import SamplerArguments
-
-__all__ = [
-    "GaussianDiffusion",
-    "LossType",
-    "ModelMeanType",
-    "ModelVarType",
-    "SpacedDiffusion",
-    "accelerate",
-    "betas_for_alpha_bar",
-    "get_named_beta_schedule",
-    "space_timesteps",
-]
 
 _ORIGINALS = ("improved_diffusion", "guided_diffusion")
 DenoisedFn = Callable[[Tensor], Tensor] | None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm.integrations.openai.diffusion import (
+from fastddpm.integrations.openai import (
     GaussianDiffusion,
     LossType,
     ModelMeanType,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastddpm
-from fastddpm.integrations.openai.diffusion import (
+from fastddpm.integrations.openai import (
     GaussianDiffusion,
     LossType,
     ModelMeanType,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddpm.integrations.openai.diffusion import (
+from fastddpm.integrations.openai import (
     ModelMeanType,
     ModelVarType,
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastddpm.integrations.openai.diffusion import (
+from fastddpm.integrations.openai import (
     GaussianDiffusion,
     LossType,
     ModelMeanType,
