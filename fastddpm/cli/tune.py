@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from fastddpm.checks import number
-    from fastddpm.evaluation.tune import tune
+    from fastddpm.evaluation.tune import Targets, tune
     from fastddpm.files.atomic import write_files
     from fastddpm.machine.devices import resolve_device
     from fastddpm.sampling.sample import diffusion_of
@@ -76,20 +76,13 @@ def run(args: argparse.Namespace) -> int:
 
     model = model.to(resolve_device(args.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     hidden = args.quiet or not sys.stderr.isatty()
-    for steps in args.steps:
-        with tqdm(unit="call", desc=f"{steps} steps", file=sys.stderr, disable=hidden) as bar:
-            tuned = tune(
-                model,
-                steps,
-                guidance=guidance,
-                samples=args.samples,
-                minutes=minutes,
-                start=tables.get((steps, guidance)),
-                found=keep,
-                progress=bar.update,
-            )
-        if (steps, guidance) not in tables:
-            keep(tuned)
+    with tqdm(unit="call", file=sys.stderr, disable=hidden) as bar:
+        targets = Targets(model, guidance=guidance, samples=args.samples, progress=bar.update)
+        for steps in args.steps:
+            bar.set_description(f"{steps} steps")
+            tuned = tune(targets, steps, minutes=minutes, start=tables.get((steps, guidance)), found=keep)
+            if (steps, guidance) not in tables:
+                keep(tuned)
     if args.json:
         print(json.dumps({"file": str(path), "tables": [vars(tables[key]) for key in sorted(tables)]}))
     elif not args.quiet:

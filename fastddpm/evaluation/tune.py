@@ -3,8 +3,9 @@
 A table of few steps has some dozens of numbers: the noise levels that it passes, the timesteps that the network is told
 there, and each row's coefficients. Least squares finds them (cf. S4S, arXiv:2502.17423, which follows gradients): the
 residuals are the pixels of the difference to the converged result, their derivatives come from finite differences, for
-which only the rows behind the changed number run again, and steps are Levenberg's and Marquardt's. Samples that are
-held out of the fit say when to stop.
+which only the rows behind the changed number run again, and steps are Levenberg's and Marquardt's. The levels are
+sought first, since most depends on them and their derivatives cost least; then everything, on more and more samples.
+Samples that are held out of the fit say when to stop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.checks import integer
-from fastddpm.evaluation.steps import relative_distance
 from fastddpm.noise.v1 import STREAM_X_T
 from fastddpm.ops.draw import randn
 from fastddpm.sampling.network import device_of, dtype_of, null_class_of, unwrap
@@ -31,22 +31,25 @@ from fastddpm.tables.table import COLUMN, HISTORY, Table
 
 # The solver's error after so many steps is far below that of the few that are fitted.
 MANY = 40
-BATCH = 16
+BATCH = 32
 # Far from those that are drawn to look at, or to measure.
 FIRST_SEED = 2_000_000_000
 # How far a derivative reaches: in the logit of a level's share, in log(1 + t), and in a coefficient.
 _LEVEL_STEP, _TIMESTEP_STEP, _COEFFICIENT_STEP = 0.1, 0.02, 0.01
 # What a parameter's squared deviation from the solver's costs, levels apart, where the samples' variance is 1.
 _RIDGE = 1e-3
-_DAMPING, _ATTEMPTS = 1e-2, 10
-# The fit ends when the held-out error has not fallen to that share for so many iterations.
-_GAIN, _PATIENCE = 0.99, 3
+_DAMPING, _ATTEMPTS = 1e-2, 6
+# Derivatives serve for another step while the last one brought the cost below that share.
+_SERVES = 0.96
+# A stage ends when an iteration brings the held-out error to no less than that share.
+_GAIN = 0.99
 
 
 @dataclass
 class Path:
     """A run of a table: states and older x_0 before each row and after the last, and the network's outputs."""
 
+    table: Table
     x: list[Tensor]
     history: list[Tensor | None]
     m: list[Tensor]
@@ -66,14 +69,21 @@ class Batch:
         self.kwargs = {} if labels is None else {"class_labels": torch.tensor(labels, device=self.device)}
         self.target = self.run(many).x[-1]
 
-    def run(self, table: Table, path: Path | None = None, row: int = 0, *, known: bool = False) -> Path:
-        """Run a table, from `row` of another run on, whose output of the network there may be known to be the same."""
+    def run(self, table: Table, path: Path | None = None) -> Path:
+        """Run a table; with another's path only from the row on where they differ."""
         rows = table.with_guidance(self.guidance).rows.to(self.device)
         if path is None:
             older = self.x_T.new_zeros(table.history, *self.x_T.shape) if table.history else None
-            path = Path([self.x_T], [older], [])
-        new = Path(path.x[: row + 1], path.history[: row + 1], path.m[: row + known])
-        for i in range(row, len(table)):
+            new = Path(table, [self.x_T], [older], [])
+        else:
+            told = table.timesteps != path.table.timesteps
+            changed = told | (table.rows64 != path.table.rows64).any(dim=1)
+            if not changed.any():
+                return path
+            row = int(changed.nonzero()[0])
+            # Where the timestep is the same, so is the network's output.
+            new = Path(table, path.x[: row + 1], path.history[: row + 1], path.m[: row + 1 - int(told[row])])
+        for i in range(len(new.x) - 1, len(table)):
             x, history = new.x[i], new.history[i]
             if i == len(new.m):
                 new.m.append(self._predict(x, float(table.timesteps[i])))
@@ -102,6 +112,50 @@ class Batch:
         return m
 
 
+class Targets:
+    """The samples that tables are fitted to, with the results of many steps, and half as many that are held out.
+
+    Args:
+        model: the network, with its `diffusion`.
+        guidance: weight of classifier-free guidance.
+        samples: how many to fit to.
+        progress: called after each call of the network.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Any, *, guidance: float = 1.0, samples: int = 128, progress: Callable[[], object] = int
+    ) -> None:
+        self.config, self.guidance = diffusion_of(model), guidance
+        many = make_table("fast", self.config, steps=min(MANY, self.config.num_timesteps), guided=guidance != 1.0)
+        count = integer("samples", samples, 4)
+        seeds = range(FIRST_SEED, FIRST_SEED + count + count // 2)
+
+        def batches(first: int, last: int) -> list[Batch]:
+            starts = range(first, last, BATCH)
+            return [Batch(model, seeds[i : min(i + BATCH, last)], guidance, many, progress) for i in starts]
+
+        self.fitted, self.held_out, self.count = batches(0, count), batches(count, len(seeds)), len(seeds) - count
+        x = torch.cat([batch.target for batch in self.fitted]).double()
+        self.variance = float((x - x.mean(dim=0)).square().mean())
+
+    def residuals(self, batches: Sequence[Batch], tables: Sequence[Table]) -> Tensor:
+        """How far the tables' results are from those that are to be met, [len(tables), n], over the deviation of all.
+
+        The squares of a table's sum to that of its error. The first runs whole, others from where they differ from it.
+        """
+        found = []
+        for batch in batches:
+            path = batch.run(tables[0])
+            found.append(torch.stack([(batch.run(table, path).x[-1] - batch.target).flatten() for table in tables]))
+        missed = torch.cat(found, dim=1)
+        return missed / (self.variance * missed.shape[1]) ** 0.5
+
+    def error(self, table: Table) -> float:
+        """Root mean square distance of the samples that are held out, over the samples' standard deviation."""
+        return float(self.residuals(self.held_out, [table]).double().norm())
+
+
 class Family:
     """The tables among which one is sought: parameters, float64, and the table that they mean.
 
@@ -116,51 +170,32 @@ class Family:
         levels = make_table("fast", config, steps=steps, guided=guidance != 1.0).timesteps.double()
         extra = torch.zeros(self.n - 1 + self.n * len(self.columns), dtype=torch.float64, device="cpu")
         self.first, self.start = levels[:1], torch.cat([self._shares(levels), extra])
+        # How far a derivative reaches, and what a squared deviation from the solver's numbers costs. A row in the
+        # beginning has no older x_0.
+        times = torch.ones(self.n - 1, dtype=torch.float64, device="cpu")
+        used = torch.ones(self.n, len(self.columns), dtype=torch.float64, device="cpu").tril(1).flatten()
+        self.reach = torch.cat([_LEVEL_STEP * times, _TIMESTEP_STEP * times, _COEFFICIENT_STEP * used])
+        self.ridge = torch.cat([0.0 * times, _RIDGE * (1.0 + extra)])
+
+    def cost(self, theta: Tensor, residuals: Tensor) -> float:
+        """Return what is minimised."""
+        return float(residuals.double().square().sum()) + float((self.ridge * theta.square()).sum())
 
     def _shares(self, levels: Tensor) -> Tensor:
         """Return the levels' parameters: no two levels come nearer than half as near as evenly spaced ones are."""
-        return ((levels[1:] + 1) / (levels[:-1] + 1) / (1 - 0.5 / self.n)).logit()
+        return (levels[1:] / levels[:-1] / (1 - 0.5 / self.n)).logit(1e-9)
 
-    def _levels(self, shares: Tensor) -> Tensor:
-        following = (shares.sigmoid() * (1 - 0.5 / self.n)).cumprod(dim=0) * (self.first + 1) - 1
-        return torch.cat([self.first, following])
-
-    def restarts(self) -> list[tuple[int, int, bool, float]]:
-        """Return of each free parameter: its index, the row from where a change counts, whether m is known there, step.
-
-        A level ends the step before it. A row in the beginning has no older x_0.
-        """
-        times, width = self.n - 1, len(self.columns)
-        free = [(i, i, True, _LEVEL_STEP) for i in range(times)]
-        free += [(times + i, i + 1, False, _TIMESTEP_STEP) for i in range(times)]
-        at = 2 * times
-        return free + [
-            (at + width * i + k, i, True, _COEFFICIENT_STEP) for i in range(self.n) for k in range(width) if k < 2 + i
-        ]
-
-    def tuned(self, theta: Tensor, errors: tuple[float, float], samples: int) -> Tuned:
-        """Return what the parameters mean.
-
-        Raises:
-            ValueError: a level lies below t = 0.
-        """
-        times = self.n - 1
-        levels = self._levels(theta[:times])
-        told = torch.cat([self.first, (levels[1:].log1p() + theta[times : 2 * times]).expm1()])
-        coefficients = self._solver(levels) + theta[2 * times :].view(self.n, -1)
-        last = self.config.num_timesteps - 1
-        return Tuned(
-            self.guidance,
-            levels.tolist(),
-            told.clamp(0, last).tolist(),
-            coefficients.tolist(),
-            *errors,
-            samples,
-        )
+    def tuned(self, theta: Tensor, before: float = 0.0, after: float = 0.0, samples: int = 0) -> Tuned:
+        """Return what the parameters mean."""
+        shares, times, deltas = theta.split([self.n - 1, self.n - 1, self.n * len(self.columns)])
+        levels = torch.cat([self.first, self.first * (shares.sigmoid() * (1 - 0.5 / self.n)).cumprod(dim=0)])
+        told = torch.cat([self.first, (levels[1:].log1p() + times).expm1().clamp(0, self.config.num_timesteps - 1)])
+        coefficients = self._solver(levels) + deltas.view(self.n, -1)
+        return Tuned(self.guidance, levels.tolist(), told.tolist(), coefficients.tolist(), before, after, samples)
 
     def table(self, theta: Tensor) -> Table:
         """Return the table that the parameters mean."""
-        return self.tuned(theta, (0.0, 0.0), 0).table(self.config)
+        return self.tuned(theta).table(self.config)
 
     def parameters(self, tuned: Tuned) -> Tensor:
         """Return the parameters of a table, the inverse of `tuned`."""
@@ -176,111 +211,61 @@ class Family:
 
 @torch.no_grad()
 def tune(
-    model: Any,
+    targets: Targets,
     steps: int,
     *,
-    guidance: float = 1.0,
-    samples: int = 128,
     minutes: float = 5.0,
     start: Tuned | None = None,
     found: Callable[[Tuned], None] = lambda tuned: None,
-    progress: Callable[[], object] = int,
 ) -> Tuned:
     """Fit a table of few steps to a model.
 
     Args:
-        model: the network, with its `diffusion`.
+        targets: the model's results that are to be met.
         steps: rows of the table, at least 2.
-        guidance: weight of classifier-free guidance.
-        samples: how many to fit to; half as many more are held out.
         minutes: no further iteration is begun that would end later.
         start: a table to go on from.
         found: called with each table that is better on the held-out samples than all before.
-        progress: called after each call of the network.
 
     Returns:
         The table that is best on the held-out samples.
     """
-    began, config = time.monotonic(), diffusion_of(model)
-    family = Family(config, steps, guidance)
-    many = make_table("fast", config, steps=min(MANY, config.num_timesteps), guided=guidance != 1.0)
+    began, family = time.monotonic(), Family(targets.config, steps, targets.guidance)
+    best = family.start if start is None else family.parameters(start)
+    before, after = (targets.error(family.table(theta)) for theta in (family.start, best))
+    free, seconds, many = family.reach.nonzero()[:, 0], 0.0, len(targets.fitted)
+    stages = [(free[: steps - 1], 1), (free, 2), (free, many)]
+    for free, count in stages if start is None else stages[-1:]:
+        theta, batches, damping, gained = best, targets.fitted[:count], _DAMPING, True
+        while gained and time.monotonic() + seconds * count < began + 60 * minutes:
+            iteration = time.monotonic()
+            theta, damping = _improved(targets, batches, family, theta, free, damping)
+            error = targets.error(family.table(theta))
+            gained = error < _GAIN * after
+            if error < after:
+                best, after = theta, error
+                found(family.tuned(best, before, after, targets.count))
+            seconds = (time.monotonic() - iteration) / count
+    return family.tuned(best, before, after, targets.count)
 
-    def batches(first: int, count: int) -> list[Batch]:
-        seeds = range(first, first + count)
-        return [Batch(model, seeds[i : i + BATCH], guidance, many, progress) for i in range(0, count, BATCH)]
 
-    held_out = integer("samples", samples, 4) // 2
-    fitted, others = batches(FIRST_SEED, samples), batches(FIRST_SEED + samples, held_out)
-
-    def error(batches: list[Batch], theta: Tensor) -> float:
-        table = family.table(theta)
-        results = torch.cat([batch.run(table).x[-1] for batch in batches])
-        return relative_distance(results, torch.cat([batch.target for batch in batches]))
-
-    before = error(others, family.start)
-    theta = family.start if start is None else family.parameters(start)
-    after = error(others, theta)
-    best = family.tuned(theta, (before, after), held_out)
-    damping, worse, took = _DAMPING, 0, 0.0
-    while worse < _PATIENCE and time.monotonic() + took < began + 60 * minutes:
-        iteration = time.monotonic()
-        A, g, cost = _normal_equations(family, theta, fitted)
-        for _ in range(_ATTEMPTS):
-            step = torch.zeros_like(theta)
-            step[[i for i, *_ in family.restarts()]] = -torch.linalg.lstsq(
-                A + damping * A.diagonal().diag(), g[:, None]
-            ).solution[:, 0]
-            try:
-                accepted = _cost(family, theta + step, error(fitted, theta + step)) < cost
-            except ValueError:  # a level below t = 0
-                accepted = False
-            if accepted:
-                break
+def _improved(
+    targets: Targets, batches: Sequence[Batch], family: Family, theta: Tensor, free: Tensor, damping: float
+) -> tuple[Tensor, float]:
+    """Take Levenberg's and Marquardt's steps with the derivatives at theta, while these serve; return damping too."""
+    tables = [family.table(theta), *(family.table(theta + step) for step in family.reach.diag()[free])]
+    r, *moved = targets.residuals(batches, tables)
+    J = (torch.stack(moved) - r) / family.reach[free, None].to(r)
+    A, cost = (J @ J.T).double().cpu() + family.ridge[free].diag(), family.cost(theta, r)
+    for _ in range(_ATTEMPTS):
+        g = (J @ r).double().cpu() + (family.ridge * theta)[free]
+        trial = theta.index_add(0, free, -torch.linalg.solve(A + damping * A.diagonal().diag(), g))
+        (missed,) = targets.residuals(batches, [family.table(trial)])
+        before, now = cost, family.cost(trial, missed)
+        if now >= before:
             damping *= 6.0
-        else:
+            continue
+        theta, r, cost, damping = trial, missed, now, damping / 5.0
+        if now > _SERVES * before:
             break
-        theta, damping = theta + step, damping / 5.0
-        now = error(others, theta)
-        worse = 0 if now < _GAIN * after else worse + 1
-        if now < after:
-            after = now
-            best = family.tuned(theta, (before, after), held_out)
-            found(best)
-        took = time.monotonic() - iteration
-    return best
-
-
-def _normal_equations(family: Family, theta: Tensor, batches: list[Batch]) -> tuple[Tensor, Tensor, float]:
-    """Return J^T J and J^T r of the relative error with its penalty, and their cost."""
-    table, free = family.table(theta), family.restarts()
-    moved = []
-    for i, _, _, size in free:
-        moved.append(theta.clone())
-        moved[-1][i] += size
-    tables = [family.table(moving) for moving in moved]
-    A = torch.zeros(len(free), len(free), dtype=torch.float64, device="cpu")
-    g, squares = torch.zeros(len(free), dtype=torch.float64, device="cpu"), 0.0
-    energy = _energy([batch.target for batch in batches])
-    for batch in batches:
-        path = batch.run(table)
-        residual = (path.x[-1] - batch.target).flatten()
-        J = []
-        for other, (_, row, known, size) in zip(tables, free, strict=True):
-            J.append((batch.run(other, path, row, known=known).x[-1] - path.x[-1]).flatten() / size)
-        columns = torch.stack(J)
-        A += (columns @ columns.T).double().cpu() / energy
-        g += (columns @ residual).double().cpu() / energy
-        squares += float(residual.double().square().sum())
-    index = [i for i, *_ in free]
-    ridge = torch.tensor([_RIDGE if i >= family.n - 1 else 0.0 for i in index], dtype=torch.float64, device="cpu")
-    cost = _cost(family, theta, (squares / energy) ** 0.5)
-    return A + ridge.diag(), g + ridge * theta[index], cost
-
-
-def _cost(family: Family, theta: Tensor, error: float) -> float:
-    return error**2 + _RIDGE * float(theta[family.n - 1 :].square().sum())
-
-
-def _energy(targets: list[Tensor]) -> float:
-    x = torch.cat(targets).double()
-    return float((x - x.mean(dim=0)).square().sum())
+    return theta, damping

@@ -52,6 +52,11 @@ def resolve_guidance(
         ValueError: a number is out of range, or the table does not have what a form needs.
     """
     w, phi = _weight(guidance, guidance_interval, table), number("guidance_rescale", guidance_rescale, ge=0.0, le=1.0)
+    if table.name == "tuned" and (guidance_interval is not None or phi or cond_fn is not None):
+        raise ValueError(
+            "a tuned table fits one weight of guidance, the same at every step: leave out guidance_interval, "
+            "guidance_rescale and cond_fn, or take sampler='fast'"
+        )
     if cond_fn is None:
         return Guidance(w, phi)
     noisy = table.column("sigma") != 0

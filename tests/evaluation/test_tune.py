@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import fastddpm
 from fastddpm import DiffusionConfig, UNet, UNetConfig
 from fastddpm.cli import main
-from fastddpm.evaluation.tune import Batch, Family, tune
+from fastddpm.evaluation.tune import Batch, Family, Targets, tune
 from fastddpm.noise.v1 import STREAM_X_T
 from fastddpm.sampling.tuned import TUNED, Tuned, read_tuned, tuned_bytes
 from fastddpm.schedules.levels import alpha_bar_at
@@ -49,7 +50,7 @@ class GaussianPixels(nn.Module):
 
 @pytest.fixture(scope="module")
 def tuned() -> Tuned:
-    return tune(GaussianPixels().eval(), 3, samples=64, minutes=0.05)
+    return tune(Targets(GaussianPixels().eval(), samples=64), 3, minutes=0.05)
 
 
 def test_a_fitted_table_is_nearer_to_the_solution_on_samples_it_never_saw(tuned: Tuned) -> None:
@@ -70,26 +71,31 @@ def test_a_changed_number_runs_the_rows_behind_it_alone_and_to_the_same_result()
     model = UNet(dataclasses.replace(SMALL, num_class_embeds=4, null_class=3), zero_init=False).eval()
     clipped = DiffusionConfig()
     for guidance in (1.0, 2.0):
-        family = Family(clipped, 4, guidance)
-        batch = Batch(model, range(3), guidance, make_table("fast", clipped, steps=4))
+        family = Family(clipped, 3, guidance)
+        batch = Batch(model, range(3), guidance, make_table("fast", clipped, steps=3))
         path = batch.run(family.table(family.start))
-        drawn = fastddpm.sample(model, seeds=range(3), steps=4, guidance=guidance, diffusion=clipped, compile=False)
+        drawn = fastddpm.sample(model, seeds=range(3), steps=3, guidance=guidance, diffusion=clipped, compile=False)
         torch.testing.assert_close(path.x[-1], drawn, rtol=0, atol=1e-4)
-        for index, row, known, size in family.restarts():
-            moved = family.start.clone()
-            moved[index] += size
-            changed = batch.run(family.table(moved), path, row, known=known)
-            assert torch.equal(changed.x[-1], batch.run(family.table(moved)).x[-1])
+        calls = []
+        for change in family.reach.diag()[family.reach.nonzero()[:, 0]]:
+            moved = family.table(family.start + change)
+            with mock.patch.object(batch, "progress") as progress:
+                changed = batch.run(moved, path)
+            calls.append(progress.call_count)
+            assert torch.equal(changed.x[-1], batch.run(moved).x[-1])
             assert not torch.equal(changed.x[-1], path.x[-1])
+        # A level ends the step before it, where the network is asked as before; a timestep is told one row later.
+        assert calls == [2, 1] * 2 + [2] * 2 + [1] * 3 + [0] * 4
+        assert batch.run(family.table(family.start), path) is path
 
 
 def test_a_second_fit_goes_on_from_the_first(tuned: Tuned) -> None:
     family = Family(DIFFUSION, 3, 1.0)
     theta = family.parameters(tuned)
-    again = family.tuned(theta, (tuned.error_before, tuned.error_after), tuned.samples)
+    again = family.tuned(theta, tuned.error_before, tuned.error_after)
     torch.testing.assert_close(torch.tensor(again.coefficients), torch.tensor(tuned.coefficients))
     torch.testing.assert_close(torch.tensor(again.timesteps), torch.tensor(tuned.timesteps))
-    further = tune(GaussianPixels().eval(), 3, samples=64, minutes=1e-9, start=tuned)
+    further = tune(Targets(GaussianPixels().eval(), samples=64), 3, minutes=1e-9, start=tuned)
     assert further.error_after == pytest.approx(tuned.error_after, rel=1e-3)
 
 
@@ -116,7 +122,9 @@ def test_tune_writes_a_table_that_sample_and_eval_find(
     # Unfitted, it is the solver itself.
     x = fastddpm.sample(model, seeds=range(2), sampler="tuned", steps=3)
     torch.testing.assert_close(x, fastddpm.sample(model, seeds=range(2), steps=3), rtol=0, atol=1e-5)
-    for wrong in ({"steps": 4}, {"guidance": 2.0}, {"sampler_options": {"spacing": "karras"}}):
+    wrongs: list[dict[str, Any]] = [{"steps": 4}, {"guidance": 2.0}, {"sampler_options": {"spacing": "karras"}}]
+    wrongs += [{"guidance_interval": (1, 9)}, {"guidance_rescale": 0.5}, {"cond_fn": lambda x, t: x}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="tuned"):
             fastddpm.sample(model, seeds=0, sampler="tuned", **wrong)
     with torch.no_grad():
@@ -150,7 +158,7 @@ def test_tune_writes_a_table_that_sample_and_eval_find(
 def test_a_hostile_or_foreign_table_is_refused(tmp_path: Path, change: Any, message: str) -> None:
     model = small(tmp_path)
     family = Family(DIFFUSION, 2, 1.0)
-    content = json.loads(tuned_bytes([family.tuned(family.start, (1.0, 1.0), 8)], model, DIFFUSION))
+    content = json.loads(tuned_bytes([family.tuned(family.start)], model, DIFFUSION))
     path = tmp_path / TUNED
     path.write_text(json.dumps(content))
     assert read_tuned(path, model, DIFFUSION)[0].table(DIFFUSION).name == "tuned"
