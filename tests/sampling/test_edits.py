@@ -12,7 +12,7 @@ from fastddpm.noise import v1 as noise
 from fastddpm.ops.draw import randn
 from fastddpm.tables.by_name import make_table
 from fastddpm.tables.table import make_rows
-from tests.sampling.test_sampler import SCHEDULE, SHAPE, Pointwise
+from tests.sampling.test_sampler import SCHEDULE, SHAPE, Pointwise, with_tape
 
 CONFIG = DiffusionConfig(num_timesteps=50, beta_start=1e-3, beta_end=0.2)
 X_0 = torch.linspace(-1, 1, 210).reshape(2, *SHAPE)
@@ -137,7 +137,17 @@ def test_known_data_are_noised_to_the_level_of_each_state(name: str, mask: Tenso
     assert torch.equal(x[free], Sampler(Pointwise().eval(), rows, SHAPE, compile=False).sample(seeds=[1, 2])[free])
 
 
-def test_mask_runs_by_replay_and_in_any_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_and_known_data_live_in_buffers_that_a_replay_reads() -> None:
+    rows = make_table("ddpm", CONFIG, steps=4, jump_length=1, jump_n_sample=2)
+    loop, tape = (Sampler(Pointwise().eval(), rows, SHAPE, compile=False) for _ in range(2))
+    with_tape(tape)
+    for k, mask in enumerate(MASKS.values()):
+        call = {"seeds": [k, 9], "known": X_0 / (k + 1), "mask": mask}
+        assert torch.equal(tape.sample(**call), loop.sample(**call))
+    assert tape._steps._idle[0].graph is not None
+
+
+def test_mask_runs_in_any_batches() -> None:
     mask = MASKS["per sample"]
 
     def draw(**options: object) -> Tensor:
