@@ -15,7 +15,7 @@ from fastddpm.checks import one_of
 from fastddpm.machine import hardware as machine
 
 # The benchmarks, in the order in which the report has them.
-NAMES = ("sampling", "p_sample", "q_sample", "randn", "drop_in", "settings")
+NAMES = ("sampling", "p_sample", "q_sample", "drop_in", "settings")
 # Why a provider has no row at all, not even one that gives a reason.
 NOT_ASKED = "not part of this case"
 

@@ -48,8 +48,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "only",
         nargs="*",
-        help="sampling, p_sample, q_sample, randn, drop_in, settings; counts: operations, bytes and launches "
-        "(default: all)",
+        help="sampling, p_sample, q_sample, drop_in, settings; counts: operations, bytes and launches (default: all)",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--smoke", action="store_true", help="run everything once, tiny: does it work?")
