@@ -53,7 +53,7 @@ def parts(device: str, outdir: Path, *, smoke: bool) -> list[Part]:
         *([Part("tests", 60, 120, tests)] if _TESTS.is_dir() else []),
         Part("quick", 150, 300, bench("quick", *([] if smoke else ["--quick"]), "sampling", "p_sample"), timed=True),
         Part("counts", 60, 120, bench("counts", "counts"), timed=True),
-        Part("settings", 90, 180, bench("settings", "settings"), timed=True),
+        Part("settings", 120, 200, bench("settings", "settings"), timed=True),
     ]
 
 
@@ -107,7 +107,7 @@ def run(part: Part, outdir: Path, end: float) -> str:
 def builds() -> Iterator[Sequence[str]]:
     """The commands that compile the networks of the timed parts, one each."""
     for name, provider, batches in (
-        ("settings", "fastddpm", (1, 16, 256)),
+        *(("settings", f"fastddpm{setting}", (1, 16, 256)) for setting in ("", ", fused norms", ", sub-pixels")),
         ("sampling", "diffusers, reduce-overhead, bf16", (1, 16)),
     ):
         for case in find(name).cases("cuda", False):

@@ -1,4 +1,4 @@
-"""``fastddpm inspect``: what each kernel variant costs on a GPU, read from the compiled code without one."""
+"""``fastddpm inspect``: what each kernel variant, or a network's call, costs on a GPU, read from compiled code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import textwrap
 from typing import TYPE_CHECKING
 
-from fastddpm.cli.parser import examples
+from fastddpm.cli.parser import examples, positive
 
 if TYPE_CHECKING:
     from fastddpm.diagnostics.gpus import Gpu
@@ -28,11 +28,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="compile every kernel without a GPU and print what it costs",
         description="Compile every kernel variant, without a GPU, and print registers, spills, access widths, executed "
         "instructions and bytes per element, and the roofline they imply.",
-        epilog=examples("fastddpm inspect p_sample", "fastddpm inspect --gpu 'H100 SXM' --json"),
+        epilog=examples("fastddpm inspect p_sample", "fastddpm inspect --model cifar10 --batch 16"),
     )
     parser.add_argument("--arch", action="append", metavar="ARCH", help="sm_75, sm_80, sm_90 (default), sm_100, ...")
     parser.add_argument("--gpu", metavar="NAME", help="GPU whose data sheet the roofline uses, such as 'H100 SXM'")
     parser.add_argument("kernel", nargs="?", help="only this one: p_sample, q_sample, ddpm_loss, noise or group_norm")
+    parser.add_argument(
+        "--model", help="instead, the kernels of a call of this network: shipped model, directory, or cifar10"
+    )
+    parser.add_argument("--batch", type=positive, default=16, help="of the network's input (default: 16)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -41,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.diagnostics import gpus, inspect
     from fastddpm.diagnostics import variants as kernel_variants
 
+    if args.model:
+        return _network(args)
     variants = [v for v in kernel_variants.variants() if args.kernel in (None, v.kernel)]
     if not variants:
         stems = sorted({v.kernel for v in kernel_variants.variants()})
@@ -55,6 +61,29 @@ def run(args: argparse.Namespace) -> int:
     else:
         for arch in archs:
             print(render(arch, gpu or gpus.default_gpu(arch), reports[arch]))
+    return 0
+
+
+def _network(args: argparse.Namespace) -> int:
+    from fastddpm.benchmarks.peers import networks
+    from fastddpm.diagnostics.network_cost import KINDS, Cost, network_cost
+    from fastddpm.unet.load import load
+
+    if args.kernel or args.gpu:
+        raise ValueError("--model takes --arch and --batch, no kernel and no --gpu")
+    config = networks.config(args.model) if args.model in networks.TITLES else load(args.model).config
+    for arch in args.arch or ["sm_90"]:
+        norms = {name: network_cost(config, args.batch, arch, fuse=name == "fused") for name in ("torch", "fused")}
+        if args.json:
+            print(json.dumps({"arch": arch, "batch": args.batch, "norm": norms}, default=Cost._asdict))
+            continue
+        totals = [Cost(*map(sum, zip(*costs.values(), strict=True))) for costs in norms.values()]
+        print(f"{args.model}, batch {args.batch}, bfloat16, {arch}: launches of a call, and MB an image that they move")
+        print(f"{'':<20}{'norm=torch':>18}{'norm=fused':>18}")
+        for kind in (*KINDS, "all"):
+            pair = totals if kind == "all" else [costs[kind] for costs in norms.values()]
+            cells = (f"{cost.launches:>9}{cost.bytes / args.batch / 1e6:>9.2f}" for cost in pair)
+            print(f"{kind:<20}{''.join(cells)}")
     return 0
 
 

@@ -89,9 +89,7 @@ class UNetForms:
 
     @functools.cached_property
     def _uncompiled(self) -> Denoise:
-        form = inference_form(self.unet)
-        use_channels_last(form)
-        return Form(form, fused.denoise if self._fuse else UNet.denoise)
+        return cuda_form(self.unet, self._fuse)
 
     def _slice(self, x: Tensor) -> Tensor:
         """As much of x as compiled code takes at a time."""
@@ -170,6 +168,13 @@ class Form(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """[B, C, H, W] and [B, sum of the widths] -> [B, C_out, H, W]."""
         return self.denoise(self.form, x, time.split(self.widths, dim=1))
+
+
+def cuda_form(unet: UNet, fuse: bool) -> Form:
+    """Return a network's form for a GPU, with the normalisations of `unet.fused` or PyTorch's."""
+    form = inference_form(unet)
+    use_channels_last(form)
+    return Form(form, fused.denoise if fuse else UNet.denoise)
 
 
 class UNetInference:

@@ -18,7 +18,8 @@ def test_measuring_parts_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFi
     assert gpu_run.main(["--device", "cpu", "--smoke", "--outdir", str(tmp_path), *chosen]) == 0
     text = capsys.readouterr().out
     assert "== counts: passed in" in text
-    assert "fastddpm, cudnn.benchmark" in text
+    for setting in ("cudnn.benchmark", "sub-pixels", "one graph a run"):
+        assert f"fastddpm, {setting}" in text
     assert (tmp_path / "settings" / "bench.json").exists()
 
 
@@ -56,7 +57,7 @@ def test_expected_seconds_fit_ten_minutes_and_the_commands_are_known(tmp_path: P
 def test_networks_compiled_ahead_are_those_of_the_timed_parts() -> None:
     built = [command[3:] for command in gpu_run.builds()]
     assert [(name, case.split("-")[2]) for name, case, _ in built] == [
-        *(("settings", batch) for batch in ("B1", "B16", "B256")),
+        *(("settings", batch) for _ in range(3) for batch in ("B1", "B16", "B256")),
         *(("sampling", batch) for batch in ("B1", "B16")),
     ]
     for name, _, provider in built:
