@@ -13,8 +13,15 @@ from typing import Any
 import torch
 
 from fastddpm.machine import hardware
-from fastddpm.machine.torch_compile import has_cpp_compiler, has_triton, inductor_cache, package_cache, triton_cache
-from fastddpm.ops.operators import use_triton, why_not_triton
+from fastddpm.machine.torch_compile import (
+    has_cpp_compiler,
+    has_triton,
+    inductor_cache,
+    package_cache,
+    triton_cache,
+    why_not_triton,
+)
+from fastddpm.ops.operators import use_triton
 
 _THREADS = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "TORCH_NUM_THREADS")
 _ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

@@ -19,12 +19,12 @@ from fastddpm import ops, reference
 from fastddpm.diagnostics import compile_offline as offline
 from fastddpm.diagnostics.step_cases import StepCase, inputs, same_bits, setting_cases, step_case
 from fastddpm.diagnostics.variants import p_sample_variant
+from fastddpm.machine.torch_compile import why_not_triton
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.known_answers import NOISE_V1
 from fastddpm.noise.seeds import resolve_seeds
-from fastddpm.ops.checks import DTYPES
 from fastddpm.ops.group_norm import group_norm
-from fastddpm.ops.operators import why_not_triton
+from fastddpm.ops.operators import DTYPES
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddpm import ddpm_table

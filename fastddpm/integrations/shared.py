@@ -13,7 +13,7 @@ from fastddpm import ops
 from fastddpm.checks import one_of
 from fastddpm.errors import SamplingError
 from fastddpm.noise.v1 import STREAM_REVERSE, STREAM_X_T, resolve_seeds
-from fastddpm.ops.checks import DTYPES
+from fastddpm.ops.operators import DTYPES
 from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.sampler import Sampler, StepResult
 from fastddpm.tables.table import COLUMN

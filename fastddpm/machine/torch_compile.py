@@ -1,4 +1,4 @@
-"""A call through torch.compile, whose failure is a warning and not the end; and where compiled code is kept.
+"""A call through torch.compile, whose failure is a warning and not the end; what compiles, and where code is kept.
 
 What lies in the caches of torch.compile, Triton and this library is loaded and executed: whoever can write to such a
 folder can run code as its owner. The defaults are folders of the user; a shared one belongs to nobody.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import importlib
 import importlib.util
 import logging
 import os
@@ -26,6 +27,9 @@ from fastddpm.errors import BackendUnavailable
 
 logger = logging.getLogger("fastddpm")
 
+NO_CPU = "Triton has no CPU backend"
+# Compute capability of the oldest GPU that Triton compiles for.
+_OLDEST = (7, 5)
 # And what a container calls the one outside.
 _ROOT = (0, 65534)
 
@@ -89,6 +93,45 @@ def named_kernels() -> contextlib.AbstractContextManager[Any]:
 def has_triton() -> bool:
     """Tell whether Triton, which torch.compile needs on CUDA, is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on ``device``, and what to do about it; None if they can."""
+    try:
+        kernels = importlib.import_module("fastddpm.kernels.noise")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install it with 'pip install triton' (Linux)"
+    interpreted = type(kernels._randn_kernel).__name__ == "InterpretedFunction"
+    if device.type == "cpu":
+        if interpreted:
+            return None
+        return (
+            f"{NO_CPU}; move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts to run the kernels "
+            "in its interpreter (slow, for tests)"
+        )
+    if device.type != "cuda":
+        return f"there are kernels for CUDA and ROCm devices only, not for {device.type!r}"
+    if interpreted:
+        return "TRITON_INTERPRET is set, so the kernels are interpreted on the CPU; unset it"
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False; install a CUDA build of PyTorch and a driver"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            return f"Triton needs compute capability 7.5, this GPU has {capability[0]}.{capability[1]}"
+    return triton_cache().why_unusable() or _why_no_driver()
+
+
+def _why_no_driver() -> str | None:
+    """Return why Triton cannot reach the GPU: it compiles a small C module for that, once for each cache."""
+    try:
+        importlib.import_module("triton.runtime.driver").driver.active.get_current_target()
+    except Exception as error:
+        return (
+            f"Triton cannot build its driver ({error}); install a C compiler (gcc or clang, or set CC) and Python's "
+            "headers"
+        )
+    return None
 
 
 def has_cpp_compiler() -> bool:

@@ -9,8 +9,22 @@ import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops.checks import check_counter, check_dtype, check_output, check_rows, empty_as
-from fastddpm.ops.operators import HOW, NOISE, check_backend, define, execute, pack, unpack
+from fastddpm.ops import twins
+from fastddpm.ops.operators import (
+    HOW,
+    NOISE,
+    check_counter,
+    check_dtype,
+    check_output,
+    check_rows,
+    define,
+    dense,
+    dense_or_nhwc,
+    empty_as,
+    execute,
+    pack,
+    unpack,
+)
 from fastddpm.ops.twins import columns
 
 
@@ -43,7 +57,6 @@ def ddpm_loss(
         TypeError: for a dtype that is not float32, float16 or bfloat16.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
-    check_backend(backend)
     check_dtype("m, the network's output,", m.dtype)
     check_rows(rows, row, m, 3)
     if learned and (m.dim() < 2 or m.shape[1] % 2):
@@ -70,7 +83,8 @@ def _losses(
     compiled: bool,
 ) -> Tensor:
     sums = m.new_empty(len(m), dtype=torch.float64)
-    execute("squares", (sums,), (m, x_0, rows, row, unpack(noise, stream), learned), backend, compiled)
+    arguments = (m, x_0, rows, row, unpack(noise, stream), learned)
+    execute(squares_kernel, twins.squares, (sums,), arguments, backend, compiled)
     return (sums * _weights(m, rows, row, learned)).to(torch.promote_types(m.dtype, torch.float32))
 
 
@@ -97,8 +111,28 @@ def _gradient(
         target, unread = out.chunk(2, dim=1)
         unread.zero_()
     arguments = (m, x_0, rows, row, unpack(noise, stream), learned, scale)
-    execute("scaled_residual", (target,), arguments, backend, compiled)
+    execute(scaled_residual_kernel, twins.scaled_residual, (target,), arguments, backend, compiled)
     return out
+
+
+def squares_kernel(targets: tuple[Tensor], m: Tensor, *arguments: Any) -> None:
+    """Fill float64 [B] with each sample's sum of squared residuals."""
+    if m.numel() == 0:
+        targets[0].zero_()
+        return
+    from fastddpm.kernels.ddpm_loss import ddpm_loss_launch
+
+    launch, sums = ddpm_loss_launch(dense_or_nhwc(m), *map(dense, arguments))
+    launch.run()
+    torch.sum(sums, dim=1, dtype=torch.float64, out=targets[0])
+
+
+def scaled_residual_kernel(targets: tuple[Tensor], m: Tensor, *arguments: Any) -> None:
+    """Fill what the loss reads of a tensor like ``empty_as(m)`` with scale [B] times the residuals."""
+    if m.numel():
+        from fastddpm.kernels.ddpm_loss import ddpm_loss_launch
+
+        ddpm_loss_launch(dense_or_nhwc(m), *map(dense, arguments), targets[0])[0].run()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,16 +9,26 @@ import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops.checks import (
+from fastddpm.ops import twins
+from fastddpm.ops.operators import (
+    HOW,
+    NOISE,
+    Targets,
     check_counter,
     check_dtype,
     check_like,
     check_output,
     check_overlap,
     check_rows,
+    define,
+    dense,
+    dense_or_nhwc,
+    execute,
+    is_channels_last,
+    pack,
     refuse_gradients,
+    unpack,
 )
-from fastddpm.ops.operators import HOW, NOISE, check_backend, define, execute, pack, unpack
 from fastddpm.ops.randn import randn
 from fastddpm.ops.twins import Flags, columns, network_output, slot
 
@@ -67,7 +77,6 @@ def p_sample(
         RuntimeError: if an output tensor is given while an input requires a gradient.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
-    check_backend(backend)
     check_dtype("x_t", x_t.dtype)
     check_rows(rows, row, x_t, 14)
     check_output(m, x_t, learned, guided)
@@ -115,9 +124,40 @@ def _step_into(
     outputs = {"out": out, "x0_out": x0_out, "low_out": low_out, "history": history}
     check_overlap({"x_t": x_t, "m": m, "noise": z}, outputs)
     arguments = (x_t, m, rows, row, source, Flags.from_int(flags), history)
-    execute("p_sample", (out, x0_out, low_out), arguments, backend, compiled)
+    execute(p_sample_kernel, twins.p_sample, (out, x0_out, low_out), arguments, backend, compiled)
     if history is not None:
         torch.autograd.graph.increment_version(history)
+
+
+def p_sample_kernel(
+    targets: Targets,
+    x_t: Tensor,
+    m: Tensor,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | Tensor | None,
+    flags: Flags,
+    history: Tensor | None,
+) -> None:
+    """Fill (x_prev, x0, a copy of x_prev), and the oldest slot of the history."""
+    if x_t.numel() == 0:
+        return
+    from fastddpm.kernels.p_sample import p_sample_launch
+
+    ring = dense(history)
+    x_prev, x0, low = _scratch(targets[0]), _scratch(targets[1]), _scratch(targets[2], nhwc=True)
+    inputs = (dense(x_t), dense_or_nhwc(m), *map(dense, (rows, row, noise)))
+    p_sample_launch(*inputs, x_prev, ring=ring, x0_out=x0, low_out=low, **flags._asdict()).run()
+    for target, written in zip((*targets, history), (x_prev, x0, low, ring), strict=True):
+        if target is not None and written is not target:
+            target.copy_(written)
+
+
+def _scratch(target: Tensor | None, nhwc: bool = False) -> Any:
+    """Where the kernel writes: the target itself, or contiguous memory to be copied from."""
+    if target is None or target.is_contiguous() or (nhwc and is_channels_last(target)):
+        return target
+    return torch.empty_like(target, memory_format=torch.contiguous_format)
 
 
 def _step(x_t: Tensor, *rest: Any) -> Tensor:

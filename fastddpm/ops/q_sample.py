@@ -9,8 +9,23 @@ import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops.checks import check_counter, check_dtype, check_like, check_overlap, check_rows, refuse_gradients
-from fastddpm.ops.operators import HOW, NOISE, check_backend, define, execute, pack, unpack
+from fastddpm.ops import twins
+from fastddpm.ops.operators import (
+    HOW,
+    NOISE,
+    Targets,
+    check_counter,
+    check_dtype,
+    check_like,
+    check_overlap,
+    check_rows,
+    define,
+    dense,
+    execute,
+    pack,
+    refuse_gradients,
+    unpack,
+)
 from fastddpm.ops.twins import columns
 
 
@@ -46,7 +61,6 @@ def q_sample(
         TypeError: for a dtype that is not float32, float16 or bfloat16.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
-    check_backend(backend)
     check_dtype("x_0", x_0.dtype)
     check_rows(rows, row, x_0, 2)
     if isinstance(noise, Tensor):
@@ -91,7 +105,8 @@ def _into(
 def _draw_into(
     x_0: Tensor, rows: Tensor, row: Tensor, noise: Sequence[Tensor], stream: int, keep: Tensor, out: Tensor, *how: Any
 ) -> None:
-    execute("q_sample", (out, None), (x_0, rows, row, unpack(noise, stream), keep, out), *how)
+    arguments = (x_0, rows, row, unpack(noise, stream), keep, out)
+    execute(q_sample_kernel, twins.q_sample, (out, None), arguments, *how)
 
 
 def _draw(
@@ -106,8 +121,24 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     out, eps = _empty(x_0, rows, row, noise, stream, return_eps)
     arguments = (x_0, rows, row, unpack(noise, stream))
-    execute("q_sample", (out, eps if return_eps else None), arguments, backend, compiled)
+    execute(q_sample_kernel, twins.q_sample, (out, eps if return_eps else None), arguments, backend, compiled)
     return out, eps
+
+
+def q_sample_kernel(
+    targets: Targets,
+    x_0: Tensor,
+    rows: Tensor,
+    row: Tensor,
+    noise: Counter | Tensor,
+    keep: Tensor | None = None,
+    _: Tensor | None = None,
+) -> None:
+    """Fill contiguous (x_t, eps); x_t only where keep is False."""
+    if x_0.numel():
+        from fastddpm.kernels.q_sample import q_sample_launch
+
+        q_sample_launch(*map(dense, (x_0, rows, row, noise)), *targets, dense(keep)).run()
 
 
 def _empty(

@@ -10,8 +10,19 @@ from torch import Tensor
 
 from fastddpm.noise.v1 import MAX_ELEMENTS, Counter
 from fastddpm.ops import twins
-from fastddpm.ops.checks import check_counter, check_device, check_dtype
-from fastddpm.ops.operators import HOW, NOISE, check_backend, define, execute, pack, unpack, use_triton
+from fastddpm.ops.operators import (
+    HOW,
+    NOISE,
+    check_counter,
+    check_device,
+    check_dtype,
+    define,
+    dense,
+    execute,
+    pack,
+    unpack,
+    use_triton,
+)
 
 
 def randn(
@@ -39,7 +50,6 @@ def randn(
         ValueError, TypeError: for arguments that do not fit.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
-    check_backend(backend)
     check_dtype("dtype", dtype)
     batch = max(counter.seed.numel(), counter.sample_id.numel(), counter.step.numel())
     if 0 in (counter.seed.numel(), counter.sample_id.numel()):
@@ -66,7 +76,15 @@ def _fill(noise: Sequence[Tensor], stream: int, out: Tensor, backend: str, compi
     if compiled and _holds_pairs(z) and not use_triton(backend, z.device):
         twins.fill(twins.randn_pairs, (z.view(torch.int64),), (counter, n // 2), compiled)
     else:
-        execute("randn", (z,), (counter, n), backend, compiled)
+        execute(randn_kernel, twins.randn, (z,), (counter, n), backend, compiled)
+
+
+def randn_kernel(targets: tuple[Tensor], counter: Counter, n: int) -> None:
+    """Fill contiguous [B, n] with noise-v1."""
+    if targets[0].numel():
+        from fastddpm.kernels.noise import randn_launch
+
+        randn_launch(targets[0], dense(counter)).run()
 
 
 def _holds_pairs(z: Tensor) -> bool:

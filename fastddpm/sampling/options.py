@@ -19,8 +19,7 @@ from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import hardware, torch_compile
 from fastddpm.machine.building import Want
 from fastddpm.machine.devices import resolve_device
-from fastddpm.ops.checks import DTYPES
-from fastddpm.ops.operators import use_triton
+from fastddpm.ops.operators import DTYPES, use_triton
 from fastddpm.sampling.changes import modules_of
 from fastddpm.sampling.network import Model, device_of, dtype_of, null_class_of, num_labels_of
 

@@ -13,7 +13,7 @@ from fastddpm.cli import main
 from fastddpm.diagnostics import verify
 from fastddpm.noise import known_answers
 from fastddpm.noise import v1 as noise
-from fastddpm.ops.checks import DTYPES
+from fastddpm.ops.operators import DTYPES
 from fastddpm.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.usefixtures("still_generators")

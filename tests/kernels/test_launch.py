@@ -19,7 +19,9 @@ from fastddpm.kernels import launch as kernel_launch
 from fastddpm.diagnostics.step_cases import make_counter, make_rows, step_case
 from fastddpm.diagnostics.variants import p_sample_variant
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops import triton_backend
+from fastddpm.ops.p_sample import p_sample_kernel
+from fastddpm.ops.q_sample import q_sample_kernel
+from fastddpm.ops.randn import randn_kernel
 from fastddpm.ops.twins import Flags
 from tests.ptx.device import PtxDevice
 
@@ -34,7 +36,7 @@ def p_sample(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0
     x_t, m, out = (torch.zeros(count + offset)[offset:].view(size) for _ in range(3))
     rows, row = make_rows(batch, bool(seed % 2), generator)
     counter = make_counter(batch, bool(seed % 3), generator)
-    triton_backend.p_sample((out, None, None), x_t, m, rows, row, counter, CLIP, None)
+    p_sample_kernel((out, None, None), x_t, m, rows, row, counter, CLIP, None)
 
 
 def q_sample(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0, offset: int = 0) -> None:
@@ -43,13 +45,13 @@ def q_sample(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0
     count = torch.Size(size).numel()
     x_0, out = (torch.zeros(count + offset)[offset:].view(size) for _ in range(2))
     row = torch.zeros(batch, dtype=torch.int64)
-    triton_backend.q_sample((out, None), x_0, torch.ones(5, 2), row, make_counter(batch, False, generator))
+    q_sample_kernel((out, None), x_0, torch.ones(5, 2), row, make_counter(batch, False, generator))
 
 
 def randn(batch: int = 4, shape: tuple[int, ...] = (3, 32, 32), seed: int = 0, offset: int = 0) -> None:
     counter = make_counter(batch, bool(seed % 2), torch.Generator().manual_seed(seed), stream=seed % 5)
     n = torch.Size(shape).numel()
-    triton_backend.randn((torch.zeros(batch * n + offset)[offset:].view(batch, n),), counter, n)
+    randn_kernel((torch.zeros(batch * n + offset)[offset:].view(batch, n),), counter, n)
 
 
 OPERATIONS = [p_sample, q_sample, randn]
@@ -85,7 +87,7 @@ def test_the_seeds_that_specialise_integers_compile_nothing_new(seed: int, devic
         for value in (5, seed):
             word = torch.tensor([value])
             counter = Counter(word, torch.tensor([value & 0xFFFFFFFF]), word & 1, 1)
-            triton_backend.randn((torch.zeros(2, 64),), counter, 64)
+            randn_kernel((torch.zeros(2, 64),), counter, 64)
     assert len(device.compiled) == 1
 
 
@@ -135,7 +137,7 @@ def test_a_replay_with_new_contents_has_the_same_arguments(device: PtxDevice) ->
     counter = make_counter(2, False, torch.Generator().manual_seed(0))
     with device.active():
         for _ in range(3):
-            triton_backend.p_sample((x, None, None), x, m, rows, row, counter, CLIP, None)
+            p_sample_kernel((x, None, None), x, m, rows, row, counter, CLIP, None)
             rows.mul_(2)
             for static in (row, *counter[:3]):
                 static.add_(1)
@@ -163,7 +165,7 @@ def one_step(channels_last: bool) -> Callable[[], None]:
         m, low = (t.contiguous(memory_format=torch.channels_last) for t in (m, low))
     rows, row = make_rows(2, False, torch.Generator().manual_seed(0))
     counter = make_counter(2, False, torch.Generator().manual_seed(0))
-    return lambda: triton_backend.p_sample((x, None, low), x, m, rows, row, counter, CLIP, None)
+    return lambda: p_sample_kernel((x, None, low), x, m, rows, row, counter, CLIP, None)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

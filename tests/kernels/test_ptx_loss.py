@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 from fastddpm import Schedule
 from fastddpm.diagnostics.step_cases import arrange, make_counter
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops import triton_backend
 from fastddpm.ops import twins as step
+from fastddpm.ops.ddpm_loss import scaled_residual_kernel, squares_kernel
 from fastddpm.tables.table import loss_rows
 from tests.ptx.device import PtxDevice
 from tests.ptx.steps import OUTPUTS, assert_same_bits, spiced
@@ -69,7 +69,7 @@ def operands(case: LossCase) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Cou
 
 def squares(m: Tensor, *arguments: Any) -> Tensor:
     sums = torch.empty(len(m), dtype=torch.float64)
-    triton_backend.squares((sums,), m, *arguments)
+    squares_kernel((sums,), m, *arguments)
     return sums
 
 
@@ -101,7 +101,7 @@ def test_gradient_has_the_twins_bits(case: LossCase) -> None:
     step.fill(step.scaled_residual, (twin,), (*arguments, scale), False)
     device = PtxDevice(output_arguments=OUTPUTS)
     with device.active():
-        triton_backend.scaled_residual((kernel,), *arguments, scale)
+        scaled_residual_kernel((kernel,), *arguments, scale)
     device.check_written_once()
     assert_same_bits(kernel, twin)
     assert device.traffic(kernel).stored == kernel.numel() * kernel.element_size()
@@ -137,5 +137,5 @@ def test_an_empty_batch_launches_nothing() -> None:
     empty, rows = torch.empty(0, 12), torch.ones(1, 3)
     with device.active():
         assert squares(empty, empty, rows, none, None, False).shape == (0,)
-        triton_backend.scaled_residual((empty,), empty, empty, rows, none, None, False, torch.empty(0))
+        scaled_residual_kernel((empty,), empty, empty, rows, none, None, False, torch.empty(0))
     assert device.launches == []

@@ -14,7 +14,9 @@ from fastddpm.noise import v1 as noise
 from fastddpm.noise.known_answers import NOISE_V1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops import triton_backend, twins
+from fastddpm.ops import twins
+from fastddpm.ops.q_sample import q_sample_kernel
+from fastddpm.ops.randn import randn_kernel
 from fastddpm.ops.twins import fill
 from tests.ptx.device import PtxDevice
 from tests.ptx.steps import OUTPUTS, assert_same_bits, spiced
@@ -31,7 +33,7 @@ def draw(counter: Counter, batch: int, n: int, dtype: torch.dtype = FP32, arch: 
     device = PtxDevice(arch, output_arguments=OUTPUTS)
     out = torch.empty(batch, n, dtype=dtype)
     with device.active():
-        triton_backend.randn((out,), counter, n)
+        randn_kernel((out,), counter, n)
     device.check_written_once()
     return out
 
@@ -103,7 +105,7 @@ def test_q_sample_has_the_twins_bits(
     fill(twins.q_sample, twin, (x_0, rows, row, eps), False)
     device = PtxDevice(output_arguments=OUTPUTS)
     with device.active():
-        triton_backend.q_sample(kernel, x_0, rows, row, eps)
+        q_sample_kernel(kernel, x_0, rows, row, eps)
     device.check_written_once()
     for expected, actual in zip(twin, kernel, strict=True):
         assert (expected is None) == (actual is None)
@@ -116,6 +118,6 @@ def test_an_empty_batch_launches_nothing() -> None:
     empty = torch.zeros(0, dtype=torch.int64)
     counter = Counter(empty, empty, torch.zeros(1, dtype=torch.int64), 1)
     with device.active():
-        triton_backend.randn((torch.empty(0, 12),), counter, 12)
-        triton_backend.q_sample((torch.empty(0, 12), None), torch.empty(0, 12), torch.ones(1, 2), empty, counter)
+        randn_kernel((torch.empty(0, 12),), counter, 12)
+        q_sample_kernel((torch.empty(0, 12), None), torch.empty(0, 12), torch.ones(1, 2), empty, counter)
     assert device.launches == []

@@ -8,14 +8,15 @@ import torch
 pytest.importorskip("triton")
 
 from fastddpm.kernels import launch as kernel_launch
-from fastddpm.kernels import p_sample as p_sample_kernel
+from fastddpm.kernels import p_sample as kernel_module
 
 from fastddpm.diagnostics.step_cases import StepCase, make_counter, make_rows, step_case
 from fastddpm.diagnostics.variants import p_sample_variant
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.v1 import Counter
-from fastddpm.ops import triton_backend
 from fastddpm.ops import twins as step
+from fastddpm.ops.p_sample import p_sample_kernel
+from fastddpm.ops.q_sample import q_sample_kernel
 from fastddpm.ops.twins import Flags
 from tests.ptx.device import PtxDevice
 from tests.ptx.memory import sparse_zeros
@@ -64,7 +65,7 @@ def test_q_sample_moves_each_element_once(return_eps: bool, per_element: int) ->
     out, eps = torch.empty_like(x_0), torch.empty_like(x_0)
     device = PtxDevice(output_arguments=OUTPUTS)
     with device.active():
-        triton_backend.q_sample((out, eps if return_eps else None), x_0, rows, torch.tensor([1]), counter)
+        q_sample_kernel((out, eps if return_eps else None), x_0, rows, torch.tensor([1]), counter)
     moved = device.traffic(x_0).loaded + device.traffic(out).stored + device.traffic(eps).stored
     assert moved == per_element * x_0.numel()
 
@@ -76,7 +77,7 @@ def test_q_sample_writes_only_what_is_not_kept() -> None:
     keep, out = torch.rand(2, 3072) < 0.4, torch.randn(2, 3072)
     device = PtxDevice(output_arguments=OUTPUTS)
     with device.active():
-        triton_backend.q_sample((out, None), x_0, rows, torch.tensor([1]), counter, keep, out)
+        q_sample_kernel((out, None), x_0, rows, torch.tensor([1]), counter, keep, out)
     assert device.traffic(x_0).loaded == 4 * x_0.numel()
     assert device.traffic(keep).loaded == keep.numel()
     assert device.traffic(out).stored == 4 * int((~keep).sum())
@@ -127,7 +128,7 @@ def test_an_empty_batch_launches_nothing() -> None:
     device = PtxDevice()
     x, none = torch.empty(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64)
     with device.active():
-        triton_backend.p_sample((x.clone(), None, None), x, x, torch.ones(1, 14), none, None, Flags(), None)
+        p_sample_kernel((x.clone(), None, None), x, x, torch.ones(1, 14), none, None, Flags(), None)
     assert device.launches == []
 
 
@@ -154,7 +155,7 @@ def test_programs_of_a_large_batch_walk_several_tiles(
 ) -> None:
     """Of a sample that fills tiles, and of one with a ragged end; a tile that samples share is walked alone."""
     monkeypatch.setattr(kernel_launch, "_ENOUGH_PROGRAMS", 1)
-    monkeypatch.setattr(p_sample_kernel, "repeats", kernel_launch.repeats.__wrapped__)
+    monkeypatch.setattr(kernel_module, "repeats", kernel_launch.repeats.__wrapped__)
     run = run_step(case)
     assert_twins_bits(run)
     assert dict(run.device.launches[0].arguments)["repeat"] == repeat
@@ -212,7 +213,7 @@ def test_elements_beyond_two_to_the_31_in_one_sample(n: int) -> None:
     x, m, out = filled(n, windows, seed=3), filled(n, windows, seed=4), filled(n, [])
     device = PtxDevice(select_blocks=lambda grid: programs, output_arguments=OUTPUTS)
     with device.active():
-        triton_backend.p_sample((out[None], None, None), x[None], m[None], rows, row, counter, CLIP, None)
+        p_sample_kernel((out[None], None, None), x[None], m[None], rows, row, counter, CLIP, None)
     for window in windows:
         z = noise_window(counter, window)
         expected, *_ = step.p_sample(x[None, window], m[None, window], rows, row, z, CLIP)
@@ -232,7 +233,7 @@ def test_elements_beyond_two_to_the_31_in_a_batch() -> None:
     device = PtxDevice(select_blocks=lambda grid: [s + grid[0] * (n // 1024 - 1) for s in range(batch)])
     device.output(out)
     with device.active():
-        triton_backend.q_sample((out, None), x, rows, row, counter)
+        q_sample_kernel((out, None), x, rows, row, counter)
     for s in range(batch):
         alone = Counter(counter.seed[s : s + 1], counter.sample_id[s : s + 1], counter.step, 2)
         expected, _ = step.q_sample(x[s : s + 1, window], rows, row[s : s + 1], noise_window(alone, window))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import runpy
 import sys
@@ -38,7 +39,7 @@ def _without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     # None in sys.modules makes an import fail, and importlib.util.find_spec too.
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], driver: object = mock.Mock()) -> None:

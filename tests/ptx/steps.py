@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.diagnostics.step_cases import StepCase, inputs
-from fastddpm.ops import triton_backend, twins
+from fastddpm.ops import twins
+from fastddpm.ops.p_sample import p_sample_kernel
 from fastddpm.ops.twins import fill
 from tests.ptx.device import PtxDevice
 
@@ -49,7 +50,7 @@ def run_step(case: StepCase, arch: int = 90, seed: int = 0) -> StepRun:
         row = kernel["row"].expand(len(kernel["x_t"])).tolist()
         device.in_place(ring, written=[ring[r % len(ring), b] for b, r in enumerate(row)])
     with device.active():
-        triton_backend.p_sample(_targets(kernel), *_arguments(kernel, case))
+        p_sample_kernel(_targets(kernel), *_arguments(kernel, case))
     return StepRun(device, kernel["x_t"], kernel["m"], _written(kernel), _written(twin))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.integrations.diffusers import timesteps as at
 from fastddpm.integrations.diffusers.rows import PREDICTION_TYPES, by_timestep, dynamic_rows, q_rows
-from fastddpm.ops.checks import DTYPES
+from fastddpm.ops.operators import DTYPES
 from fastddpm.tables.table import COLUMN, Table
 
 _CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from fastddpm.integrations.shared import (
     look_through,
     replay,
 )
-from fastddpm.ops.checks import DTYPES
+from fastddpm.ops.operators import DTYPES
 from fastddpm.sampling.network import Model, null_class_of
 from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.sampler import Sampler, StepResult
