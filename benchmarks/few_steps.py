@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fastddpm.sampling.sample import diffusion_of
+from fastddpm.sampling.network import diffusion_of
+from fastddpm.sampling.sample import table_for
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.sampling.tuned import named_table
 from fastddpm.unet.load import SHIPPED, load
 
 BATCH = 16
@@ -44,7 +44,7 @@ def providers(labels: torch.Tensor, many: int) -> dict[str, Callable[[], object]
 
     def ours(name: str, compile: bool) -> Callable[[], object]:
         model = load("digits")
-        sampler = Sampler(model, named_table(name, model, diffusion_of(model)), (1, 32, 32), compile=compile)
+        sampler = Sampler(model, table_for(name, model, diffusion_of(model)), (1, 32, 32), compile=compile)
         return lambda: sampler.sample(seeds=range(BATCH), class_labels=labels)
 
     return {

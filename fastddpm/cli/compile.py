@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fastddpm.machine.building import Want
-    from fastddpm.sampling.sample import shape_of
+    from fastddpm.sampling.network import shape_of
     from fastddpm.unet.inference import UNetForms
     from fastddpm.unet.load import load
 

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.files.atomic import write_files
     from fastddpm.files.run_folder import RunFolder
     from fastddpm.machine.ranks import join_ranks
-    from fastddpm.sampling.sample import shape_of
+    from fastddpm.sampling.network import shape_of
     from fastddpm.unet.load import load
 
     model = load(args.model)

@@ -82,7 +82,7 @@ def _sampler(args: argparse.Namespace, model: Any) -> RangedSampler:
     import torch
 
     from fastddpm.diagnostics.profile import RangedSampler
-    from fastddpm.sampling.sample import diffusion_of, shape_of
+    from fastddpm.sampling.network import diffusion_of, shape_of
     from fastddpm.tables.by_name import make_table
 
     return RangedSampler(
@@ -101,7 +101,7 @@ def _call(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     import torch
 
     from fastddpm.sampling.conditions import labels_for
-    from fastddpm.sampling.sample import shape_of
+    from fastddpm.sampling.network import shape_of
 
     seeds, (channels, *size) = list(range(args.batch)), shape_of(model)
     beside = model.config.in_channels - channels

@@ -139,7 +139,7 @@ def _image(path: Path | None, model: UNet, *, mask: bool = False) -> Tensor | No
 
     from fastddpm.data.values import range_of, to_x_0
     from fastddpm.files.image_reader import read_image
-    from fastddpm.sampling.sample import shape_of
+    from fastddpm.sampling.network import shape_of
 
     if path is None:
         return None

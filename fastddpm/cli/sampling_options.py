@@ -75,7 +75,8 @@ def plan(
 
     from fastddpm.data.array_file import read_condition
     from fastddpm.machine.ranks import device_of_rank
-    from fastddpm.sampling.sample import plan_run, shape_of
+    from fastddpm.sampling.network import shape_of
+    from fastddpm.sampling.sample import plan_run
 
     beside = model.config.in_channels - shape_of(model)[0]
     if beside and args.condition is None:

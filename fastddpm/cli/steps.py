@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.evaluation.steps import measure_steps, steps_plot, steps_text
     from fastddpm.files.atomic import write_files
     from fastddpm.files.run_folder import RunFolder
-    from fastddpm.sampling.sample import diffusion_of
+    from fastddpm.sampling.network import diffusion_of
     from fastddpm.unet.load import load
 
     samplers = _deterministic(args.samplers)

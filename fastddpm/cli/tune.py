@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.evaluation.tune import Targets, tune
     from fastddpm.files.atomic import write_files
     from fastddpm.machine.devices import resolve_device
-    from fastddpm.sampling.sample import diffusion_of
+    from fastddpm.sampling.network import diffusion_of
     from fastddpm.sampling.tuned import TUNED, Tuned, read_tuned, tuned_bytes
     from fastddpm.unet.load import load
 

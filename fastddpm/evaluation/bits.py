@@ -9,8 +9,7 @@ import torch
 from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation.estimate import Estimate, normal
 from fastddpm.evaluation.real_images import Reference, subset
-from fastddpm.sampling.network import num_classes_of
-from fastddpm.sampling.sample import diffusion_of
+from fastddpm.sampling.network import diffusion_of, num_classes_of
 from fastddpm.training.likelihood import bits_per_dim
 from fastddpm.unet.unet import UNet
 

@@ -22,8 +22,8 @@ from fastddpm import ops
 from fastddpm.checks import integer
 from fastddpm.noise.v1 import STREAM_X_T
 from fastddpm.ops.draw import randn
-from fastddpm.sampling.network import device_of, dtype_of, null_class_of, unwrap
-from fastddpm.sampling.sample import diffusion_of, labels_for, shape_of
+from fastddpm.sampling.conditions import labels_for
+from fastddpm.sampling.network import device_of, diffusion_of, dtype_of, null_class_of, shape_of, unwrap
 from fastddpm.sampling.tuned import Tuned, columns
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.tables.by_name import make_table

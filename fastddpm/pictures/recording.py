@@ -19,8 +19,7 @@ from fastddpm.files.image_reader import SUFFIXES as IMAGE_SUFFIXES
 from fastddpm.pictures.mlp import train_points
 from fastddpm.pictures.process import ExactDenoiser, Process, forward_walk, reverse_walk
 from fastddpm.sampling.conditions import labels_for
-from fastddpm.sampling.network import Model
-from fastddpm.sampling.sample import diffusion_of, shape_of
+from fastddpm.sampling.network import Model, diffusion_of, shape_of
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.schedules.schedule import Schedule

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import types
 from collections.abc import Iterable, Iterator
@@ -54,36 +53,20 @@ def _parts(module: nn.Module) -> Iterator[Any]:
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:
-            yield from _plain(tensor)
+            yield from plain(tensor)
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
+def plain(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor with memory of its own, or those that a quantised tensor consists of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, name))
+        yield from plain(getattr(tensor, name))
 
 
 def _address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size())
-
-
-def digest(model: Model) -> str:
-    """Return the SHA-256 of a model's weights, by module and name: the same in every process."""
-    sha = hashlib.sha256()
-    for module in modules_of(model):
-        for name, held in (*module._parameters.items(), *module._buffers.items()):
-            for tensor in () if held is None else _plain(held):
-                sha.update(f"{type(module).__name__} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                sha.update(raw_bytes(tensor))
-    return sha.hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> bytes:
-    """Return the values of a tensor as bytes, in C order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def modules_of(model: Model) -> list[nn.Module]:

@@ -1,18 +1,95 @@
-"""What samples are drawn for: labels, the model's further arguments, and the null of each for guidance."""
+"""What samples are drawn for, checked: labels, the model's further arguments, and guidance with the null of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.checks import number, one_of
 from fastddpm.sampling import network
+from fastddpm.sampling.guidance import shift_of
+from fastddpm.tables.table import Table
 
 Labels = int | Sequence[int] | Tensor
+Weight = float | Sequence[float] | Tensor
+CondFn = Callable[..., Tensor]
+CondForm = Literal["mean", "epsilon"]
+
+
+class GuidanceArguments(TypedDict, total=False):
+    """Keyword arguments of `Sampler.sample` that guide it, explained there."""
+
+    guidance: Weight
+    guidance_interval: Sequence[float] | None
+    guidance_rescale: float
+    cond_fn: CondFn | None
+    cond_form: CondForm | None
+
+
+class Guidance(NamedTuple):
+    """What they come to: w (or float32 [R]) and phi of `rescaled`, the gradient and its form, `shift_of` for one."""
+
+    w: float | Tensor
+    phi: float
+    cond_fn: CondFn | None = None
+    cond_form: CondForm | None = None
+    shift: Tensor | None = None
+
+
+def resolve_guidance(
+    table: Table,
+    guidance: Weight = 1.0,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_rescale: float = 0.0,
+    cond_fn: CondFn | None = None,
+    cond_form: CondForm | None = None,
+) -> Guidance:
+    """Check the arguments of `Sampler.sample` that guide it.
+
+    Raises:
+        ValueError: a number is out of range, or the table does not have what a form needs.
+    """
+    w, phi = _weight(guidance, guidance_interval, table), number("guidance_rescale", guidance_rescale, ge=0.0, le=1.0)
+    if table.name == "tuned" and (guidance_interval is not None or phi or cond_fn is not None):
+        raise ValueError(
+            "a tuned table fits one weight of guidance, the same at every step: leave out guidance_interval, "
+            "guidance_rescale and cond_fn, or take sampler='fast'"
+        )
+    if cond_fn is None:
+        return Guidance(w, phi)
+    noisy = table.column("sigma") != 0
+    form = cond_form or ("mean" if noisy.any() and noisy[:-1].all() else "epsilon")
+    if one_of("cond_form", form, ("mean", "epsilon")) == "mean" and not noisy.any():
+        raise ValueError(f"cond_form='mean' moves x by sigma^2, and table {table.name!r} has none; use 'epsilon'")
+    return Guidance(w, phi, cond_fn, form, shift_of(table) if form == "epsilon" else None)
+
+
+def is_guided(guidance: Weight) -> bool:
+    """Whether a weight, or one per row, asks for a second prediction."""
+    return bool((torch.as_tensor(guidance, device="cpu") != 1.0).any())
+
+
+def _weight(guidance: Weight, interval: Sequence[float] | None, table: Table) -> float | Tensor:
+    """The weight, 1 outside of an interval of t (Kynkäänniemi et al. 2024, arXiv:2404.07724, eq. 6, of sigma there)."""
+    if interval is None and not isinstance(guidance, Sequence | Tensor):
+        return number("guidance", guidance)
+    w = torch.as_tensor(guidance, dtype=torch.float32, device="cpu")
+    if tuple(w.shape) not in ((), (len(table),)) or not w.isfinite().all():
+        raise ValueError(
+            f"guidance must be finite, one weight or one for each of the {len(table)} steps, got shape {list(w.shape)}"
+        )
+    w = w.expand(len(table))
+    if interval is None:
+        return w
+    low, high = (number("guidance_interval", t) for t in interval)
+    if low > high:
+        raise ValueError(f"guidance_interval is (low, high) in timesteps, got ({low:g}, {high:g})")
+    return torch.where((table.timesteps >= low) & (table.timesteps <= high), w, 1.0)
 
 
 def resolve_labels(class_labels: Labels | None, B: int, num_labels: int | None) -> Tensor | None:

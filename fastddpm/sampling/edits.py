@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,6 @@ from fastddpm import ops
 from fastddpm.noise import v1 as noise
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import Table
-
-Optional = TypeVar("Optional", Tensor, Tensor | None)
 
 
 def _samples(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -29,14 +27,12 @@ def _samples(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x
 
 
-def for_batch(name: str, x: Optional, batch: int) -> Optional:
-    """Return x, if there is one, for every sample of a batch: a row each, or one for all.
+def for_batch(name: str, x: Tensor, batch: int) -> Tensor:
+    """Return x for every sample of a batch: a row each, or one for all.
 
     Raises:
         ValueError: it has another number of rows.
     """
-    if x is None:
-        return x
     if len(x) not in (1, batch):
         raise ValueError(f"{name} holds {len(x)} samples, and {batch} are drawn; give one each, or one for all")
     return x.expand(batch, *x.shape[1:])
@@ -48,14 +44,12 @@ def refuse_without_levels(name: str, table: Table) -> None:
         raise ValueError(f"{name}= needs the noise level of each row, and table {table.name!r} has no levels; set them")
 
 
-def resolve_init(table: Table, shape: tuple[int, ...], init: Tensor | None, x_T: Tensor | None) -> Tensor | None:
+def resolve_init(table: Table, shape: tuple[int, ...], init: Tensor, x_T: Tensor | None) -> Tensor:
     """Return the data to begin from, [B, *shape] or one sample for all.
 
     Raises:
         ValueError: the shape or dtype is another, the table has no levels, or there is another start.
     """
-    if init is None:
-        return None
     if x_T is not None:
         raise ValueError("init= and x_T= are two starts; give x_T alone, which may be a noised init of your own")
     refuse_without_levels("init", table)
@@ -69,16 +63,14 @@ def resolve_known(
     known: Tensor | None,
     init: Tensor | None,
     source: str | None,
-) -> tuple[Tensor, Tensor] | None:
-    """Return the data that are known (by default `init`) and where they are not, both of `size`; None without a mask.
+) -> tuple[Tensor, Tensor]:
+    """Return the data that are known (by default `init`) and where they are not, both of `size`.
 
     Raises:
         ValueError: one is missing or does not fit, the table has no levels, or the noise comes from no seeds.
     """
     if mask is None:
-        if known is not None:
-            raise ValueError("known= counts where a mask is 0; give mask= too")
-        return None
+        raise ValueError("known= counts where a mask is 0; give mask= too")
     known = init if known is None else known
     if known is None:
         raise ValueError("mask= says where to draw, and needs known= (or init=), the data where it is 0")
@@ -152,13 +144,8 @@ class Known:
         ops.q_sample(self._data, self._levels, self._where.step, self._where, out=x_t, keep=self._drawn, **how)
 
 
-def first_state(
-    where: noise.Counter, levels: Tensor | None, options: Options, x_T: Tensor | None, init: Tensor | None
-) -> Tensor:
-    """Return x_T ~ N(0, I), or x_t ~ q(x_t | init) at the first row's level, with x_T as its noise if that is given."""
-    if init is None or levels is None:
-        counter = where._replace(stream=noise.STREAM_X_T)
-        return ops.randn(counter, options.shape, torch.float32, options.device, options.backend) if x_T is None else x_T
-    x_0 = init.to(options.device, torch.float32)
+def noised(init: Tensor, where: noise.Counter, levels: Tensor, x_T: Tensor | None, backend: str) -> Tensor:
+    """Return x_t ~ q(x_t | init) at the first row's level, with x_T as its noise if that is given (SDEdit)."""
+    x_0 = init.to(levels.device, torch.float32)
     eps = where if x_T is None else x_T.to(x_0)
-    return ops.q_sample(x_0, levels, where.step, eps, backend=options.backend)  # type: ignore[return-value]
+    return ops.q_sample(x_0, levels, where.step, eps, backend=backend)  # type: ignore[return-value]

@@ -1,92 +1,16 @@
-"""Guidance: its weight at each row, and where the step's own combination of two predictions is not all."""
+"""The maths of guidance beyond the step's own combination of two predictions: a kept spread, a gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastddpm.checks import number, one_of
 from fastddpm.errors import ModelOutputError
 from fastddpm.sampling.edits import refuse_without_levels
 from fastddpm.tables.table import Table
-
-Weight = float | Sequence[float] | Tensor
-CondFn = Callable[..., Tensor]
-CondForm = Literal["mean", "epsilon"]
-
-
-class GuidanceArguments(TypedDict, total=False):
-    """Keyword arguments of `Sampler.sample` that guide it, explained there."""
-
-    guidance: Weight
-    guidance_interval: Sequence[float] | None
-    guidance_rescale: float
-    cond_fn: CondFn | None
-    cond_form: CondForm | None
-
-
-class Guidance(NamedTuple):
-    """What they come to: w (or float32 [R]) and phi of `rescaled`, the gradient and its form, `shift_of` for one."""
-
-    w: float | Tensor
-    phi: float
-    cond_fn: CondFn | None = None
-    cond_form: CondForm | None = None
-    shift: Tensor | None = None
-
-
-def resolve_guidance(
-    table: Table,
-    guidance: Weight = 1.0,
-    guidance_interval: Sequence[float] | None = None,
-    guidance_rescale: float = 0.0,
-    cond_fn: CondFn | None = None,
-    cond_form: CondForm | None = None,
-) -> Guidance:
-    """Check the arguments of `Sampler.sample` that guide it.
-
-    Raises:
-        ValueError: a number is out of range, or the table does not have what a form needs.
-    """
-    w, phi = _weight(guidance, guidance_interval, table), number("guidance_rescale", guidance_rescale, ge=0.0, le=1.0)
-    if table.name == "tuned" and (guidance_interval is not None or phi or cond_fn is not None):
-        raise ValueError(
-            "a tuned table fits one weight of guidance, the same at every step: leave out guidance_interval, "
-            "guidance_rescale and cond_fn, or take sampler='fast'"
-        )
-    if cond_fn is None:
-        return Guidance(w, phi)
-    noisy = table.column("sigma") != 0
-    form = cond_form or ("mean" if noisy.any() and noisy[:-1].all() else "epsilon")
-    if one_of("cond_form", form, ("mean", "epsilon")) == "mean" and not noisy.any():
-        raise ValueError(f"cond_form='mean' moves x by sigma^2, and table {table.name!r} has none; use 'epsilon'")
-    return Guidance(w, phi, cond_fn, form, shift_of(table) if form == "epsilon" else None)
-
-
-def is_guided(guidance: Weight) -> bool:
-    """Whether a weight, or one per row, asks for a second prediction."""
-    return bool((torch.as_tensor(guidance, device="cpu") != 1.0).any())
-
-
-def _weight(guidance: Weight, interval: Sequence[float] | None, table: Table) -> float | Tensor:
-    """The weight, 1 outside of an interval of t (Kynkäänniemi et al. 2024, arXiv:2404.07724, eq. 6, of sigma there)."""
-    if interval is None and not isinstance(guidance, Sequence | Tensor):
-        return number("guidance", guidance)
-    w = torch.as_tensor(guidance, dtype=torch.float32, device="cpu")
-    if tuple(w.shape) not in ((), (len(table),)) or not w.isfinite().all():
-        raise ValueError(
-            f"guidance must be finite, one weight or one for each of the {len(table)} steps, got shape {list(w.shape)}"
-        )
-    w = w.expand(len(table))
-    if interval is None:
-        return w
-    low, high = (number("guidance_interval", t) for t in interval)
-    if low > high:
-        raise ValueError(f"guidance_interval is (low, high) in timesteps, got ({low:g}, {high:g})")
-    return torch.where((table.timesteps >= low) & (table.timesteps <= high), w, 1.0)
 
 
 def rescaled(pair: Tensor, w: Tensor, phi: Tensor, channels: int) -> Tensor:
@@ -134,7 +58,7 @@ def shifted(m: Tensor, by: Tensor, channels: int) -> Tensor:
     return m
 
 
-def gradient(cond_fn: CondFn, x_t: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+def gradient(cond_fn: Callable[..., Tensor], x_t: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Return cond_fn(x_t, t, **kwargs), [B, ...], of the first B rows of t and of the arguments that have as many.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from torch.func import functional_call
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine.building import Want
 from fastddpm.machine.torch_compile import compile_call
+from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
 from fastddpm.unet.forms import is_plain
 from fastddpm.unet.inference import UNetForms
 from fastddpm.unet.unet import UNet
+
+logger = logging.getLogger("fastddpm")
 
 Model = Callable[..., Any]
 
@@ -82,6 +86,33 @@ def num_classes_of(model: Model) -> int | None:
     """Return how many real classes the model knows, its null class not included; None where it does not say."""
     labels = num_labels_of(model)
     return None if labels is None else labels - (null_class_of(model) is not None)
+
+
+def shape_of(model: Model, diffusion: DiffusionConfig | None = None) -> tuple[int, ...]:
+    """Return one sample's shape from the model's config: (channels, *sample_size).
+
+    A network returns them twice where it learns the variance, and takes more where a condition lies beside x.
+
+    Raises:
+        ValueError: the config does not say.
+    """
+    config = getattr(model, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if not isinstance(channels, int) or size is None:
+        raise ValueError("the model's config does not name a shape: pass shape=(C, H, W), or (D,) for points")
+    learned = (diffusion or diffusion_of(model)).variance_type in LEARNED
+    out = getattr(config, "out_channels", channels) // (1 + learned)
+    height, width = (size, size) if isinstance(size, int) else size
+    return (min(channels, out), height, width)
+
+
+def diffusion_of(model: Model) -> DiffusionConfig:
+    """Return `model.diffusion`, else Ho et al.'s, saying so at INFO."""
+    config = getattr(model, "diffusion", None)
+    if config is None:
+        logger.info("the model names no diffusion: taking Ho et al.'s (linear betas, 1000 timesteps, epsilon)")
+        return DiffusionConfig()
+    return config
 
 
 def unwrap(output: Any) -> Any:

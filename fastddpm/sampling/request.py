@@ -12,9 +12,20 @@ from torch import Tensor
 
 from fastddpm.checks import integer, nearest
 from fastddpm.noise.seeds import resolve_seeds
-from fastddpm.sampling.conditions import Labels, check_kwargs, resolve_labels, split_kwargs, with_null_half
+from fastddpm.sampling.conditions import (
+    CondFn,
+    CondForm,
+    Guidance,
+    GuidanceArguments,
+    Labels,
+    check_kwargs,
+    is_guided,
+    resolve_guidance,
+    resolve_labels,
+    split_kwargs,
+    with_null_half,
+)
 from fastddpm.sampling.edits import for_batch, resolve_init, resolve_known
-from fastddpm.sampling.guidance import CondFn, CondForm, Guidance, GuidanceArguments, is_guided, resolve_guidance
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
 
@@ -56,6 +67,26 @@ class StepKey:
     values: tuple[tuple[str, Any], ...] = ()
     settings: tuple[Any, ...] = ()
 
+    @classmethod
+    def of(cls, request: Request, table: Table, options: Options) -> StepKey:
+        """Return what the step of a request is found by."""
+        guidance = request.guidance
+        guided = is_guided(guidance.w)
+        return cls(
+            batch=len(request.seed),
+            noise=NONE if not is_stochastic(table) else COUNTER if request.seeded else GIVEN,
+            guided=guided,
+            rescaled=guided and guidance.phi > 0.0,
+            cond_fn=guidance.cond_fn,
+            cond_form=guidance.cond_form,
+            masked=request.known is not None,
+            labels=request.class_labels is not None,
+            x0_out=request.x0_out,
+            check_finite=options.check_finite,
+            **split_kwargs(request.kwargs if options.bakes_values else {}),
+            settings=options.global_settings(),
+        )
+
     @property
     def network_batch(self) -> int:
         """Rows of the network's input: 2B with guidance, the conditional half first."""
@@ -67,7 +98,6 @@ class Request:
     """One call's data.
 
     Attributes:
-        key: what the step that can run it is found by.
         seed: int64 [B], keys of the noise (0 where it comes from elsewhere).
         sample_id: int64 [B].
         x_T: [B, ...] where the call brings it, else None: drawn from the seeds.
@@ -77,9 +107,9 @@ class Request:
         class_labels: int64, [B], or [2B] with guidance, see `conditions.with_null_half`.
         kwargs: further keyword arguments of the model, as the labels.
         seeded: x_T or the noise comes from `seed` and `sample_id`.
+        x0_out: the estimate of x_0 is asked for.
     """
 
-    key: StepKey
     seed: Tensor
     sample_id: Tensor
     x_T: Tensor | None  # noqa: N815
@@ -90,6 +120,7 @@ class Request:
     guidance: Guidance
     kwargs: dict[str, Any]
     seeded: bool
+    x0_out: bool = False
 
     def name(self, i: int) -> str:
         """Name sample i for a message."""
@@ -165,7 +196,8 @@ def resolve_request(
     source = _only_source(seeds, seed, generator, noise)
     if x_T is not None and tuple(x_T.shape[1:]) != shape:
         raise ValueError(f"x_T must have shape [B, {', '.join(map(str, shape))}], got {list(x_T.shape)}")
-    init = resolve_init(table, shape, init, x_T)
+    if init is not None:
+        init = resolve_init(table, shape, init, x_T)
     start = x_T if init is None else init
     draw: Callable[[int], Tensor] | None = None
     if source == "seeds":
@@ -189,47 +221,20 @@ def resolve_request(
     B = len(seed_of)
     if x_T is not None and len(x_T) != B:
         raise ValueError(f"x_T holds {len(x_T)} samples, and the noise is for {B}")
-    init = for_batch("init", init, B)
-    pair = resolve_known(table, (B, *shape), mask, known, init, source)
+    if init is not None:
+        init = for_batch("init", init, B)
+    pair = None
+    if mask is not None or known is not None:
+        pair = resolve_known(table, (B, *shape), mask, known, init, source)
     guidance = resolve_guidance(table, **guiding)
     if options.self_condition in (model_kwargs or {}):
         raise ValueError(f"{options.self_condition!r} is given the estimate of x_0; leave it out of model_kwargs")
     labels, kwargs = resolve_labels(class_labels, B, options.num_labels), check_kwargs(model_kwargs, null_kwargs)
     if is_guided(guidance.w):
         labels, kwargs = with_null_half(labels, kwargs, B, options.null_class, null_kwargs or {})
-    key = key_of(table, options, B, source, guidance, pair, labels, kwargs, x0_out=x0_out)
     draw = draw if stochastic else None
-    return Request(key, seed_of, sample_id, x_T, init, pair, draw, labels, guidance, kwargs, source == "seeds")
-
-
-def key_of(
-    table: Table,
-    options: Options,
-    B: int,
-    source: str | None,
-    guidance: Guidance,
-    known: tuple[Tensor, Tensor] | None,
-    labels: Tensor | None,
-    kwargs: Mapping[str, Any],
-    *,
-    x0_out: bool = False,
-) -> StepKey:
-    """Return what the step of a request is found by."""
-    stochastic, guided = is_stochastic(table), is_guided(guidance.w)
-    return StepKey(
-        batch=B,
-        noise=NONE if not stochastic else COUNTER if source == "seeds" else GIVEN,
-        guided=guided,
-        rescaled=guided and guidance.phi > 0.0,
-        cond_fn=guidance.cond_fn,
-        cond_form=guidance.cond_form,
-        masked=known is not None,
-        labels=labels is not None,
-        x0_out=x0_out,
-        check_finite=options.check_finite,
-        **split_kwargs(kwargs if options.bakes_values else {}),
-        settings=options.global_settings(),
-    )
+    seeded = source == "seeds"
+    return Request(seed_of, sample_id, x_T, init, pair, draw, labels, guidance, kwargs, seeded, x0_out)
 
 
 def is_stochastic(table: Table) -> bool:

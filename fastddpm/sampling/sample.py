@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,27 +19,27 @@ from fastddpm.checks import integer
 from fastddpm.machine.devices import resolve_device
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import network as net
-from fastddpm.sampling.conditions import Labels, labels_for
+from fastddpm.sampling.conditions import Labels, Weight, is_guided, labels_for
 from fastddpm.sampling.edits import as_mask, for_batch
-from fastddpm.sampling.guidance import Weight
 from fastddpm.sampling.options import SamplerArguments, check_shape
 from fastddpm.sampling.request import Conditions, Generators, Noise, RequestArguments, given_batch, refuse_unknown
 from fastddpm.sampling.sampler import Sampler, StepResult
-from fastddpm.sampling.tuned import named_table
-from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
+from fastddpm.sampling.tuned import tuned_table
+from fastddpm.schedules.diffusion import DiffusionConfig
+from fastddpm.tables.by_name import make_table
+from fastddpm.tables.names import canonical
+from fastddpm.tables.table import Table
 from fastddpm.unet.load import load
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-logger = logging.getLogger("fastddpm")
 
 # Elements of x_t per batch when the caller names no batch size: 16 images of 32x32 on a CPU, whose caches are then
 # full; enough to keep the largest GPU busy.
 _ELEMENTS_PER_BATCH = {"cpu": 2**14, "cuda": 2**20}
 
 
-class Options(SamplerArguments, Conditions, total=False):
+class SampleArguments(SamplerArguments, Conditions, total=False):
     """Keyword arguments that `sample` hands on."""
 
     strength: float
@@ -62,7 +61,7 @@ def sample(
     diffusion: DiffusionConfig | None = None,
     sampler_options: dict[str, Any] | None = None,
     process_group: ProcessGroup | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[SampleArguments],
 ) -> Tensor:
     """Draw one sample per seed, in batches; or one batch whose noise comes from a generator or from the caller.
 
@@ -100,7 +99,7 @@ def sample(
         ValueError: the shape is not known, or an argument does not fit.
         TypeError: there is no argument of that name.
     """
-    refuse_unknown("sample", options, [*Options.__annotations__, *inspect.signature(sample).parameters])
+    refuse_unknown("sample", options, [*SampleArguments.__annotations__, *inspect.signature(sample).parameters])
     start = options.get("x_T") if options.get("init") is None else options["init"]
     drawn = generator is not None or noise is not None
     if drawn and seeds is not None:
@@ -226,7 +225,7 @@ def plan_run(
     batch_size: int | None = None,
     diffusion: DiffusionConfig | None = None,
     sampler_options: dict[str, Any] | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[SampleArguments],
 ) -> Run:
     """Load the model, build its sampler and split the seeds into batches; arguments as in `sample`."""
     if isinstance(model, (str, os.PathLike)):
@@ -242,11 +241,12 @@ def plan_run(
     strength, guidance = options.get("strength", 1.0), conditions.get("guidance", 1.0)
     x_T, init = conditions.get("x_T"), conditions.get("init")
     for name, data in (("x_T", x_T), ("init", init), ("known", conditions.get("known"))):
-        for_batch(name, data, len(seeds))
+        if data is not None:
+            for_batch(name, data, len(seeds))
     if strength != 1.0 and x_T is None and init is None:
         raise ValueError(f"strength={strength} begins part-way: pass init= too, or x_T= at the level of that step")
-    diffusion = diffusion or diffusion_of(model)
-    shape = shape_of(model, diffusion) if shape is None else check_shape(shape)
+    diffusion = diffusion or net.diffusion_of(model)
+    shape = net.shape_of(model, diffusion) if shape is None else check_shape(shape)
     if (mask := conditions.get("mask")) is not None:
         conditions["mask"] = as_mask(mask, (len(seeds), *shape))
     steps = None if steps is None else integer("steps", steps, 1)
@@ -255,7 +255,7 @@ def plan_run(
     # Whatever torch.set_default_device asks for.
     with torch.device("cpu"):
         given = {"steps": steps, "strength": strength, **(sampler_options or {})}
-        table = named_table(sampler, model, diffusion, guidance, **given)
+        table = table_for(sampler, model, diffusion, guidance, **given)
     device = how.get("device")
     how["device"] = device = net.device_of(model) if device is None else resolve_device(device)
     if batch_size is None:
@@ -270,34 +270,26 @@ def plan_run(
     )
 
 
+def table_for(
+    name: str,
+    model: Any,
+    diffusion: DiffusionConfig,
+    guidance: Weight = 1.0,
+    *,
+    steps: int | None = None,
+    strength: float = 1.0,
+    **options: Any,
+) -> Table:
+    """Build the table of a named sampler for a model: by `make_table`, or "tuned", the model's own."""
+    if canonical(name) != "tuned":
+        guided = is_guided(guidance)
+        return make_table(name, diffusion, steps=steps, strength=strength, guided=guided, **options)
+    if options or strength != 1.0:
+        raise ValueError(f"sampler='tuned' takes no {' and no '.join(options or ['strength'])}")
+    return tuned_table(model, diffusion, guidance, steps)
+
+
 def split_evenly(n: int, batch_size: int) -> list[range]:
     """Split range(n) into the fewest ranges of at most batch_size, equally long up to one."""
     parts = np.array_split(np.arange(n), max(1, math.ceil(n / batch_size)))
     return [range(part[0], part[-1] + 1) for part in parts if len(part)]
-
-
-def shape_of(model: net.Model, diffusion: DiffusionConfig | None = None) -> tuple[int, ...]:
-    """Return one sample's shape from the model's config: (channels, *sample_size).
-
-    A network returns them twice where it learns the variance, and takes more where a condition lies beside x.
-
-    Raises:
-        ValueError: the config does not say.
-    """
-    config = getattr(model, "config", None)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    if not isinstance(channels, int) or size is None:
-        raise ValueError("the model's config does not name a shape: pass shape=(C, H, W), or (D,) for points")
-    learned = (diffusion or diffusion_of(model)).variance_type in LEARNED
-    out = getattr(config, "out_channels", channels) // (1 + learned)
-    height, width = (size, size) if isinstance(size, int) else size
-    return (min(channels, out), height, width)
-
-
-def diffusion_of(model: net.Model) -> DiffusionConfig:
-    """Return `model.diffusion`, else Ho et al.'s, saying so at INFO."""
-    config = getattr(model, "diffusion", None)
-    if config is None:
-        logger.info("the model names no diffusion: taking Ho et al.'s (linear betas, 1000 timesteps, epsilon)")
-        return DiffusionConfig()
-    return config

@@ -137,7 +137,7 @@ class Sampler:
         step.load(request)  # x_T ~ N(0, I)
         first = 0 if state is None else state.restore(step)
         for i, t in enumerate(self._timesteps[first:], first):  # for t = T, ..., 1
-            with explain(f"step {i} of {len(self._timesteps)} (t = {t})", request.key, self.options):
+            with explain(f"step {i} of {len(self._timesteps)} (t = {t})", step.key, self.options):
                 if step.z is not None and request.draw is not None and self._noisy[i]:
                     step.z.copy_(request.draw(i))  # z ~ N(0, I), where the caller draws it
                 self._steps.replay(step)  # `reverse_step`
@@ -236,7 +236,7 @@ class Sampler:
         return self._draw(state.request, callback, False, state)[0]
 
     def _draw(self, request: Request, callback: Any, return_x0: bool, state: Any = None) -> tuple[Tensor, Any]:
-        with self._steps.turn(), self._steps.lend(request.key) as step:
+        with self._steps.turn(), self._steps.lend(request) as step:
             for result in self._loop(step, request, state):
                 if callback is not None:
                     version = step.x_t._version
@@ -251,7 +251,7 @@ class Sampler:
         return self._iterate(self._request("steps", arguments, x0_out=True))
 
     def _iterate(self, request: Request) -> Iterator[StepResult[Tensor]]:
-        with self._steps.lend(request.key) as step:
+        with self._steps.lend(request) as step:
             loop = self._loop(step, request)
             while True:
                 with self._steps.turn():
@@ -268,7 +268,7 @@ class Sampler:
         GPU: while a step is captured, PyTorch raises wherever the process waits for the device.
         """
         request = self._request("warmup", arguments, x0_out=return_x0)
-        with self._steps.turn(), self._steps.lend(request.key) as step:
+        with self._steps.turn(), self._steps.lend(request) as step:
             next(self._loop(step, request), None)
 
     def settle(self, compiled: bool | None = None, **arguments: Unpack[RequestArguments]) -> bool:
@@ -283,7 +283,7 @@ class Sampler:
             Whether the network runs compiled.
         """
         request = self._request("settle", arguments, x0_out=False)
-        with self._steps.turn(), self._steps.lend(request.key) as step:
+        with self._steps.turn(), self._steps.lend(request) as step:
             fixed = self.options.strict_compile or self.options.want is Want.NEVER
             return self._steps.settle(step, None if fixed else compiled)
 

@@ -21,10 +21,10 @@ from fastddpm.files.safejson import parse_object
 from fastddpm.files.tensors import SafetensorsFile
 from fastddpm.noise.v1 import NOISE_VERSION
 from fastddpm.sampling import changes
-from fastddpm.sampling.guidance import Guidance
+from fastddpm.sampling.conditions import Guidance
 from fastddpm.sampling.network import Model
 from fastddpm.sampling.options import Options
-from fastddpm.sampling.request import Request, key_of
+from fastddpm.sampling.request import Request
 from fastddpm.sampling.step import StaticStep
 from fastddpm.tables.table import Table
 
@@ -119,9 +119,8 @@ class State:
         kwargs |= {name.removeprefix("kwargs."): x for name, x in tensors.items() if name.startswith("kwargs.")}
         known = (tensors["known"], tensors["drawn"]) if "known" in tensors else None
         labels = tensors.get("class_labels")
-        key = key_of(table, options, size[0], "seeds", guidance, known, labels, kwargs)
         seed, ids = tensors["seed"], tensors["sample_id"]
-        request = Request(key, seed, ids, None, None, known, None, labels, guidance, kwargs, seeded=True)
+        request = Request(seed, ids, None, None, known, None, labels, guidance, kwargs, seeded=True)
         return cls(row, {name: tensors[name] for name in _BUFFERS if name in tensors}, request, origin)
 
 
@@ -159,15 +158,31 @@ def origin_of(model: Model, table: Table, options: Options) -> dict[str, Any]:
     return {
         "noise": NOISE_VERSION,
         "table": table_digest(table),
-        "weights": changes.digest(model),
+        "weights": weights_of(model),
         "dtype": str(options.dtype).removeprefix("torch."),
         "shape": list(options.shape),
         "self_condition": options.self_condition,
     }
 
 
+def weights_of(model: Model) -> str:
+    """Return the SHA-256 of a model's weights, by module and name: the same in every process."""
+    sha = hashlib.sha256()
+    for module in changes.modules_of(model):
+        for name, held in (*module._parameters.items(), *module._buffers.items()):
+            for tensor in () if held is None else changes.plain(held):
+                sha.update(f"{type(module).__name__} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                sha.update(raw_bytes(tensor))
+    return sha.hexdigest()
+
+
 def table_digest(table: Table) -> str:
     """Return the SHA-256 of a table: its rows, timesteps and flags."""
     flags = f"{table.name} {table.clip} {table.learned} {table.use_m} {table.history} {table.timesteps.dtype}\n"
-    raw = changes.raw_bytes(table.rows) + changes.raw_bytes(table.timesteps)
+    raw = raw_bytes(table.rows) + raw_bytes(table.timesteps)
     return hashlib.sha256(flags.encode() + raw).hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """Return the values of a tensor as bytes, in C order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

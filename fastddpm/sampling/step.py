@@ -13,12 +13,12 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.errors import FastDDPMError, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
-from fastddpm.sampling.edits import Known, first_state
+from fastddpm.sampling.edits import Known, noised
 from fastddpm.sampling.guidance import gradient, rescaled, shifted
 from fastddpm.sampling.network import Network, unwrap
 from fastddpm.sampling.options import Options
 from fastddpm.sampling.request import COUNTER, GIVEN, Request, StepKey
-from fastddpm.tables.table import COLUMN, K, Table
+from fastddpm.tables.table import COLUMN, Table
 
 
 class StaticStep:
@@ -48,8 +48,8 @@ class StaticStep:
             return torch.zeros(size, dtype=dtype, device=options.device)
 
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.rows = buffer(len(table), K)
-        self.timesteps = buffer(len(table), dtype=table.timesteps.dtype)
+        self.rows = table.rows.to(options.device, copy=True)
+        self.timesteps = table.timesteps.to(options.device, copy=True)
         self.levels = None if table.levels is None else table.levels.to(options.device, torch.float32)
         # The same for every input of the network; as a view of it, an index of its own is never made.
         self._index = buffer(n, dtype=torch.int64)
@@ -84,8 +84,6 @@ class StaticStep:
         if self.class_labels is not None:
             self._kwargs["class_labels"] = self.class_labels
         self.kwargs = {**self._kwargs, **dict(key.values)}
-        self.rows.copy_(table.rows)
-        self.timesteps.copy_(table.timesteps)
         network.load(self.class_labels)
 
     def predict(self) -> Tensor:
@@ -133,7 +131,8 @@ class StaticStep:
         if self.x0_in is not None and self.x0 is not None:
             self.x0_in.unflatten(0, (1 + self.key.guided, self.key.batch)).copy_(self.x0)
         if self.first_bad is not None:
-            self._record_non_finite(self.first_bad)
+            bad = ~torch.isfinite(self.x_t).flatten(1).all(dim=1)
+            self.first_bad.copy_(torch.where(bad & (self.first_bad < 0), self.row, self.first_bad))
 
     def settle(self, compiled: bool | None) -> bool:
         """Whether the network runs compiled, from now on; see `Network`."""
@@ -165,10 +164,6 @@ class StaticStep:
             self.z.add_(std * self._gradient())
         return self.z
 
-    def _record_non_finite(self, first_bad: Tensor) -> None:
-        bad = ~torch.isfinite(self.x_t).flatten(1).all(dim=1)
-        first_bad.copy_(torch.where(bad & (first_bad < 0), self.row, first_bad))
-
     def rewind(self, row: int = 0) -> None:
         """Go back to the first row, or to another, leaving the other buffers as they are."""
         self._index.fill_(row)
@@ -193,10 +188,18 @@ class StaticStep:
             self.first_bad.fill_(-1)
         if self.known is not None and request.known is not None:
             self.known.load(*request.known)
-        self.x_t.copy_(first_state(self._forward, self.levels, self.options, request.x_T, request.init))
+        self.x_t.copy_(self._first_state(request))
         self.paste()
         self.feed_network()
         self.network.load(self.class_labels)
+
+    def _first_state(self, request: Request) -> Tensor:
+        if request.init is not None and self.levels is not None:
+            return noised(request.init, self._forward, self.levels, request.x_T, self.options.backend)
+        if request.x_T is not None:
+            return request.x_T
+        counter = self._forward._replace(stream=noise.STREAM_X_T)
+        return ops.randn(counter, self.options.shape, backend=self.options.backend)
 
     def _load_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         self.kwargs = dict(self._kwargs)

@@ -19,7 +19,7 @@ from fastddpm.machine.devices import device_guard, synchronisation_raises
 from fastddpm.sampling import changes
 from fastddpm.sampling.network import Model, place, sampling_networks
 from fastddpm.sampling.options import Options
-from fastddpm.sampling.request import StepKey
+from fastddpm.sampling.request import Request, StepKey
 from fastddpm.sampling.step import StaticStep, explain, explain_cuda, is_oom
 from fastddpm.tables.table import Table
 
@@ -49,8 +49,7 @@ class StepPool:
         self._model, self._table, self._options, self._run = model, table, options, run
         self._captures = options.uses_graph
         self._lock = threading.RLock()
-        # The last one used stands last.
-        self._idle: list[StaticStep] = []
+        self._idle: list[StaticStep] = []  # the last one used stands last
         self._graphs = GraphPool(options.device)
         self._networks: Callable[[int], Any] | None = None
         self._generation = 0
@@ -84,8 +83,9 @@ class StepPool:
                         self._last_use = torch.cuda.current_stream().record_event()
 
     @contextlib.contextmanager
-    def lend(self, key: StepKey) -> Iterator[StaticStep]:
-        """Lend a step that nobody else uses; one whose run failed is not used again."""
+    def lend(self, request: Request) -> Iterator[StaticStep]:
+        """Lend a step for a request that nobody else uses; one whose run failed is not used again."""
+        key = StepKey.of(request, self._table, self._options)
         with self.turn():
             if self._networks is not None and self._changed():
                 self.refresh()

@@ -21,10 +21,9 @@ from fastddpm.machine.progress import Progress
 from fastddpm.machine.ranks import Ranks
 from fastddpm.noise.seeds import format_seeds
 from fastddpm.noise.v1 import NOISE_VERSION
-from fastddpm.sampling.changes import raw_bytes
 from fastddpm.sampling.outputs import Outputs
 from fastddpm.sampling.sample import Run
-from fastddpm.sampling.state import StepResult, table_digest
+from fastddpm.sampling.state import StepResult, raw_bytes, table_digest
 from fastddpm.unet.unet import UNet
 
 logger = logging.getLogger("fastddpm")

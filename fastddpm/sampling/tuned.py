@@ -18,10 +18,9 @@ from fastddpm.checks import number, printable, shown
 from fastddpm.files.safejson import read_object, to_json
 from fastddpm.files.tensors import refuse_escape
 from fastddpm.machine.packages import weights_digest
-from fastddpm.sampling.guidance import Weight, is_guided
+from fastddpm.sampling.conditions import Weight
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.tables.by_name import make_table
-from fastddpm.tables.names import canonical
 from fastddpm.tables.table import COLUMN, HISTORY, Table
 
 TUNED = "tuned.json"
@@ -112,34 +111,19 @@ def tuned_bytes(tables: Sequence[Tuned], model: nn.Module, config: DiffusionConf
     return to_json({"weights": weights_digest(model), "diffusion": config.to_dict(), "tables": entries})
 
 
-def named_table(
-    name: str,
-    model: Any,
-    config: DiffusionConfig,
-    guidance: Weight = 1.0,
-    *,
-    steps: int | None = None,
-    strength: float = 1.0,
-    **options: Any,
-) -> Table:
-    """Build the table of a named sampler for a model, "tuned" included.
+def tuned_table(model: Any, config: DiffusionConfig, guidance: Weight = 1.0, steps: int | None = None) -> Table:
+    """Build a table that was fitted to a model.
 
     Args:
-        name: as in `make_table`.
-        model: a network from `fastddpm.load`, for "tuned".
+        model: a network from `fastddpm.load`.
         config: what it was trained for.
-        guidance: weight of classifier-free guidance; for "tuned" the one that the table was fitted with.
-        steps: how many; for "tuned" the fewest by default.
-        strength, options: as in `make_table`.
+        guidance: the weight that the table was fitted with.
+        steps: how many; by default the fewest that there are.
 
     Raises:
-        FileNotFoundError: the model has no tuned tables.
-        ValueError: none is for these steps and this guidance, or they are not the model's; or an option does not fit.
+        FileNotFoundError: the model has none.
+        ValueError: none is for these steps and this guidance, or they are not the model's.
     """
-    if canonical(name) != "tuned":
-        return make_table(name, config, steps=steps, strength=strength, guided=is_guided(guidance), **options)
-    if options or strength != 1.0:
-        raise ValueError(f"sampler='tuned' takes no {' and no '.join(options or ['strength'])}")
     folder = getattr(model, "folder", None)
     if folder is None or not (folder / TUNED).exists():
         raise FileNotFoundError(f"{folder or 'the model'}: no {TUNED}; fit one with: fastddpm tune --model FOLDER")

@@ -13,7 +13,7 @@ import fastddpm
 from fastddpm import Sampler, Schedule, ddpm_table, reference
 from fastddpm.noise import v1 as noise
 from fastddpm.ops.draw import randn
-from fastddpm.sampling import sample as sampling
+from fastddpm.sampling import network
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.unet.inference import UNetInference
 from tests.tiny import tiny_unet
@@ -181,7 +181,7 @@ def test_shape_of_a_conditioned_unet_is_its_samples(variance: str) -> None:
     for i in range(5):
         one = fastddpm.sample(model, seeds=[i], model_kwargs={"condition": condition[i : i + 1]}, **arguments)
         torch.testing.assert_close(one[0], whole[i], rtol=0, atol=1e-5)
-    assert sampling.shape_of(tiny_unet(in_channels=3, out_channels=6)) == (3, 8, 8)
+    assert network.shape_of(tiny_unet(in_channels=3, out_channels=6)) == (3, 8, 8)
 
 
 def test_condition_that_does_not_fit_is_named() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastddpm
 from fastddpm import DiffusionConfig, Sampler, UNet
 from fastddpm.sampling import sample as sampling
-from fastddpm.sampling.guidance import GuidanceArguments, resolve_guidance
+from fastddpm.sampling.conditions import GuidanceArguments, resolve_guidance
 from fastddpm.sampling.options import SamplerArguments
 from fastddpm.sampling.request import RequestArguments, resolve_request
 from fastddpm.tables import by_name as samplers
