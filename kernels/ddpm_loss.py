@@ -15,7 +15,7 @@ from fastddpm.kernels.launch import (
     VECTOR,
     Launch,
     Words,
-    is_aligned,
+    cover,
     launch_grid,
     load,
     per_row,
@@ -24,7 +24,6 @@ from fastddpm.kernels.launch import (
     split4,
     split_words,
     store,
-    tile_constants,
     tile_groups,
     tile_samples,
 )
@@ -183,10 +182,8 @@ def ddpm_loss_launch(
     batch, halves, m_nhwc = len(m), 2 if learned else 1, not m.is_contiguous()
     n = m.numel() // (batch * halves)
     channels = m.shape[1] // halves if m_nhwc else 1
-    aligned = is_aligned(n // channels, m, x_0, out)
-    count = n // channels // 4 if aligned else n // channels
-    groups = count if aligned else -(-n // 4)
-    grid, tile = launch_grid(batch, groups), tile_constants(groups, aligned)
+    count, groups, tile = cover(n, channels, m, x_0, out)
+    grid = launch_grid(batch, groups)
     lanes = min(tile["BLOCK_G"], WARP)
     if out is None:
         parts = grid[1] * grid[2] * (tile["BLOCK_G"] // lanes)

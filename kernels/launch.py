@@ -103,14 +103,18 @@ def _type(value: Tensor | int) -> str:
     return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
 
 
-def tile_constants(groups: int, aligned: bool) -> dict[str, Any]:
-    """The constants that follow from the shape."""
-    return {"ALIGNED": aligned, "BLOCK_G": block_groups(groups), "TILE": TILE}
+def cover(n: int, channels: int, *tensors: Tensor | None) -> tuple[int, int, dict[str, Any]]:
+    """How a kernel counts samples of n elements: (count, groups, the constants that follow).
 
+    Groups of four can move as one if channels hold whole groups, and all storage is 16-byte aligned.
 
-def is_aligned(n: int, *tensors: Tensor | None) -> bool:
-    """Whether groups of four can move as one: whole groups in n elements, and 16-byte aligned storage throughout."""
-    return n % 4 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+    Args:
+        channels: those that a channels-last tensor is read by, else 1.
+    """
+    plane = n // channels
+    aligned = plane % 4 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+    groups = plane // 4 if aligned else -(-n // 4)
+    return groups if aligned else plane, groups, {"ALIGNED": aligned, "BLOCK_G": block_groups(groups), "TILE": TILE}
 
 
 def split_words(noise: Words | Tensor | None, batch: int) -> tuple[tuple[Tensor | None, ...], list[int], int]:

@@ -14,13 +14,12 @@ from fastddpm.kernels.launch import (
     VECTOR,
     Launch,
     Words,
-    is_aligned,
+    cover,
     join4,
     launch_grid,
     program,
     split_words,
     store,
-    tile_constants,
     tile_groups,
     tile_samples,
 )
@@ -161,7 +160,7 @@ def _randn_kernel(
 def randn_launch(out: Tensor, noise: Words) -> Launch:
     """Fill ``out``, contiguous [B, n] of at least one element, with noise-v1."""
     batch, n = out.shape
-    aligned, groups = is_aligned(n, out), -(-n // 4)
+    count, groups, tile = cover(n, 1, out)
     words, strides, stream = split_words(noise, batch)
-    values = (out, *words, batch, groups if aligned else n, *strides, stream)
-    return Launch(_randn_kernel, launch_grid(batch, groups), values, tile_constants(groups, aligned))
+    values = (out, *words, batch, count, *strides, stream)
+    return Launch(_randn_kernel, launch_grid(batch, groups), values, tile)

@@ -16,7 +16,7 @@ from fastddpm.kernels.launch import (
     VECTOR,
     Launch,
     Words,
-    is_aligned,
+    cover,
     launch_grid,
     load,
     per_row,
@@ -25,7 +25,6 @@ from fastddpm.kernels.launch import (
     sample_stride,
     split_words,
     store,
-    tile_constants,
     tile_groups,
     tile_samples,
 )
@@ -238,10 +237,8 @@ def p_sample_launch(
     m_nhwc, low_nhwc = not m.is_contiguous(), low_out is not None and not low_out.is_contiguous()
     nhwc = m_nhwc or low_nhwc
     channels = x_t.shape[1] if nhwc else 1
-    aligned = is_aligned(n // channels, x_t, m, given, ring, out, x0_out, low_out)
-    count = n // channels // 4 if aligned else n // channels
-    groups = count if aligned else -(-n // 4)
-    repeat = 1 if nhwc and aligned else repeats(batch, groups)
+    count, groups, tile = cover(n, channels, x_t, m, given, ring, out, x0_out, low_out)
+    repeat = 1 if nhwc and tile["ALIGNED"] else repeats(batch, groups)
     words, strides, stream = split_words(noise, batch)
     values = (
         x_t, m, given, ring, out, x0_out, low_out, rows, row, *words,
@@ -251,5 +248,4 @@ def p_sample_launch(
         "CLIP": clip, "LEARNED": learned, "GUIDED": guided, "USE_M": use_m, "HISTORY": history,
         "M_NHWC": m_nhwc, "LOW_NHWC": low_nhwc, "CHANNELS": channels,
     }  # fmt: skip
-    grid = launch_grid(batch, groups, repeat)
-    return Launch(_p_sample_kernel, grid, values, flags | tile_constants(groups, aligned))
+    return Launch(_p_sample_kernel, launch_grid(batch, groups, repeat), values, flags | tile)

@@ -13,7 +13,7 @@ from fastddpm.kernels.launch import (
     VECTOR,
     Launch,
     Words,
-    is_aligned,
+    cover,
     launch_grid,
     load,
     per_row,
@@ -22,7 +22,6 @@ from fastddpm.kernels.launch import (
     split4,
     split_words,
     store,
-    tile_constants,
     tile_groups,
     tile_samples,
 )
@@ -107,10 +106,9 @@ def q_sample_launch(
     """
     batch, n = len(x_0), x_0.shape[1:].numel()
     given = noise if isinstance(noise, Tensor) else None
-    aligned, groups = is_aligned(n, x_0, given, out, eps_out, keep), -(-n // 4)
+    count, groups, tile = cover(n, 1, x_0, given, out, eps_out, keep)
     words, strides, stream = split_words(noise, batch)
-    count = groups if aligned else n
     kept = None if keep is None else keep.view(torch.uint8)
     tensors = (x_0, given, out, eps_out, kept, rows, row, *words)
     values = (*tensors, batch, count, sample_stride(row, batch), *strides, stream)
-    return Launch(_q_sample_kernel, launch_grid(batch, groups), values, tile_constants(groups, aligned))
+    return Launch(_q_sample_kernel, launch_grid(batch, groups), values, tile)

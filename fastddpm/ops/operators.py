@@ -167,6 +167,14 @@ def check_counter(counter: Counter, batch: int, device: torch.device) -> None:
         _check_indices(name, tensor, batch, device)
 
 
+def check_noise(noise: Counter | Tensor | None, x: Tensor) -> None:
+    """Raise unless noise is a counter of x's samples, or z of x's shape, or none."""
+    if isinstance(noise, Tensor):
+        check_like("noise", noise, x)
+    elif noise is not None:
+        check_counter(noise, x.shape[0], x.device)
+
+
 def check_rows(rows: Tensor, row: Tensor, x: Tensor, columns: int) -> None:
     """Raise ValueError unless x has samples, rows is a table with that many columns, and row an index into it."""
     if x.dim() == 0:

@@ -14,9 +14,9 @@ from fastddpm.ops.operators import (
     HOW,
     NOISE,
     Targets,
-    check_counter,
     check_dtype,
     check_like,
+    check_noise,
     check_output,
     check_overlap,
     check_rows,
@@ -84,10 +84,7 @@ def p_sample(
         if history.dim() == 0 or len(history) not in (1, 2, 3):
             raise ValueError(f"history must be [H, *x_t.shape] with H = 1, 2 or 3, got {tuple(history.shape)}")
         check_like("history, without its first dimension,", history[0], x_t)
-    if isinstance(noise, Tensor):
-        check_like("noise", noise, x_t)
-    elif noise is not None:
-        check_counter(noise, x_t.shape[0], x_t.device)
+    check_noise(noise, x_t)
     outputs = {"out": out, "x0_out": x0_out, "low_out": low_out}
     for name, tensor in outputs.items():
         if tensor is not None:
@@ -129,17 +126,9 @@ def _step_into(
         torch.autograd.graph.increment_version(history)
 
 
-def p_sample_kernel(
-    targets: Targets,
-    x_t: Tensor,
-    m: Tensor,
-    rows: Tensor,
-    row: Tensor,
-    noise: Counter | Tensor | None,
-    flags: Flags,
-    history: Tensor | None,
-) -> None:
-    """Fill (x_prev, x0, a copy of x_prev), and the oldest slot of the history."""
+def p_sample_kernel(targets: Targets, *arguments: Any) -> None:
+    """Fill (x_prev, x0, a copy of x_prev), and the oldest slot of the history; arguments as in ``twins.p_sample``."""
+    x_t, m, rows, row, noise, flags, history = arguments
     if x_t.numel() == 0:
         return
     from fastddpm.kernels.p_sample import p_sample_launch

@@ -14,9 +14,8 @@ from fastddpm.ops.operators import (
     HOW,
     NOISE,
     Targets,
-    check_counter,
     check_dtype,
-    check_like,
+    check_noise,
     check_overlap,
     check_rows,
     define,
@@ -63,12 +62,9 @@ def q_sample(
     """
     check_dtype("x_0", x_0.dtype)
     check_rows(rows, row, x_0, 2)
-    if isinstance(noise, Tensor):
-        check_like("noise", noise, x_0)
-        if noise.dtype != x_0.dtype:
-            raise ValueError(f"noise is {noise.dtype}, but x_0 is {x_0.dtype}; convert one of them")
-    else:
-        check_counter(noise, x_0.shape[0], x_0.device)
+    check_noise(noise, x_0)
+    if isinstance(noise, Tensor) and noise.dtype != x_0.dtype:
+        raise ValueError(f"noise is {noise.dtype}, but x_0 is {x_0.dtype}; convert one of them")
     if out is not None or keep is not None:
         return _into(x_0, rows, row, noise, out, keep, backend, compiled, return_eps=return_eps)
     x_t, eps = _q_sample(x_0, rows, row, *pack(noise), return_eps, backend, compiled)
@@ -125,20 +121,13 @@ def _draw(
     return out, eps
 
 
-def q_sample_kernel(
-    targets: Targets,
-    x_0: Tensor,
-    rows: Tensor,
-    row: Tensor,
-    noise: Counter | Tensor,
-    keep: Tensor | None = None,
-    _: Tensor | None = None,
-) -> None:
-    """Fill contiguous (x_t, eps); x_t only where keep is False."""
+def q_sample_kernel(targets: Targets, x_0: Tensor, *arguments: Any) -> None:
+    """Fill contiguous (x_t, eps); x_t only where keep is False. Arguments as in ``twins.q_sample``."""
     if x_0.numel():
         from fastddpm.kernels.q_sample import q_sample_launch
 
-        q_sample_launch(*map(dense, (x_0, rows, row, noise)), *targets, dense(keep)).run()
+        rows, row, noise, keep = map(dense, (*arguments[:3], arguments[3] if arguments[3:] else None))
+        q_sample_launch(dense(x_0), rows, row, noise, *targets, keep).run()
 
 
 def _empty(

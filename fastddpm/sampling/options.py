@@ -133,7 +133,9 @@ def resolve_options(model: Model, shape: Sequence[int], steps: int, **given: Unp
         raise ValueError(f"compile=False and compiled={os.fspath(compiled)!r} contradict each other; leave out one")
     sizes = check_shape(shape)
     device = resolve_device(device_of(model) if given["device"] is None else given["device"])
-    dtype = check_dtype(dtype_of(model) if given["dtype"] is None else given["dtype"])
+    dtype = dtype_of(model) if given["dtype"] is None else given["dtype"]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}; pass dtype=torch.float32")
     note_emulation(dtype, device)
     one_of("norm", given["norm"], ("torch", "fused"))
     if isinstance(model, nn.Module) and model.training:
@@ -174,17 +176,6 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not sizes:
         raise ValueError(f"shape must be one sample's shape, (C, H, W) or (D,), of positive integers; got {shape!r}")
     return sizes
-
-
-def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the network's dtype.
-
-    Raises:
-        ValueError: the network cannot run in it; the state is float32 in any case.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}; pass dtype=torch.float32")
-    return dtype
 
 
 def decide_graph(choice: bool | str, device: torch.device, model: Model) -> bool:
@@ -268,17 +259,8 @@ def note_emulation(dtype: torch.dtype, device: torch.device) -> None:
     """Warn once where bfloat16 is asked of what emulates it: a CPU without it, a GPU before compute capability 8.0."""
     if dtype != torch.bfloat16 or torch.version.hip is not None:
         return
-    if device.type == "cpu":
-        processor = hardware.cpu()
-        if processor["flags"] and not processor["native_bfloat16"]:
-            logger.warning("this processor emulates bfloat16, slowly: use dtype=torch.float32")
-    if device.type != "cuda":
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        logger.warning(
-            "%s has compute capability %d.%d, which emulates bfloat16, slowly: use dtype=torch.float16",
-            device,
-            major,
-            minor,
-        )
+    if device.type == "cpu" and hardware.cpu()["flags"] and not hardware.cpu()["native_bfloat16"]:
+        logger.warning("this processor emulates bfloat16, slowly: use dtype=torch.float32")
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        found = f"{device} has compute capability {capability[0]}.{capability[1]}"
+        logger.warning("%s, which emulates bfloat16, slowly: use dtype=torch.float16", found)
