@@ -124,7 +124,7 @@ def _prepared(case: Case, form: Form) -> Prepared:
 
 
 def _compiled(case: Case) -> Prepared:
-    return _prepared(case, functools.partial(accelerate, compile=True))
+    return _prepared(case, functools.partial(accelerate, compile=case.compiles))
 
 
 def _why_not(case: Case) -> str | None:

@@ -149,7 +149,8 @@ def fastddpm_loop(case: Case, dtype: torch.dtype, **options: Any) -> Prepared:
     else:
         table = ddpm_table(schedule(), steps=case.steps, spacing=loop_gate.spacing(case))
     model = networks.build(case.network)
-    sampler = Sampler(model, table, case.shape, device=case.device, dtype=dtype, **{"compile": True, **options})
+    options = {"compile": case.compiles, **options}
+    sampler = Sampler(model, table, case.shape, device=case.device, dtype=dtype, **options)
     labels = networks.labels(case.network, case.batch)
     seeds = list(range(case.batch))
 

@@ -50,6 +50,11 @@ class Case:
         return "-".join(parts)
 
     @property
+    def compiles(self) -> bool:
+        """Whether a UNet runs as compiled code; the tiny one only shows that everything works."""
+        return self.network != "tiny"
+
+    @property
     def full_shape(self) -> tuple[int, ...]:
         """(B, ...)."""
         return (self.batch, *self.shape)

@@ -8,6 +8,7 @@ from fastddpm.benchmarks import few_steps
 
 
 def test_every_row_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_steps, "BATCH", 1)
     monkeypatch.setattr(few_steps, "Sampler", lambda *args, compile, **more: _uncompiled(*args, **more))
     seconds = few_steps.measure(many=2, rounds=1, inner=2)
     assert [len(each) for each in seconds.values()] == [1, 2, 2, 2, 2, 2]
