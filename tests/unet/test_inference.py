@@ -256,7 +256,6 @@ def one_level_unet(channels: int) -> UNet:
     return UNet(config, zero_init=False).eval()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_compiled_winograd_form_keeps_channels_innermost(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
@@ -265,11 +264,13 @@ def test_compiled_winograd_form_keeps_channels_innermost(monkeypatch: pytest.Mon
     monkeypatch.setattr(unet_forms, "MIN_TILE_CHANNELS", 1)
     model = one_level_unet(channels := 64)
     x, t, _ = random_inputs(model.config, batch=batch)
-    forms = UNetForms(model, t, want=Want.NEVER, strict=True)
-    form, example = forms.job(x.contiguous(memory_format=torch.channels_last))
-    # Python that calls the kernels can be read; a package's C++ has the same layouts.
+    form, _ = UNetForms(model, t, want=Want.NEVER, strict=True).job(x)
+    # One block has all kinds of layouts.
+    block, h, time = form.form.mid_block.resnets[0], torch.zeros(batch, channels, 8, 8), torch.zeros(batch, channels)
+    compiled = torch.compile(block, fullgraph=True, dynamic=False)
+    # The Python that calls the kernels can be read, and no C++ compiler need see them; a package has the same layouts.
     with torch._inductor.config.patch(freezing=True):
-        _, codes = utils.run_and_get_code(torch.compile(form, fullgraph=True, dynamic=False), *example)
+        codes = utils.get_code(compiled, h.contiguous(memory_format=torch.channels_last), time)
     found = re.findall(r"empty_strided_cpu\((\([^)]*\)), (\([^)]*\))", "".join(codes))
     layouts = {(ast.literal_eval(size), ast.literal_eval(stride)) for size, stride in found}
     activations = {layout for layout in layouts if torch.Size(layout[0]).numel() >= batch * channels * 64}
@@ -412,13 +413,14 @@ def test_model_of_too_many_forms_runs_uncompiled(
     assert "the model runs uncompiled" in caplog.text
 
 
-def test_compile_failure_says_what_the_compiler_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_failure_says_what_the_compiler_said_and_names_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("out of registers")
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, **options, backend=backend))
-    with pytest.raises(BackendUnavailable, match="out of registers"):
+    advice = f"if {torch_compile.inductor_cache().path} is damaged, remove it or set TORCHINDUCTOR_CACHE_DIR"
+    with pytest.raises(BackendUnavailable, match=f"out of registers; {advice}"):
         compile_call(torch.neg, strict=True)(torch.ones(1))
 
 
