@@ -18,9 +18,7 @@ CELLS = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cel
 NOTEBOOK_CODE = "\n".join("".join(cell["source"]) for cell in CELLS)
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("workdir")
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)

@@ -22,12 +22,6 @@ SHORTER = {
 }
 
 
-@pytest.fixture
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def follow(name: str, shorter: dict[str, str]) -> None:
     """Run a tutorial's commands and its Python, after these replacements in both."""
     blocks = re.findall(r"```(bash|python)\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
