@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,6 @@ from tests.tiny import tiny_unet
 pytestmark = pytest.mark.usefixtures("still_generators")
 
 STEPS = 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Images this small gain nothing from a second thread, and wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -327,8 +317,7 @@ def start(model: Path, out: Path) -> subprocess.Popen[str]:
     """Start a run of seven files in another process, and wait for the first of them."""
     arguments = ["--model", str(model), "--seeds", "0-5", "--batch", "1", "--steps", "60", "--outdir", str(out)]
     command = [sys.executable, "-m", "fastddpm", "sample", "--device", "cpu", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(out.glob("*.png")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

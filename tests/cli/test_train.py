@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -283,7 +282,6 @@ def test_train_saves_and_exits_with_130_at_ctrl_c(command: list[str], tmp_path: 
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     log = tmp_path / "run" / LOG
     deadline = time.monotonic() + 120

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,6 @@ from tests.tiny import RGB, tiny_unet
 
 PREDICTION = {"pred_noise": "epsilon", "pred_x0": "x_0", "pred_v": "v"}
 FLAGS = OpenAIFlags(num_heads=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_convert_command_writes_an_openai_model_that_samples(tmp_path: Path, capsys: Any) -> None:

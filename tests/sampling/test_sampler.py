@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import os
 import pickle
-import random
 import subprocess
 import sys
 import textwrap
@@ -735,17 +734,13 @@ def test_torchs_defaults_change_nothing() -> None:
         torch.set_default_device(None)
 
 
+@pytest.mark.usefixtures("still_generators")
 def test_no_global_generator_is_touched() -> None:
-    def states() -> list[Any]:
-        return [torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]
-
-    before = states()
     s = sampler(ForPickle().eval(), dtype=torch.bfloat16)
     s.sample(seeds=[1, 2])
     s.sample(generator=torch.Generator().manual_seed(1), batch_size=2)
     list(s.steps(seed=3, batch_size=2))
     fastddpm.sample("digits", seeds=[1], steps=2)
-    assert states() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

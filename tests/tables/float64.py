@@ -1,4 +1,4 @@
-"""Helpers for tests: tables executed in float64, the bridge between the papers' form and the float32 rows."""
+"""Tables executed in float64, the bridge between the papers' form and the float32 rows; and what goes through them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ import torch
 from torch import Tensor
 
 from fastddpm.tables.table import HISTORY, Table
+
+# What diffusers calls the prediction types.
+DIFFUSERS_TYPES = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def linear_model(x: Tensor, t: Tensor) -> Tensor:
+    """Depend on x, on its neighbours and on t, without saturating."""
+    return 0.6 * x + 0.2 * x.roll(1, dims=-1) + t.reshape(-1, *[1] * (x.dim() - 1)) / 2000 - 0.2
 
 
 def execute_row64(

@@ -14,19 +14,10 @@ from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddim import ddim_inversion_table, ddim_table
 from fastddpm.tables.ddpm import ddpm_table
 from tests.ops.pairs import all_pairs, case_id
-from tests.tables.float64 import execute_row64, execute_table64
+from tests.tables.float64 import DIFFUSERS_TYPES, execute_row64, execute_table64, linear_model, randn, relative_error
 
 SCHEDULE = Schedule.linear()
 ZERO_SNR = SCHEDULE.zero_terminal_snr()
-DIFFUSERS_TYPES = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def eps_of(m: torch.Tensor, x_t: torch.Tensor, t: int, schedule: Schedule, prediction_type: str) -> torch.Tensor:
@@ -36,11 +27,6 @@ def eps_of(m: torch.Tensor, x_t: torch.Tensor, t: int, schedule: Schedule, predi
     x_0 = reference.predict_x0(x_t, m, t, schedule, prediction_type)
     alpha_bar = schedule.alphas_cumprod[t]
     return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-
-
-def linear_model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Depend on x, on its neighbours and on t, without saturating."""
-    return 0.6 * x + 0.2 * x.roll(1, dims=-1) + t.reshape(-1, *[1] * (x.dim() - 1)) / 2000 - 0.2
 
 
 ROWS = {

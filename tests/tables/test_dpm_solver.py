@@ -11,23 +11,9 @@ from fastddpm.schedules.diffusion import PREDICTION_TYPES
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddim import ddim_table
 from fastddpm.tables.dpm_solver import dpm_solver_table
-from tests.tables.float64 import execute_table64
+from tests.tables.float64 import DIFFUSERS_TYPES, execute_table64, linear_model, randn, relative_error
 
 SCHEDULE = Schedule.linear()
-DIFFUSERS_TYPES = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
-def linear_model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Depend on x, on its neighbours and on t, without saturating."""
-    return 0.6 * x + 0.2 * x.roll(1, dims=-1) + t.reshape(-1, *[1] * (x.dim() - 1)) / 2000 - 0.2
 
 
 def algorithm_2(

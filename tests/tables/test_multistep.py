@@ -19,13 +19,9 @@ from fastddpm.tables.table import Table
 from fastddpm.tables.unipc import unipc_table
 from tests.ops.pairs import all_pairs, case_id
 from tests.tables import papers
-from tests.tables.float64 import execute_row64, states64
+from tests.tables.float64 import execute_row64, randn, states64
 
 SCHEDULE = Schedule.linear()
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def x_0_model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from fastddpm.tables.euler import euler_ancestral_table, euler_table, heun_table
 from fastddpm.tables.sa_solver import sa_solver_table
 from fastddpm.tables.table import Table
 from fastddpm.tables.unipc import unipc_table
-from tests.tables.float64 import execute_table64
+from tests.tables.float64 import execute_table64, relative_error
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
 SCHEDULE = Schedule.linear()
@@ -87,10 +87,6 @@ def noise(steps: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack(
         [torch.randn(4, 8, dtype=dtype, generator=torch.Generator().manual_seed(i)) for i in range(steps)]
     )
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def their_loop(scheduler: Any, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.ddpm import ddpm_table
 from fastddpm.tables.table import COLUMNS, HISTORY, K, Table, make_rows, q_rows, q_step_rows
 from tests.ops.pairs import all_pairs, case_id
-from tests.tables.float64 import execute_row64, execute_table64
+from tests.tables.float64 import DIFFUSERS_TYPES, execute_row64, execute_table64, relative_error
 
 SCHEDULES = {
     "linear": Schedule.linear(),
@@ -42,10 +42,6 @@ def respaced_reference(schedule: Schedule, timesteps: torch.Tensor) -> Schedule:
         betas.append(1.0 - float(schedule.alphas_cumprod[t]) / last)
         last = float(schedule.alphas_cumprod[t])
     return Schedule(torch.tensor(betas, dtype=torch.float64))
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def row_cases() -> list[dict[str, Any]]:
@@ -111,9 +107,8 @@ def test_ddpm_table_adds_no_noise_on_the_last_row(variance_type, visit):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_ddpm_table_matches_diffusers_coefficients(prediction_type, variance_type, spacing):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
-    names = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
     scheduler = diffusers.DDPMScheduler(
-        prediction_type=names[prediction_type],
+        prediction_type=DIFFUSERS_TYPES[prediction_type],
         variance_type=variance_type,
         timestep_spacing=spacing,
         clip_sample=False,
@@ -258,19 +253,13 @@ def test_table_is_immutable():
         ddpm_table(SCHEDULES["linear"], steps=2).clip = False
 
 
-def test_q_rows_are_the_coefficients_of_q_sample():
+@pytest.mark.parametrize(
+    ("rows_of", "form"), [(q_rows, reference.q_sample), (q_step_rows, reference.q_step)], ids=["q_sample", "q_step"]
+)
+def test_noising_rows_are_the_coefficients_of_the_papers_form(rows_of, form):
     schedule = SCHEDULES["cosine"]
-    rows, t = q_rows(schedule), torch.arange(1000)
+    rows, t = rows_of(schedule), torch.arange(1000)
     one, zero = torch.ones(1000, 1, dtype=torch.float64), torch.zeros(1000, 1, dtype=torch.float64)
-    assert torch.equal(rows[:, :1], reference.q_sample(one, t, schedule, zero).float())
-    assert torch.equal(rows[:, 1:], reference.q_sample(zero, t, schedule, one).float())
-    assert rows.is_contiguous()
-
-
-def test_q_step_rows_are_the_coefficients_of_q_step():
-    schedule = SCHEDULES["cosine"]
-    rows, t = q_step_rows(schedule), torch.arange(1000)
-    one, zero = torch.ones(1000, 1, dtype=torch.float64), torch.zeros(1000, 1, dtype=torch.float64)
-    assert torch.equal(rows[:, :1], reference.q_step(one, t, schedule, zero).float())
-    assert torch.equal(rows[:, 1:], reference.q_step(zero, t, schedule, one).float())
+    assert torch.equal(rows[:, :1], form(one, t, schedule, zero).float())
+    assert torch.equal(rows[:, 1:], form(zero, t, schedule, one).float())
     assert rows.is_contiguous()

@@ -28,12 +28,9 @@ VARIANTS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def output_for(config: dict[str, Any], device: str = "cpu") -> torch.Tensor:

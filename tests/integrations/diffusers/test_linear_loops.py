@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, UniPCMultistepScheduler
@@ -81,15 +79,11 @@ def test_seeds_work_wherever_a_step_is_linear() -> None:
         thresholded(seeds=[1], num_inference_steps=3)
 
 
+@pytest.mark.usefixtures("still_generators")
 @pytest.mark.parametrize("original", FAST_FORM, ids=lambda original: original.__name__)
 def test_seeds_leave_every_global_generator_alone(original: Any) -> None:
-    def states() -> tuple[Any, ...]:
-        return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()
-
-    before = states()
     fast = quiet(fastddpm.accelerate(DDPMPipeline(tiny_unet(), original())))
     fast(seeds=[1, 2], num_inference_steps=3, output_type="pt")
-    assert states() == before
 
 
 # diffusers' own UniPC fails there: it solves a float64 system for a float32 right side.

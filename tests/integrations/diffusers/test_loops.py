@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,14 +35,6 @@ DDIM_RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 N = len(DDPM_RUNS) + len(DDIM_RUNS)
 LEARNED_RANGE = 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def runs() -> list[tuple[Any, dict[str, Any], torch.Generator]]:

@@ -58,9 +58,29 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def seeded_sample(diffusion: Any, **call: Any) -> tuple[Tensor, Tensor]:
+def seeded(call: Any, *arguments: Any, **options: Any) -> tuple[Any, Tensor]:
+    """Return what a call gives, and the state in which it leaves the global generator."""
     torch.manual_seed(5)
-    return diffusion.sample(**call), torch.get_rng_state()
+    return call(*arguments, **options), torch.get_rng_state()
+
+
+def seeded_sample(diffusion: Any, **call: Any) -> tuple[Tensor, Tensor]:
+    return seeded(diffusion.sample, **call)
+
+
+def both(ours: Any, theirs: Any, method: str, *arguments: Any, within: float = 1e-5, **options: Any) -> Tensor:
+    """Return ours, after comparing it and the state of the generator with the original's."""
+    results, states = [], []
+    for diffusion in (theirs, ours):
+        # The original adds to noise that it is given.
+        own = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+        result, state = seeded(getattr(diffusion, method), *own, **options)
+        results.append(result[0] if isinstance(result, tuple) else result)
+        states.append(state)
+    assert results[1].shape == results[0].shape
+    assert relative(results[1], results[0]) <= within, method
+    assert torch.equal(*states), method
+    return results[1]
 
 
 def assert_same(ours: Any, theirs: Any, label: Any) -> None:

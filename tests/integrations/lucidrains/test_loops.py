@@ -8,17 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastddpm import ops
 from fastddpm.integrations.lucidrains import GaussianDiffusion
-from fastddpm.integrations.lucidrains.tables import OBJECTIVES, SCHEDULES
-from tests.integrations.lucidrains.cases import (
-    SIZE,
-    Net,
-    images,
-    options,
-    pair,
-    relative,
-    seeded_sample,
-)
+from fastddpm.integrations.lucidrains.tables import OBJECTIVES, SCHEDULES, ddim_table
+from tests.integrations.lucidrains.cases import SIZE, Net, both, images, options, pair, relative, seeded_sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule does not end near a Gaussian")
 
@@ -26,10 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the schedule does not end near a
 @pytest.mark.parametrize(("objective", "schedule"), list(zip(OBJECTIVES, SCHEDULES, strict=True)))
 def test_sample_is_the_originals_over_1000_steps(original: Any, objective: str, schedule: str) -> None:
     theirs, ours = pair(original, timesteps=1000, objective=objective, beta_schedule=schedule)
-    expected, expected_state = seeded_sample(theirs, batch_size=2)
-    actual, state = seeded_sample(ours, batch_size=2)
-    assert float((actual - expected).abs().max()) <= 1e-4
-    assert torch.equal(state, expected_state)
+    both(ours, theirs, "sample", batch_size=2, within=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
@@ -42,10 +32,7 @@ def test_ddim_is_the_originals_with_the_same_draws(
     theirs, ours = pair(
         original, objective=objective, beta_schedule=schedule, sampling_timesteps=steps, ddim_sampling_eta=eta
     )
-    expected, expected_state = seeded_sample(theirs, batch_size=2)
-    actual, state = seeded_sample(ours, batch_size=2)
-    assert relative(actual, expected) <= 2e-5
-    assert torch.equal(state, expected_state)
+    both(ours, theirs, "sample", batch_size=2, within=2e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -61,7 +48,7 @@ def test_one_ddim_step_is_within_1e6_of_the_original(original: Any, schedule: st
     )
     # The states of the original run, each advanced by one step of ours: row i of the table.
     states = seeded_sample(theirs, batch_size=2, return_all_timesteps=True)[0] * 2 - 1
-    table = ours._cached("ddim", ddim_builder(), objective, 250, 0.5, True)
+    table = ours._cached("ddim", ddim_table, objective, 250, 0.5, True)
     torch.manual_seed(5)
     torch.randn(2, 3, SIZE, SIZE)
     for i, t in enumerate(table.timesteps.tolist()):
@@ -72,15 +59,7 @@ def test_one_ddim_step_is_within_1e6_of_the_original(original: Any, schedule: st
         assert relative(step, states[:, i + 1]) <= 1e-6, t
 
 
-def ddim_builder() -> Any:
-    from fastddpm.integrations.lucidrains.tables import ddim_table
-
-    return ddim_table
-
-
 def ours_step(diffusion: GaussianDiffusion, table: Any, i: int, x: Tensor, t: int, z: Tensor) -> Tensor:
-    from fastddpm import ops
-
     with torch.no_grad():
         output = diffusion.model(x, torch.full((len(x),), t))
         return ops.p_sample(x, output, table.rows, torch.tensor([i]), z.expand_as(x).contiguous(), clip=True)
@@ -89,17 +68,15 @@ def ours_step(diffusion: GaussianDiffusion, table: Any, i: int, x: Tensor, t: in
 @pytest.mark.parametrize("steps", [None, 6])
 def test_return_all_timesteps_is_the_originals(original: Any, steps: int | None) -> None:
     theirs, ours = pair(original, timesteps=21, sampling_timesteps=steps)
-    expected, _ = seeded_sample(theirs, batch_size=2, return_all_timesteps=True)
-    actual, _ = seeded_sample(ours, batch_size=2, return_all_timesteps=True)
-    assert actual.shape == expected.shape == (2, (steps or 21) + 1, 3, SIZE, SIZE)
-    assert relative(actual, expected) <= 1e-5
+    states = both(ours, theirs, "sample", batch_size=2, return_all_timesteps=True)
+    assert states.shape == (2, (steps or 21) + 1, 3, SIZE, SIZE)
 
 
 def test_sample_with_active_dropout_draws_as_the_original(original: Any) -> None:
     net = Net(dropout=0.5).train()
     arguments = options(timesteps=21)
     theirs, ours = original.GaussianDiffusion(net, **arguments), GaussianDiffusion(net, **arguments)
-    assert torch.equal(seeded_sample(ours, batch_size=2)[0], seeded_sample(theirs, batch_size=2)[0])
+    both(ours, theirs, "sample", batch_size=2, within=0.0)
 
 
 def test_sample_of_the_originals_unet_and_checkpoint(original: Any, tmp_path: Any) -> None:
@@ -117,10 +94,5 @@ def test_sample_of_the_originals_unet_and_checkpoint(original: Any, tmp_path: An
 
 @pytest.mark.parametrize("t", [None, 12, 1, 0])
 def test_interpolate_is_the_originals_with_the_same_draws(original: Any, t: int | None) -> None:
-    results = []
-    for diffusion in pair(original, timesteps=21):
-        torch.manual_seed(5)
-        x = diffusion.interpolate(images(1) * 2 - 1, images(2) * 2 - 1, t=t, lam=0.3)
-        results.append((x, torch.get_rng_state()))
-    assert relative(results[1][0], results[0][0]) <= 1e-5
-    assert torch.equal(results[1][1], results[0][1])
+    theirs, ours = pair(original, timesteps=21)
+    both(ours, theirs, "interpolate", images(1) * 2 - 1, images(2) * 2 - 1, t=t, lam=0.3)

@@ -15,10 +15,11 @@ from tests.integrations.lucidrains.cases import (
     Cast,
     Net,
     assert_same,
+    both,
     images,
     options,
     pair,
-    relative,
+    seeded,
 )
 from tests.ops.pairs import all_pairs, case_id
 
@@ -106,12 +107,9 @@ def test_p_sample_is_the_originals_bits_and_draws(original: Any, objective: str,
     theirs.model.to(dtype)
     x = (images(4) * 4 - 2).to(dtype)
     for t in (49, 1, 0):
-        results = []
-        for diffusion in (theirs, ours):
-            torch.manual_seed(11)
-            results.append((diffusion.p_sample(x, t), torch.get_rng_state()))
-        assert_same(results[1][0], results[0][0], t)
-        assert torch.equal(results[1][1], results[0][1])
+        (expected, expected_state), (actual, state) = (seeded(each.p_sample, x, t) for each in (theirs, ours))
+        assert_same(actual, expected, t)
+        assert torch.equal(state, expected_state)
 
 
 PROCESSES = {
@@ -137,18 +135,10 @@ def test_one_step_is_the_originals_over_all_pairs_of_settings(original: Any, cas
     t = T // 2 if at == 0.5 else at % T
     net = Cast(network_dtype).eval()
     x = (images(4) * 4 - 2).to(x_dtype)
-    results = []
-    for diffusion in (
-        original.GaussianDiffusion(net, **options(**settings)),
-        GaussianDiffusion(net, **options(**settings)),
-    ):
-        torch.manual_seed(11)
-        prev, x0 = diffusion.p_sample(x, t)
-        results.append((prev, x0, torch.get_rng_state()))
-    (prev, x0, left), (expected, expected_x0, expected_left) = results[1], results[0]
-    assert torch.equal(left, expected_left)
-    assert relative(prev, expected) <= 1e-6
-    a = float(diffusion.sqrt_recip_alphas_cumprod[t])
+    theirs, ours = (kind(net, **options(**settings)) for kind in (original.GaussianDiffusion, GaussianDiffusion))
+    (_, expected_x0), (_, x0) = (seeded(each.p_sample, x, t)[0] for each in (theirs, ours))
+    both(ours, theirs, "p_sample", x, t, within=1e-6)
+    a = float(ours.sqrt_recip_alphas_cumprod[t])
     bound = 4 * torch.finfo(torch.float32).eps * max(1.0, a) * float(x.abs().max())
     assert float((x0 - expected_x0).abs().max()) <= bound
 
@@ -159,38 +149,26 @@ def test_one_step_is_the_originals_over_all_pairs_of_settings(original: Any, cas
 def test_loss_is_the_originals_over_all_pairs_of_settings(original: Any, case: dict[str, Any]) -> None:
     theirs, ours = pair(original, **{name: case[name] for name in PROCESSES})
     t = torch.tensor([0, 1, case["timesteps"] // 2, case["timesteps"] - 1])
-    results = []
-    for diffusion in (theirs, ours):
-        noise = None if case["noise"] is None else images(case["noise"]) * 2 - 1
-        torch.manual_seed(2)
-        loss = diffusion.p_losses(images(6) * 2 - 1, t, noise, loss_reduction=case["loss_reduction"])
-        results.append((loss.detach(), torch.get_rng_state()))
-    assert results[1][0].shape == results[0][0].shape
-    assert relative(results[1][0], results[0][0]) <= 1e-6
-    assert torch.equal(results[1][1], results[0][1])
+    noise = None if case["noise"] is None else images(case["noise"]) * 2 - 1
+    with torch.no_grad():
+        x_0, reduction = images(6) * 2 - 1, case["loss_reduction"]
+        both(ours, theirs, "p_losses", x_0, t, noise, loss_reduction=reduction, within=1e-6)
 
 
 def test_p_sample_of_channels_last_draws_in_memory_order(original: Any) -> None:
     x = images(4) * 4 - 2
-    results = []
-    for diffusion in pair(original):
-        torch.manual_seed(11)
-        results.append(diffusion.p_sample(x.to(memory_format=torch.channels_last), 20)[0])
-    assert torch.equal(*results)
-    torch.manual_seed(11)
-    assert not torch.equal(results[0], diffusion.p_sample(x, 20)[0])
+    theirs, ours = pair(original)
+    drawn = both(ours, theirs, "p_sample", x.to(memory_format=torch.channels_last), 20, within=0.0)
+    assert not torch.equal(drawn, seeded(ours.p_sample, x, 20)[0][0])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_p_sample_of_a_bfloat16_network_is_the_originals_bits(original: Any, objective: str) -> None:
     low, arguments = Cast(torch.bfloat16), options(objective=objective)
-    theirs, ours = original.GaussianDiffusion(low, **arguments), GaussianDiffusion(low, **arguments)
-    results = []
-    for diffusion in (theirs, ours):
-        torch.manual_seed(11)
-        results.append(diffusion.p_sample(images(4) * 4 - 2, 20))
-    assert torch.equal(results[1][0], results[0][0])
-    assert torch.equal(results[1][1], results[0][1].float())
+    kinds, x = (original.GaussianDiffusion, GaussianDiffusion), images(4) * 4 - 2
+    ((expected, expected_x0), _), ((prev, x0), _) = (seeded(kind(low, **arguments).p_sample, x, 20) for kind in kinds)
+    assert torch.equal(prev, expected)
+    assert torch.equal(x0, expected_x0.float())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -14,7 +14,7 @@ import fastddpm
 from fastddpm.integrations.lucidrains import GaussianDiffusion, GaussianDiffusion1D
 from fastddpm.integrations.lucidrains import classifier_free_guidance as ours_classifier_free
 from fastddpm.integrations.lucidrains.tables import OBJECTIVES
-from tests.integrations.lucidrains.cases import SIZE, images, relative
+from tests.integrations.lucidrains.cases import SIZE, both, images, relative
 from tests.ops.pairs import all_pairs, case_id
 
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule does not end near a Gaussian")
@@ -45,18 +45,6 @@ class Sequences(nn.Module):
         h = torch.tanh(self.conv(h) + 0.01 * t.float()[:, None, None])
         h = h if level is None else h + level[:, None, None]
         return h if self.channel_first else h.mT.contiguous()
-
-
-def both(ours: Any, theirs: Any, method: str, *arguments: Any, **options: Any) -> Tensor:
-    """Return ours, after comparing it and the state of the generator with the original's."""
-    results = []
-    for diffusion in (theirs, ours):
-        torch.manual_seed(5)
-        result = getattr(diffusion, method)(*arguments, **options)
-        results.append((result[0] if isinstance(result, tuple) else result, torch.get_rng_state()))
-    assert relative(results[1][0], results[0][0]) <= 1e-5, method
-    assert torch.equal(results[1][1], results[0][1]), method
-    return results[1][0]
 
 
 @pytest.mark.parametrize(
