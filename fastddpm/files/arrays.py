@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -29,15 +30,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         of whatever shape and values.
 
     Raises:
-        ValueError: the file is damaged, holds objects or declares too much.
+        ValueError: it is no regular file, damaged, holds objects or declares too much.
     """
-    try:
-        if path.suffix == ".npz":
-            return _read_npz(path)
-        with path.open("rb") as stream:
-            return {"images": _read_array(stream, path.stat().st_size, "array")}
-    except _UNREADABLE as error:
-        raise ValueError(printable(f"{path}: not a usable array file: {error}")) from error
+    return _read(path, {"images": ("images", "arr_0"), "labels": ("labels", "arr_1"), "condition": ("condition",)})
 
 
 def read_named(path: Path, name: str) -> np.ndarray:
@@ -46,20 +41,7 @@ def read_named(path: Path, name: str) -> np.ndarray:
     Raises:
         ValueError: it is no regular file, damaged, holds objects, declares too much, or has no such array.
     """
-    size = regular_size(path)
-    try:
-        if path.suffix != ".npz":
-            with path.open("rb") as stream:
-                return _read_array(stream, size, name)
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            member = next(iter(members.values())) if len(members) == 1 else members.get(name)
-            if member is None:
-                raise ValueError(f"no array called {name} among {sorted(members)[:8]}")
-            with archive.open(member) as stream:
-                return _read_array(stream, member.file_size, name)
-    except _UNREADABLE as error:
-        raise ValueError(printable(f"{path}: not a usable array file: {error}")) from error
+    return _read(path, {name: (name,)})[name]
 
 
 def check_bytes(name: str, n_bytes: int) -> None:
@@ -70,20 +52,27 @@ def check_bytes(name: str, n_bytes: int) -> None:
         )
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-
-        def read(name: str) -> np.ndarray:
-            with archive.open(members[name]) as stream:
-                return _read_array(stream, members[name].file_size, name)
-
-        only = next(iter(members)) if len(members) == 1 else None
-        names = {"images": ("images", "arr_0", only), "labels": ("labels", "arr_1"), "condition": ("condition",)}
-        found = {kind: name for kind, known in names.items() for name in reversed(known) if name in members}
-        if "images" not in found:
-            raise ValueError(f"no array called images or arr_0 among {sorted(members)[:8]}")
-        return {kind: read(name) for kind, name in found.items()}
+def _read(path: Path, names: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
+    """Read arrays by any of their names; a file's only array is the first, which must be there."""
+    size, first = regular_size(path), next(iter(names))
+    try:
+        if path.suffix != ".npz":
+            with path.open("rb") as stream:
+                return {first: _read_array(stream, size, first)}
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            found = {kind: name for kind, known in names.items() for name in reversed(known) if name in members}
+            if len(members) == 1:
+                found.setdefault(first, next(iter(members)))
+            if first not in found:
+                raise ValueError(f"no array called {' or '.join(names[first])} among {sorted(members)[:8]}")
+            arrays = {}
+            for kind, name in found.items():
+                with archive.open(members[name]) as stream:
+                    arrays[kind] = _read_array(stream, members[name].file_size, name)
+            return arrays
+    except _UNREADABLE as error:
+        raise ValueError(printable(f"{path}: not a usable array file: {error}")) from error
 
 
 def _read_array(stream: IO[bytes], size: int, name: str) -> np.ndarray:
