@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddpm.checks import number, one_of
+from fastddpm.checks import integer, number, one_of
 
 MAX_TIMESTEPS = 1_000_000
 
@@ -17,12 +17,9 @@ MAX_TIMESTEPS = 1_000_000
 MAX_BETA = 0.999
 
 
-def check_num_timesteps(num_timesteps: int) -> None:
-    """Raise unless 1 <= num_timesteps <= 1,000,000."""
-    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int):
-        raise ValueError(f"num_timesteps must be an int, got {num_timesteps!r}")
-    if not 1 <= num_timesteps <= MAX_TIMESTEPS:
-        raise ValueError(f"num_timesteps must lie in 1..{MAX_TIMESTEPS}, got {num_timesteps}")
+def check_num_timesteps(num_timesteps: int) -> int:
+    """Return T; raise unless 1 <= T <= 1,000,000."""
+    return integer("num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
 
 
 def named_betas(name: str, num_timesteps: int, **options: Any) -> Tensor:

@@ -98,7 +98,7 @@ class DiffusionConfig:
     clip_range: float | None = 1.0
 
     def __post_init__(self) -> None:
-        check_num_timesteps(self.num_timesteps)
+        object.__setattr__(self, "num_timesteps", check_num_timesteps(self.num_timesteps))
         check_ends(self.beta_start, self.beta_end)
         check_clip_range(self.clip_range)
         one_of("beta_schedule", self.beta_schedule, SCHEDULES)

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastddpm.checks import number, one_of, shown
+from fastddpm.checks import integer, number, one_of, shown
 from fastddpm.schedules.schedule import Schedule
-from fastddpm.schedules.spacing import INTEGER_SPACINGS, check_steps, spaced_timesteps
+from fastddpm.schedules.spacing import INTEGER_SPACINGS, spaced_timesteps
 
 # Align Your Steps (Sabour et al. 2024, arXiv:2404.14507): the published timesteps of ten calls, and the end of each.
 AYS = {
@@ -106,7 +106,7 @@ def noise_levels(
         visited = _checked_list("timesteps", timesteps, low=0.0, high=schedule.num_timesteps - 1.0)
     else:
         n = schedule.num_timesteps if steps is None else steps
-        check_steps(n, schedule.num_timesteps)
+        integer("steps", n, 1, schedule.num_timesteps)
         visited = _spaced(schedule, n, spacing, steps_offset, final)
     end = 1.0 if final == "zero" else float(schedule.alphas_cumprod[0])
     alphas_cumprod = torch.cat(

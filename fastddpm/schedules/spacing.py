@@ -33,7 +33,7 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "linspace", steps_offset
         ValueError: steps is outside 1..T, the spacing is unknown, or the offset leaves 0..T-1.
     """
     check_num_timesteps(T)
-    check_steps(steps, T)
+    integer("steps", steps, 1, T)
     one_of("spacing", spacing, INTEGER_SPACINGS)
     integer("steps_offset", steps_offset)
     timesteps: np.ndarray
@@ -139,14 +139,6 @@ def resolve_timesteps(
             raise ValueError(f"give steps or timesteps, not both; got steps = {steps} and a list of timesteps")
         return validate_timesteps(timesteps, T)
     return spaced_timesteps(T, T if steps is None else steps, spacing, steps_offset)
-
-
-def check_steps(steps: int, T: int) -> None:
-    """Raise unless 1 <= steps <= T."""
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise ValueError(f"steps must be an int, got {steps!r}")
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must lie in 1..{T}, the number of training timesteps; got {steps}")
 
 
 def _integer_stride(T: int, count: int) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,11 @@ def test_schedule_does_not_warn_when_the_rescaled_end_is_gaussian():
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_config_survives_json(config):
     assert DiffusionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_number_of_timesteps_may_be_numpys() -> None:
+    config = DiffusionConfig(num_timesteps=np.int64(10))
+    assert json.loads(json.dumps(config.to_dict()))["num_timesteps"] == 10
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -155,8 +161,8 @@ def test_from_scheduler_config_maps_log_variances_to_the_same_std(theirs, ours):
         ({"clip_sample_range": math.inf}, "clip_sample_range must be finite .*, got inf"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "another process"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "another process"),
-        ({"num_train_timesteps": "1000"}, "num_timesteps must be an int, got '1000'"),
-        ({"num_train_timesteps": 10**9}, "num_timesteps must lie in 1..1000000, got 1000000000"),
+        ({"num_train_timesteps": "1000"}, "num_timesteps must be an integer >= 1 and <= 1000000, got '1000'"),
+        ({"num_train_timesteps": 10**9}, "num_timesteps must be an integer >= 1 and <= 1000000, got 1000000000"),
         ({"beta_start": None}, "beta_start must be a finite number > 0.0 and < 1.0, got None"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 values, but num_timesteps is 1000"),
         (

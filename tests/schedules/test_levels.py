@@ -112,8 +112,8 @@ def test_lists_of_timesteps_and_sigmas_are_taken_as_they_are():
 REFUSED = {
     "unknown spacing": ({"steps": 5, "spacing": "karas"}, "unknown spacing 'karas' (did you mean 'karras'?)"),
     "unknown final": ({"steps": 5, "final": "none"}, "unknown final 'none'; choose one of zero, sigma_min"),
-    "no steps": ({"steps": 0}, "steps must lie in 1..1000"),
-    "negative steps": ({"steps": -1}, "steps must lie in 1..1000, the number of training timesteps; got -1"),
+    "no steps": ({"steps": 0}, "steps must be an integer >= 1 and <= 1000, got 0"),
+    "negative steps": ({"steps": -1}, "steps must be an integer >= 1 and <= 1000, got -1"),
     "two of them": ({"steps": 5, "timesteps": [5, 4]}, "give steps or a list of timesteps or sigmas, not both"),
     "rising": ({"timesteps": [4, 5]}, "timesteps must descend, got timesteps[1] = 5.0 after 4.0"),
     "nan": ({"timesteps": [math.nan]}, "timesteps[0] must be a finite number >= 0.0 and <= 999.0, got nan"),

@@ -69,12 +69,12 @@ def test_spaced_timesteps_at_full_length_visits_everything(spacing):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((10, 11, "linspace"), "steps must lie in 1..10, the number of training timesteps; got 11"),
-        ((10, 0, "linspace"), "steps must lie in 1..10"),
+        ((10, 11, "linspace"), "steps must be an integer >= 1 and <= 10, got 11"),
+        ((10, 0, "linspace"), "steps must be an integer >= 1 and <= 10, got 0"),
         ((10, -1, "leading"), "got -1"),
-        ((10, 2.0, "leading"), "steps must be an int, got 2.0"),
-        ((10, True, "leading"), "steps must be an int, got True"),
-        ((0, 1, "leading"), "num_timesteps must lie in"),
+        ((10, 2.0, "leading"), "steps must be an integer >= 1 and <= 10, got 2.0"),
+        ((10, True, "leading"), "steps must be an integer >= 1 and <= 10, got True"),
+        ((0, 1, "leading"), "num_timesteps must be an integer"),
         ((10, 5, "karras"), "unknown spacing 'karras'; choose one of linspace, leading, trailing, quadratic"),
         ((10, 10, "leading", 1), r"timesteps must lie in 0..9, got timesteps\[0\] = 10"),
     ],
