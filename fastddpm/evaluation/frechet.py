@@ -47,12 +47,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     S_a S_b has the eigenvalues of the symmetric R S_a R with R = S_b^(1/2), so `eigh` does, singular covariances
     included.
     """
-    return _distance(a, b, _square_root(b.covariance))
-
-
-def _distance(a: Gaussian, b: Gaussian, root_b: Array) -> float:
-    difference = a.mean - b.mean
-    eigenvalues = np.linalg.eigvalsh(root_b @ a.covariance @ root_b)
+    difference, root = a.mean - b.mean, _square_root(b.covariance)
+    eigenvalues = np.linalg.eigvalsh(root @ a.covariance @ root)
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(eigenvalues.clip(0)).sum()
     return max(0.0, float(difference @ difference + trace))
 
@@ -111,8 +107,7 @@ def compare(
 def _both(samples: Array, train: Array, held_out: Array, *counts: Array) -> tuple[float, float]:
     """Distances of samples and of training images to held-out ones, each row of the three taken so many times."""
     of_samples, of_train, real = (fit(x, c) for x, c in zip((samples, train, held_out), counts, strict=True))
-    root = _square_root(real.covariance)
-    return _distance(of_samples, real, root), _distance(of_train, real, root)
+    return frechet_distance(of_samples, real), frechet_distance(of_train, real)
 
 
 def _estimate(value: float, draws: Array) -> Estimate:
