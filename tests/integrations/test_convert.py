@@ -64,7 +64,7 @@ def lucidrains_state(schedule: str, objective: str, gamma: float | None = None, 
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("schedule", "T"), [("linear", 1000), ("linear", 400), ("cosine", 100), ("sigmoid", 1000)])
-def test_lucidrains_schedule_and_objective_are_recognised(
+def test_lucidrains_schedule_is_read_and_its_objective_recognised(
     tmp_path: Path, schedule: str, T: int, objective: str, gamma: float | None
 ) -> None:
     path = trainer_checkpoint(tmp_path / "model-1.pt", lucidrains_state(schedule, objective, gamma, T))
@@ -72,7 +72,7 @@ def test_lucidrains_schedule_and_objective_are_recognised(
     assert config.prediction_type == PREDICTION[objective]
     assert config.variance_type == "fixed_small"
     expected = torch.cumprod(1 - SCHEDULES[schedule](T), dim=0)
-    assert torch.allclose(config.schedule().alphas_cumprod, expected, rtol=1e-9, atol=1e-15)
+    assert torch.allclose(config.schedule().alphas_cumprod, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_lucidrains_own_schedule_keeps_its_betas(tmp_path: Path) -> None:

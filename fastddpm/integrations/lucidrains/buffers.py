@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastddpm.checks import one_of, shown
 from fastddpm.files.tensors import TensorFile
-from fastddpm.integrations.lucidrains.tables import OBJECTIVES, SCHEDULES
+from fastddpm.integrations.lucidrains.tables import OBJECTIVES
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.tables.ddpm import PREDICTION_TYPES
 
@@ -24,7 +22,7 @@ def diffusion_places(checkpoint: TensorFile) -> list[str]:
 
 
 def read_diffusion(checkpoint: TensorFile, prefix: str, prediction: str | None, default: str | None) -> DiffusionConfig:
-    """Recognise a schedule by its betas, and the target by the weights of denoising-diffusion-pytorch's loss.
+    """Read a schedule's betas, and recognise the target by the weights of denoising-diffusion-pytorch's loss.
 
     Args:
         prediction: "epsilon", "x_0" or "v", where the file cannot say it.
@@ -53,21 +51,8 @@ def read_diffusion(checkpoint: TensorFile, prefix: str, prediction: str | None, 
             f"{checkpoint.path}: without a loss_weight it does not say what the network predicts; give prediction "
             f"(--prediction): {', '.join(PREDICTION_TYPES)}"
         )
-    schedule = _schedule(buffers["betas"])
-    return DiffusionConfig(num_timesteps=len(buffers["betas"]), prediction_type=target, **schedule)
-
-
-def _schedule(betas: Tensor) -> dict[str, Any]:
-    T = len(betas)
-    for name, build in SCHEDULES.items():
-        if name == "linear" and T <= 20:
-            continue
-        exact = build(T)
-        if torch.equal(exact.float(), betas):
-            # Their sigmoid has float32 ends, which no named schedule has.
-            named = name == "cosine" or (name == "linear" and T == 1000)
-            return {"beta_schedule": name} if named else {"trained_betas": tuple(exact.tolist())}
-    return {"trained_betas": tuple(betas.double().tolist())}
+    betas = tuple(buffers["betas"].double().tolist())
+    return DiffusionConfig(num_timesteps=len(betas), trained_betas=betas, prediction_type=target)
 
 
 def _fitting_objectives(buffers: dict[str, Tensor]) -> list[str]:
