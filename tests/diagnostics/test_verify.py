@@ -71,7 +71,7 @@ def test_verify_tells_a_wrong_network_from_a_wrong_capture(
     """Faults of a size that no GPU is needed for, added to what the CPU's plain loop gives."""
 
     class Faulty(Sampler):
-        def __init__(self, *args: Any, compile: bool, cuda_graph: bool, **options: Any) -> None:
+        def __init__(self, *args: Any, compile: bool, cuda_graph: bool, norm: str, **options: Any) -> None:
             super().__init__(*args, compile=False, **options)
             self.fault = compiled * compile + captured * cuda_graph
 
@@ -81,8 +81,9 @@ def test_verify_tells_a_wrong_network_from_a_wrong_capture(
 
     monkeypatch.setattr(verify, "Sampler", Faulty)
     monkeypatch.setattr(verify, "_require_cuda", lambda device: None)
+    monkeypatch.setattr(verify, "BATCH", 2)
     with pytest.raises(AssertionError, match=said) if said else contextlib.nullcontext():
-        assert "float32" in verify.check_network(CPU)
+        assert "bfloat16, norm='fused'" in verify.check_network(CPU)
 
 
 @pytest.mark.gpu

@@ -41,14 +41,18 @@ def run(case: NormCase, dtype: torch.dtype, arch: int = 90) -> tuple[PtxDevice, 
 
 
 def bounds(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What y may be: the twin in float64, give or take 2 ulp of the largest term before the activation, and 4 of y."""
+    """What y may be: the twin in float64, give or take 2 ulp of the channel's largest value before the activation.
+
+    PyTorch's layers in float32 are up to 7 such ulp off in these cases. In ulp of y itself no bound holds, theirs nor
+    ours: where left * scale cancels shift, y is small and keeps the terms' rounding.
+    """
     double = {n: v.double() if isinstance(v, Tensor) else v for n, v in arguments.items()}
     if arguments["keep"]:
         _, u = group_norm(**arguments, backend="torch")
         double |= {"x": u.double(), "skip": None, "residual": None, "bias": None, "time": None, "keep": False}
     y, _ = group_norm(**double, backend="torch")
     linear, _ = group_norm(**(double | {"silu": False}), backend="torch")
-    slack = ULP * (2 * linear.abs().amax(dim=(2, 3), keepdim=True) + 4 * y.abs())
+    slack = 2 * ULP * linear.abs().amax(dim=(2, 3), keepdim=True)
     return y - slack, y + slack
 
 

@@ -689,6 +689,23 @@ def test_changed_weights_are_noticed(dtype: torch.dtype, captured: bool) -> None
     assert torch.equal(s.sample(seeds=[1]), expected)
 
 
+def test_callback_that_edits_nothing_costs_no_copy_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[StaticStep] = []
+    feed = StaticStep.feed_network
+    monkeypatch.setattr(StaticStep, "feed_network", lambda step: (fed.append(step), feed(step)))
+    s = sampler()
+    # A CPU's state may be written by NumPy, which nobody sees; a GPU's cannot.
+    s.device = torch.device("cuda")
+
+    def copies(callback: Callable[[StepResult[None]], Any] | None) -> int:
+        fed.clear()
+        s.sample(seeds=[1], callback=callback)
+        return len(fed)
+
+    assert copies(lambda result: None) == copies(None)
+    assert copies(lambda result: result.x_t.mul_(0.5)) == copies(None) + len(s.table)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("mine"), KeyError("mine")])
 def test_error_of_a_callback_is_the_callers_own(error: Exception) -> None:
     def fail(result: StepResult) -> None:
