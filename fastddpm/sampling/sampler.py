@@ -14,7 +14,7 @@ from fastddpm.machine.building import Want
 from fastddpm.sampling.network import Model
 from fastddpm.sampling.options import resolve_options
 from fastddpm.sampling.request import Request, RequestArguments, refuse_unknown, resolve_request
-from fastddpm.sampling.state import State, StepResult, origin_of, refuse_other
+from fastddpm.sampling.state import State, StepResult, origin_of
 from fastddpm.sampling.step import StaticStep, explain, raise_if_bad
 from fastddpm.sampling.step_pool import StepPool
 from fastddpm.tables.table import COLUMN, Table
@@ -229,10 +229,9 @@ class Sampler:
         Raises:
             ValueError: the state is of another model, table or noise version, or the file is damaged.
         """
-        origin = origin_of(self.model, self.table, self.options)
         if not isinstance(state, State):
-            state = State.load(os.fspath(state), self.table, self.options, origin)
-        refuse_other(state.origin, origin)
+            state = State.load(os.fspath(state))
+        state.refuse_unless(origin_of(self.model, self.table, self.options))
         return self._draw(state.request, callback, False, state)[0]
 
     def _draw(self, request: Request, callback: Any, return_x0: bool, state: Any = None) -> tuple[Tensor, Any]:

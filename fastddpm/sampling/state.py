@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastddpm.checks import integer, number
+from fastddpm.checks import integer
 from fastddpm.files.atomic import write_files
 from fastddpm.files.run_folder import differences
 from fastddpm.files.safejson import parse_object
@@ -32,6 +32,10 @@ FORMAT = "fastddpm-state-1"
 X0 = TypeVar("X0")
 # Buffers of a step that the next one reads.
 _BUFFERS = ("x_t", "history", "x0_in")
+# Of a request, what only its first step reads. All else is held, whatever fields a request has.
+_START = ("x_T", "init")
+# No keyword argument is called so.
+_TENSOR = "a tensor"
 
 
 @dataclass(frozen=True)
@@ -68,60 +72,69 @@ class State:
         step.feed_network()
         return self.row
 
+    def refuse_unless(self, origin: dict[str, Any]) -> None:
+        """Raise ValueError unless it is of that origin."""
+        if changed := differences(self.origin, origin):
+            raise ValueError(f"the state is of another run than this sampler's: {'; '.join(changed)}")
+
     def save(self, path: Path | str) -> None:
         """Write it to a safetensors file, whole or not at all.
 
         Raises:
             ValueError: the run depends on what no file can hold: a generator, a function or another object.
         """
-        request, guidance = self.request, self.request.guidance
-        if request.draw is not None or guidance.cond_fn is not None:
-            raise ValueError("a run with generator=, noise= or cond_fn= cannot be saved; draw its noise by seeds=")
-        tensors = {**self.buffers, "seed": request.seed, "sample_id": request.sample_id}
-        optional = {"class_labels": request.class_labels, "w": guidance.w}
-        optional |= dict(zip(("known", "drawn"), request.known or (), strict=False))
-        optional |= {f"kwargs.{name}": value for name, value in request.kwargs.items()}
-        tensors |= {name: value for name, value in optional.items() if isinstance(value, Tensor)}
-        plain = {name: value for name, value in request.kwargs.items() if not isinstance(value, Tensor)}
-        for name, value in plain.items():
-            if not isinstance(value, int | float | str | None):
-                raise ValueError(f"model_kwargs[{name!r}] is a {type(value).__name__}, which a state cannot hold")
-        w = None if isinstance(guidance.w, Tensor) else guidance.w
-        state = {"format": FORMAT, "row": self.row, "w": w, "phi": guidance.phi, "kwargs": plain, **self.origin}
-        on_disk = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-        write_files({Path(path): save(on_disk, {"state": json.dumps(state, allow_nan=False)})})
+        request = {name: value for name, value in vars(self.request).items() if name not in _START}
+        held = {"row": self.row, "buffers": self.buffers, "request": request}
+        tensors: dict[str, Tensor] = {}
+        state = {"format": FORMAT, "origin": self.origin, **_packed("state", held, tensors)}
+        write_files({Path(path): save(tensors, {"state": json.dumps(state, allow_nan=False)})})
 
     @classmethod
-    def load(cls, path: Path | str, table: Table, options: Options, origin: dict[str, Any]) -> State:
-        """Read a file that `save` wrote, for a sampler of that origin.
+    def load(cls, path: Path | str) -> State:
+        """Read a file that `save` wrote.
 
         Raises:
-            ValueError: the file is damaged, or of another model, table, noise version, dtype or shape.
+            ValueError: it is damaged, or another file.
         """
         path = Path(path)
         file = SafetensorsFile(path)
         state = parse_object(file.metadata.get("state", "{}").encode(), source=f"{path}: its state")
         if state.get("format") != FORMAT:
             raise ValueError(f"{path} is no {FORMAT} file")
-        refuse_other({name: state.get(name) for name in origin}, origin)
         try:
             with safe_open(path, framework="pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in file.tensors}
-            row = integer("row", state["row"], 0, len(table))
-            size = (len(tensors["seed"]), *options.shape)
-            if tuple(tensors["x_t"].shape) != size:
-                raise ValueError(f"x_t has shape {list(tensors['x_t'].shape)} for samples of {list(size)}")
-            w = tensors["w"] if "w" in tensors else number("w", state["w"])
-            guidance = Guidance(w, number("phi", state["phi"]), None, None)
-            kwargs = dict(state["kwargs"])
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+                held = _unpacked(state, {name: opened.get_tensor(name) for name in file.tensors})
+            row, buffers, given = integer("row", held["row"], 0), held["buffers"], held["request"]
+            fields: dict[str, Any] = {**given, **dict.fromkeys(_START), "guidance": Guidance(*given["guidance"])}
+            request = Request(**fields)
+            size = [len(request.seed), *state["origin"]["shape"]]
+            if list(buffers["x_t"].shape) != size:
+                raise ValueError(f"x_t has shape {list(buffers['x_t'].shape)} for samples of {size}")
+        except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        kwargs |= {name.removeprefix("kwargs."): x for name, x in tensors.items() if name.startswith("kwargs.")}
-        known = (tensors["known"], tensors["drawn"]) if "known" in tensors else None
-        labels = tensors.get("class_labels")
-        seed, ids = tensors["seed"], tensors["sample_id"]
-        request = Request(seed, ids, None, None, known, None, labels, guidance, kwargs, seeded=True)
-        return cls(row, {name: tensors[name] for name in _BUFFERS if name in tensors}, request, origin)
+        return cls(row, buffers, request, state["origin"])
+
+
+def _packed(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return a value as JSON, and add its tensors, which stand there by their names."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        return {key: _packed(f"{name}.{key}", part, tensors) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return [_packed(f"{name}.{i}", part, tensors) for i, part in enumerate(value)]
+    if not isinstance(value, int | float | str | None):
+        raise ValueError(f"{name} is a {type(value).__name__}: generator=, noise= and cond_fn= cannot be saved")
+    return value
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return tuple(_unpacked(part, tensors) for part in value)
+    if isinstance(value, dict):
+        return tensors[value[_TENSOR]] if _TENSOR in value else {k: _unpacked(v, tensors) for k, v in value.items()}
+    return value
 
 
 def _no_state() -> State:
@@ -144,13 +157,6 @@ class StepResult(NamedTuple, Generic[X0]):
     x_t: Tensor
     x0: X0
     state: Callable[[], State] = _no_state
-
-
-def refuse_other(found: dict[str, Any], origin: dict[str, Any]) -> None:
-    """Raise ValueError unless a state has a sampler's origin."""
-    changed = differences(found, origin)
-    if changed:
-        raise ValueError(f"the state is of another run than this sampler's: {'; '.join(changed)}")
 
 
 def origin_of(model: Model, table: Table, options: Options) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     s, path = sampler("ddpm", steps=4), tmp_path / "state"
     next(s.steps(seeds=[1])).state().save(path)
     content = path.read_bytes()
-    for damaged in (b"", content[:100], content[:-1], content.replace(b"fastddpm-state-1", b"fastddpm-state-2")):
+    renamed = [content.replace(old, new) for old, new in ((b"state-1", b"state-2"), (b"seeded", b"sealed"))]
+    for damaged in (b"", content[:100], content[:-1], *renamed):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="state"):
             s.resume(path)
