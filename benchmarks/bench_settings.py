@@ -1,7 +1,7 @@
 """Benchmark: settings of the sampler's loop on CUDA, one turned at a time; which of them should be the default?
 
 Not among them: x_in of eight channels, for tensor cores. It would save what cuDNN puts before one convolution, at most
-one launch of 141 and 0.01 % of the bytes (`fastddpm inspect --model cifar10`).
+one launch of 144 and 0.01 % of the bytes (`fastddpm inspect --model cifar10`).
 """
 
 from __future__ import annotations

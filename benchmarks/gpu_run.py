@@ -49,7 +49,7 @@ def parts(device: str, outdir: Path, *, smoke: bool) -> list[Part]:
 
     tests = (*python, "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", str(_TESTS))
     return [
-        Part("verify", 60, 150, (*python, "fastddpm", "verify", "--device", device)),
+        Part("verify", 75, 150, (*python, "fastddpm", "verify", "--device", device)),
         *([Part("tests", 60, 120, tests)] if _TESTS.is_dir() else []),
         Part("quick", 150, 300, bench("quick", *([] if smoke else ["--quick"]), "sampling", "p_sample"), timed=True),
         Part("counts", 60, 120, bench("counts", "counts"), timed=True),
