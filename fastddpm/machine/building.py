@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import io
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,8 +46,9 @@ class Want(enum.IntEnum):
     NOW = 3  # built if need be, while the run waits
 
 
-Job = tuple[nn.Module, tuple[Tensor, ...]]
-"""A network that can be pickled, and its arguments: their shapes, dtypes and strides are those of all later calls."""
+Job = tuple[nn.Module | bytes, tuple[Tensor, ...]]
+"""A network that can be pickled, or is exported already (see `exported`), and its arguments: their shapes, dtypes and
+strides are those of all later calls."""
 
 # Seconds until a run says that it waits for another process, and from then on.
 SAYS_AFTER, SAYS_EVERY = 2.0, 5.0
@@ -56,11 +59,54 @@ _failed: set[Path] = set()
 _guard = threading.Lock()
 
 
+@dataclass
+class Wish:
+    """How much compiled code of a network is wanted; what all of its sampler's runs share.
+
+    Attributes:
+        want: asked again at each run.
+        strict: raise where it is wanted now and cannot be had, instead of running uncompiled.
+        file: where it is, instead of in the cache; one that is not there is built, if it is wanted now.
+    """
+
+    want: Want
+    strict: bool
+    file: Path | None = None
+
+    def insist(self, compiled: bool) -> None:
+        """From now on run compiled code, waiting for it or raising where there is none; or run none."""
+        self.want, self.strict = (Want.NOW if compiled else Want.NEVER), True
+        self.file = self.file if compiled else None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing compiled is to be run."""
+        return self.want is Want.NEVER and self.file is None
+
+    def code(self, identity: Mapping[str, str], job: Callable[[], Job]) -> Code | None:
+        """Return a package's code, built first where that is wanted; None where there is none yet.
+
+        Args:
+            identity: see `packages.identify`.
+
+        Raises:
+            BackendUnavailable: it cannot be had, and the caller insists, or named a file.
+        """
+        if self.file is not None:
+            absent = self.want is Want.NOW and not self.file.exists()
+            return build(identity, job, self.file) if absent else packages.load(self.file, identity)
+        try:
+            return obtain(identity, self.want, job)
+        except BackendUnavailable as error:
+            if self.strict:
+                raise
+            logger.warning("the model runs uncompiled: %s", error)
+            self.want = Want.IF_FOUND
+            return None
+
+
 def obtain(identity: Mapping[str, str], want: Want, job: Callable[[], Job]) -> Code | None:
     """Return a package's code from the cache, built first where that is wanted; None where there is none yet.
-
-    Args:
-        identity: see `packages.identify`.
 
     Raises:
         BackendUnavailable: it is wanted now, and it cannot be built.
@@ -233,12 +279,16 @@ def compile_package(job: Job, identity: Mapping[str, str], folder: Path) -> byte
     """
     from torch._inductor.package import package_aoti
 
-    module, example = job
+    network, example = job
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     (folder / packages.PID).write_text(str(os.getpid()))
     settings: dict[str, Any] = {
         "freezing": True,
+        # Of the code between kernels, whose time does not show.
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+        # Asking the compiler whether it knows the processor's vector instructions takes longer than any kernel.
+        "cpp.vec_isa_ok": True,
         # Kernels are named in a profile; otherwise this costs nothing.
         "cpp.enable_kernel_profile": True,
         "aot_inductor.package": True,
@@ -247,8 +297,12 @@ def compile_package(job: Job, identity: Mapping[str, str], folder: Path) -> byte
         "aot_inductor.metadata": {packages.METADATA: json.dumps(dict(identity))},
     }
     try:
-        _make_constant(module)
-        graph = torch.export.export(module, example, strict=False).module(check_guards=False)
+        if isinstance(network, bytes):
+            graph = torch.export.load(io.BytesIO(network)).module(check_guards=False)
+            _make_constant(graph)
+        else:
+            _make_constant(network)
+            graph = torch.export.export(network, example, strict=False).module(check_guards=False)
         files = torch._inductor.aot_compile(graph, example, options=settings)
         package = folder / f"model{packages.SUFFIX}"
         package_aoti(str(package), files)  # type: ignore[arg-type]  # a list where "package" is set

@@ -107,7 +107,7 @@ def load(path: Path, identity: Mapping[str, str]) -> Code:
         if found.get(name) != identity.get(name)
     ]
     if other:
-        raise BackendUnavailable(f"{path} was compiled for {'; '.join(other)}: build it again with `fastddpm compile`")
+        raise BackendUnavailable(f"{path} was compiled for {'; '.join(other)}: build it again")
     try:
         return Code(path)
     except (AttributeError, TypeError, RuntimeError) as error:
@@ -125,14 +125,16 @@ def identity_of(path: Path) -> dict[str, str]:
             names = [name for name in archive.namelist() if name.endswith("wrapper_metadata.json")]
             found = json.loads(json.loads(archive.read(names[0]))[METADATA])
     except (OSError, zipfile.BadZipFile, LookupError, ValueError) as error:
-        raise BackendUnavailable(f"{path} is no package that `fastddpm compile` has written") from error
+        raise BackendUnavailable(f"{path} is no package of this library") from error
     return dict(found)
 
 
 def is_whole(path: Path) -> bool:
     """Whether a package of the cache is there, no other user can write to it, and it is as it was written."""
     try:
-        return not is_open(path.stat()) and path.with_suffix(HASH).read_text() == _sha256(path.read_bytes())
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()  # by pieces: a package is as large as a network
+        return not is_open(path.stat()) and path.with_suffix(HASH).read_text() == found
     except (OSError, ValueError):
         return False
 
@@ -143,7 +145,7 @@ def store(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    files = {path: content, path.with_suffix(HASH): _sha256(content).encode()}
+    files = {path: content, path.with_suffix(HASH): hashlib.sha256(content).hexdigest().encode()}
     write_files(files)
     for file in files:
         file.chmod(0o600)  # whatever the umask: `is_whole` asks
@@ -210,11 +212,16 @@ def builder(path: Path) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return the SHA-256 of a module's weights: names, dtypes, shapes and bytes."""
+    """Return the SHA-256 of a module's weights, see `tensors_digest`."""
+    return tensors_digest(module.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -225,7 +232,3 @@ def source_digest(*folders: Path) -> str:
     for path in sorted(file for folder in folders for file in folder.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

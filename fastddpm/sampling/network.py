@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastddpm.errors import BackendUnavailable
-from fastddpm.machine.building import Want
+from fastddpm.machine.building import Want, Wish
 from fastddpm.machine.torch_compile import compile_call
+from fastddpm.sampling.kept import KeptNetwork
 from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
 from fastddpm.unet.forms import is_plain
 from fastddpm.unet.inference import UNetForms
@@ -129,8 +130,8 @@ class Network:
     timesteps by row may set `reads_t` to False: t is then not looked up for it, and holds nothing. One that keeps
     nothing made from weights may set `shares_weights` to True: their bytes are then not compared before each run. One
     whose code another process compiles sets `compiles_step` to False, for compiling the rest of a step would take
-    seconds of this one; and it has a method `settle(x, compiled)`, which decides for all later runs whether compiled
-    code runs (None: by what is there), makes it ready, and returns the decision.
+    seconds of this one; and it has a method `settle(x, t, kwargs, compiled)`, which decides for all later runs whether
+    compiled code runs (None: by what is there), makes it ready, and returns the decision.
 
     Args:
         strict: raise where that fails, instead of running uncompiled.
@@ -191,11 +192,16 @@ def sampling_networks(
         )
     if isinstance(model, UNet) and is_plain(model):
         return UNetForms(model, timesteps, want=want, strict=strict, file=compiled, fuse=fused)
-    if compiled is not None:
-        raise BackendUnavailable(f"compiled={str(compiled)!r} is for a fastddpm.UNet, not for {type(model).__name__}")
     own_form = getattr(model, "sampling_networks", None)
-    if own_form is not None:
+    if own_form is not None and compiled is None:
         return own_form(timesteps, compile_model=want is Want.NOW, strict=strict)
+    # What is wanted in any case is compiled in this process, for all batch sizes at once.
+    kept = compiled is not None or (want >= Want.FOR_LATER and not strict)
+    if isinstance(model, nn.Module) and device == "cpu" and own_form is None and kept:
+        wish = Wish(want, strict, compiled)
+        return lambda batch: KeptNetwork(model, wish)
+    if compiled is not None:
+        raise BackendUnavailable(f"compiled={str(compiled)!r} is for a module on a CPU, not for {type(model).__name__}")
     if want is Want.NOW and device == "cuda":
         # Where the batch size is left open, Inductor gives up its channels-last layouts.
         make = functools.partial(Network, model, compile_model=True, strict=strict, dynamic=False)

@@ -20,8 +20,7 @@ from fastddpm.files.run_folder import RunFolder
 # A grid of more images is larger than anyone looks at, and than viewers open.
 MAX_GRID = 1024
 
-STATES = "state-*.safetensors"
-PATTERNS = ("seed-*.png", "part-*.npz", "samples.npz", "grid.png", STATES)
+PATTERNS = ("seed-*.png", "part-*.npz", "samples.npz", "grid.png", "state-*.safetensors")
 
 
 class Outputs:
@@ -102,7 +101,7 @@ class Outputs:
                 images.join_npz(self.samples_path, files)
             for path in files:
                 path.unlink(missing_ok=True)
-        for path in self.directory.glob(STATES):
+        for path in self.directory.glob(PATTERNS[-1]):
             path.unlink(missing_ok=True)
         if grid:
             images.save_grid(self._drawn_images(files), self.grid_path, scale=scale)

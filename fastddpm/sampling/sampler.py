@@ -53,8 +53,8 @@ class Sampler:
         check_finite: raise SamplingError when a sample has a NaN or Inf, naming step and sample.
         frozen: promise that weights are not changed in place, which saves reading them at the start of each call.
         samples_ahead: how many samples the caller means to draw; only compile="auto" asks.
-        compiled: a file that `fastddpm compile` wrote, to run the network with. It is native code: use no file from
-            somebody whose programs you would not run.
+        compiled: a file with the network's code, from `fastddpm compile`; with compile=True, one that is not there is
+            written. It is native code: use no file from somebody whose programs you would not run.
         norm: "fused" runs a `UNet`'s normalisations on CUDA as one kernel each, with the additions before them and the
             activation after them; no GPU has timed it, and the default, "torch", leaves them to torch.compile.
 

@@ -137,7 +137,7 @@ class StaticStep:
     def settle(self, compiled: bool | None) -> bool:
         """Whether the network runs compiled, from now on; see `Network`."""
         settle = getattr(self.network, "settle", None)
-        return self.options.compiles if settle is None else settle(self.x_in, compiled)
+        return self.options.compiles if settle is None else settle(self.x_in, self.t, self.kwargs, compiled)
 
     def next_row(self) -> None:
         """Go on to the next row of the table."""

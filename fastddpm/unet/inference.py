@@ -22,7 +22,7 @@ from torch.nn import functional
 from fastddpm.errors import BackendUnavailable
 from fastddpm.files.run_folder import config_hash
 from fastddpm.machine import packages
-from fastddpm.machine.building import Job, Want, build, obtain
+from fastddpm.machine.building import Job, Want, Wish, build
 from fastddpm.machine.torch_compile import compile_call
 from fastddpm.unet import fused
 from fastddpm.unet.blocks import timestep_embedding
@@ -56,7 +56,7 @@ class UNetForms:
         self, unet: UNet, timesteps: Tensor, *, want: Want, strict: bool, file: Path | None = None, fuse: bool = False
     ) -> None:
         self.unet, self.timesteps = unet, timesteps
-        self.want, self._strict, self._file, self._fuse = want, strict, file, fuse
+        self._wish, self._fuse = Wish(want, strict, file), fuse
         self._compiled: dict[torch.Size, Denoise] = {}
 
     def __call__(self, batch: int) -> UNetInference:
@@ -65,7 +65,7 @@ class UNetForms:
 
     def insist(self, compiled: bool) -> None:
         """From now on run compiled code, waiting for it or raising where there is none; or run none."""
-        self.want, self._strict = (Want.NOW if compiled else Want.NEVER), True
+        self._wish.insist(compiled)
         if not compiled:
             self._compiled.clear()
 
@@ -78,7 +78,7 @@ class UNetForms:
         self.unet.check_image(x)
         part = self._slice(x)
         if part.shape not in self._compiled:
-            compiled = self._compile(part)
+            compiled = None if self._wish.idle else self._compile(part)
             if compiled is None:
                 return self._uncompiled, False
             if len(self._compiled) == MAX_COMPILED:
@@ -98,23 +98,12 @@ class UNetForms:
         return x[: slice_rows(x, self.unet.config.block_out_channels[0])]
 
     def _compile(self, x: Tensor) -> Denoise | None:
-        if self._file is not None:
-            if x.device.type != "cpu":
-                raise BackendUnavailable(f"{self._file} is code for a CPU, and the model runs on {x.device}")
-            return packages.load(self._file, self._identity(x))
-        if self.want is Want.NEVER:
-            return None
-        if x.device.type != "cpu":
-            form = self._uncompiled
-            return compile_call(lambda x, time: form(x, time), strict=self._strict)
-        try:
-            return obtain(self._identity(x), self.want, lambda: self.job(x))
-        except BackendUnavailable as error:
-            if self._strict:
-                raise
-            logger.warning("the model runs uncompiled: %s", error)
-            self.want = Want.IF_FOUND
-            return None
+        if x.device.type == "cpu":
+            return self._wish.code(self._identity(x), lambda: self.job(x))
+        if self._wish.file is not None:
+            raise BackendUnavailable(f"{self._wish.file} is code for a CPU, and the model runs on {x.device}")
+        form = self._uncompiled
+        return compile_call(lambda x, time: form(x, time), strict=self._wish.strict)
 
     def build(self, x: Tensor, out: Path | None = None) -> Path:
         """Build compiled code for x, into a file or the cache, and return where it is.
@@ -222,7 +211,7 @@ class UNetInference:
         torch.index_select(self._table.flatten(0, 1), 0, self._index, out=self._time)
         return self._denoise(x, self._time)
 
-    def settle(self, x: Tensor, compiled: bool | None) -> bool:
+    def settle(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], compiled: bool | None) -> bool:
         """Decide for all later runs, see `network.Network`; x may lack the channels of a condition."""
         if compiled is not None:
             self._forms.insist(compiled)

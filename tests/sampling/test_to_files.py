@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastddpm.machine import building
 from fastddpm.machine.building import Job, Want
 from fastddpm.machine.packages import weights_digest
 from fastddpm.machine.ranks import Ranks
@@ -16,7 +17,6 @@ from fastddpm.sampling import options
 from fastddpm.sampling.outputs import Outputs, read_x
 from fastddpm.sampling.sample import plan_run
 from fastddpm.sampling.to_files import begun
-from fastddpm.unet import inference
 from tests.unet.test_unet import small_unet
 
 
@@ -39,7 +39,7 @@ def test_resumed_run_keeps_the_form_that_began_it(tmp_path: Path, monkeypatch: p
         wants.append(want)
         return job()[0] if there or want is Want.NOW else None
 
-    monkeypatch.setattr(inference, "obtain", obtain)
+    monkeypatch.setattr(building, "obtain", obtain)
     monkeypatch.setattr(options, "LOOKS_AFTER", 0)
     model = small_unet(out_channels=2)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
 from fastddpm.errors import BackendUnavailable
-from fastddpm.machine import torch_compile
+from fastddpm.machine import building, torch_compile
 from fastddpm.machine.building import Job, Want
 from fastddpm.machine.torch_compile import compile_call
 from fastddpm.sampling.network import Network, sampling_networks
@@ -203,7 +203,7 @@ def test_steps_of_a_size_share_one_package(monkeypatch: pytest.MonkeyPatch) -> N
         assert x.is_contiguous(memory_format=torch.channels_last)
         return form
 
-    monkeypatch.setattr(unet_inference, "obtain", obtain)
+    monkeypatch.setattr(building, "obtain", obtain)
     model = small_unet(out_channels=2, **CONDITIONAL)
     compiled = Sampler(model, TABLE, SHAPE, compile=True)
     eager = Sampler(model, TABLE, SHAPE, compile=False)
@@ -229,7 +229,7 @@ def test_a_condition_belongs_to_the_compiled_shape(monkeypatch: pytest.MonkeyPat
         assert x.is_contiguous(memory_format=torch.channels_last)
         return form
 
-    monkeypatch.setattr(unet_inference, "obtain", obtain)
+    monkeypatch.setattr(building, "obtain", obtain)
     model = small_unet(in_channels=5, out_channels=2)
     compiled, eager = (Sampler(model, TABLE, SHAPE, compile=choice) for choice in (True, False))
     call = {"seeds": [1, 2], "model_kwargs": {"condition": torch.randn(2, 3, 16, 16)}}
@@ -318,7 +318,7 @@ def test_compiled_float32_batches_share_the_form_of_their_slices(monkeypatch: py
         return job()[0]
 
     monkeypatch.setattr(unet_inference, "SLICE_BYTES", 1)
-    monkeypatch.setattr(unet_inference, "obtain", obtain)
+    monkeypatch.setattr(building, "obtain", obtain)
     model = small_unet()
     timesteps = torch.tensor([5])
     forms = UNetForms(model, timesteps, want=Want.NOW, strict=True)
