@@ -103,11 +103,40 @@ def inference_form(unet: UNet) -> UNet:
     return form
 
 
+class PackedConv2d(nn.Module):
+    """A convolution on a CPU whose weights oneDNN lays out for images of one size, and not in every call."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self._how = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self._size, self._packed = torch.Size(), torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W], channels last -> [B, C_out, H', W'], likewise."""
+        if x.shape != self._size:
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self._how, x.shape)
+            self._size = x.shape
+        return torch.ops.mkldnn._convolution_pointwise(x, self._packed, self.bias, *self._how, "none", [], "")
+
+
 def use_channels_last(form: UNet) -> None:
-    """Give the convolutions of a network from `inference_form` channels-last weights of their own."""
-    for module in form.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight = _constant(module.weight.contiguous(memory_format=torch.channels_last))
+    """Give the convolutions of a network from `inference_form` channels-last or packed weights of their own."""
+    for parent in list(form.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d) and packs(child.weight):
+                setattr(parent, name, PackedConv2d(child))
+            elif isinstance(child, nn.Conv2d):
+                child.weight = _constant(child.weight.contiguous(memory_format=torch.channels_last))
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether oneDNN lays out a convolution's weights here."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
 
 
 def use_channels_last_norms(form: UNet) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastddpm import Sampler, Schedule, UNet, UNetConfig, ddpm_table
 from fastddpm.errors import BackendUnavailable
@@ -21,9 +22,11 @@ from fastddpm.sampling.network import Network, sampling_networks
 from fastddpm.unet import forms as unet_forms
 from fastddpm.unet import inference as unet_inference
 from fastddpm.unet.forms import (
+    PackedConv2d,
     ShiftedResnetBlock,
     inference_form,
     is_plain,
+    packs,
     use_channels_last,
     use_channels_last_norms,
     use_subpixels,
@@ -115,6 +118,21 @@ def test_subpixel_form_matches_the_unet(name: str) -> None:
     assert "Upsample" not in replaced
     time = model.project_time(model.embed(t, labels))
     assert relative_l2(form.denoise(x, time), model(x, t, labels)) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_packed_convolution_computes_the_same_whatever_size_it_has_seen(dtype: torch.dtype, tolerance: float) -> None:
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1).to(dtype)
+    if not packs(conv.weight):
+        pytest.skip("oneDNN is not there for this dtype")
+    packed = PackedConv2d(conv)
+    for size in ((2, 4, 8, 8), (1, 4, 16, 16), (2, 4, 8, 8)):
+        x = torch.randn(size).to(dtype, memory_format=torch.channels_last)
+        y = packed(x)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        expected = functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), 2, 1)
+        assert relative_l2(y, expected) < tolerance
 
 
 def test_winograd_is_left_out_where_it_does_not_pay() -> None:
