@@ -62,7 +62,12 @@ def _print_line(source: str, level: str, message: object) -> None:
 
         tqdm.write(line, file=sys.stderr)
     else:
-        print(line, file=sys.stderr)
+        _say(line)
+
+
+def _say(line: str) -> None:
+    # In one piece: other processes write to the same terminal.
+    sys.stderr.write(f"{line}\n")
 
 
 class _Handler(logging.Handler):
@@ -126,10 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             del args.verbose
             return int(importlib.import_module(f"fastddpm.cli.{args.command}").run(args))
     except KeyboardInterrupt:
-        print(f"{_name()}: interrupted", file=sys.stderr)
+        _say(f"{_name()}: interrupted")
         return 130
     except Stopped as stopped:
-        print(f"{_name()}: {stopped}", file=sys.stderr)
+        _say(f"{_name()}: {stopped}")
         return 128 + stopped.signum
     except BrokenPipeError:
         # The reader went away; leave quietly, and keep the interpreter from flushing into the closed pipe at exit.
@@ -138,11 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("FASTDDPM_TRACEBACK") == "1":
             raise
-        print(f"{_name()}: error: {_one_line_error(error, options)}", file=sys.stderr)
+        _say(f"{_name()}: error: {_one_line_error(error, options)}")
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):
             # torchrun's own report then says what it was.
             importlib.import_module("torch.distributed.elastic.multiprocessing.errors").ErrorHandler().record_exception(
-                error
+                error.with_traceback(None)
             )
         return 1
     finally:

@@ -85,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
     from fastddpm.sampling.network import shape_of
     from fastddpm.unet.load import load
 
+    ranks = join_ranks(vars(args))
     model = load(args.model)
     reading = {"value_range": parse_range(args.value_range), "background": args.background, "channels": args.channels}
     reference = load_reference(args.data, shape_of(model), **reading)
     classifier = _classifier(args, reference)
     planned = sampling_options.plan(args, model, range(args.seed, args.seed + args.samples))
-    ranks = join_ranks()
     with RunFolder(args.outdir, ()).locked() if ranks.rank == 0 else contextlib.nullcontext(), ranks.connected():
         results = []
         for weight in args.guidance:

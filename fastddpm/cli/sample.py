@@ -88,11 +88,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw the samples and write them."""
     from fastddpm.machine.ranks import join_ranks
+    from fastddpm.noise.seeds import format_seeds
     from fastddpm.sampling.outputs import Outputs
     from fastddpm.sampling.to_files import begun, draw, images_per_second
     from fastddpm.unet.load import load
 
-    ranks = join_ranks()
+    ranks = join_ranks({**vars(args), "seeds": args.seeds and format_seeds(args.seeds)})
     model = load(args.model)
     planned = _plan(args, model)
     outputs = Outputs(args.outdir, args.format, planned.seeds, planned.labels, planned.batches)

@@ -34,7 +34,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (default: 1)")
     parser.add_argument("--minutes", type=float, default=5.0, help="for each number of steps, at most (default: 5)")
     parser.add_argument(
-        "--samples", type=functools.partial(positive, low=4), default=128, help="how many to fit to (default: 128)"
+        "--samples",
+        type=functools.partial(positive, low=4),
+        default=128,
+        help="how many to fit to; as many are held out (default: 128)",
     )
     parser.add_argument("--out", type=Path, help="another file than the model's own")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")

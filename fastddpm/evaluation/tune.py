@@ -41,8 +41,8 @@ _RIDGE = 1e-3
 _DAMPING, _ATTEMPTS = 1e-2, 6
 # Derivatives serve for another step while the last one brought the cost below that share.
 _SERVES = 0.96
-# A stage ends when an iteration brings the held-out error to no less than that share.
-_GAIN = 0.99
+# A stage ends when an iteration brings the held-out error to no less than that share, the last after several of them.
+_GAIN, _PATIENCE = 0.99, 3
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Batch:
 
 
 class Targets:
-    """The samples that tables are fitted to, with the results of many steps, and half as many that are held out.
+    """The samples that tables are fitted to, with the results of many steps, and as many that are held out.
 
     Args:
         model: the network, with its `diffusion`.
@@ -128,14 +128,13 @@ class Targets:
     ) -> None:
         self.config, self.guidance = diffusion_of(model), guidance
         many = make_table("fast", self.config, steps=min(MANY, self.config.num_timesteps), guided=guidance != 1.0)
-        count = integer("samples", samples, 4)
-        seeds = range(FIRST_SEED, FIRST_SEED + count + count // 2)
+        self.count = integer("samples", samples, 2)
 
-        def batches(first: int, last: int) -> list[Batch]:
-            starts = range(first, last, BATCH)
-            return [Batch(model, seeds[i : min(i + BATCH, last)], guidance, many, progress) for i in starts]
+        def batches(first: int) -> list[Batch]:
+            seeds = range(first, first + self.count)
+            return [Batch(model, seeds[i : i + BATCH], guidance, many, progress) for i in range(0, self.count, BATCH)]
 
-        self.fitted, self.held_out, self.count = batches(0, count), batches(count, len(seeds)), len(seeds) - count
+        self.fitted, self.held_out = batches(FIRST_SEED), batches(FIRST_SEED + self.count)
         x = torch.cat([batch.target for batch in self.fitted]).double()
         self.variance = float((x - x.mean(dim=0)).square().mean())
 
@@ -234,14 +233,14 @@ def tune(
     best = family.start if start is None else family.parameters(start)
     before, after = (targets.error(family.table(theta)) for theta in (family.start, best))
     free, seconds, many = family.reach.nonzero()[:, 0], 0.0, len(targets.fitted)
-    stages = [(free[: steps - 1], 1), (free, 2), (free, many)]
-    for free, count in stages if start is None else stages[-1:]:
-        theta, batches, damping, gained = best, targets.fitted[:count], _DAMPING, True
-        while gained and time.monotonic() + seconds * count < began + 60 * minutes:
+    stages = [(free[: steps - 1], 1, 1), (free, 2, 1), (free, many, _PATIENCE)]
+    for free, count, patience in stages if start is None else stages[-1:]:
+        theta, batches, damping = best, targets.fitted[:count], _DAMPING
+        while patience and time.monotonic() + seconds * count < began + 60 * minutes:
             iteration = time.monotonic()
             theta, damping = _improved(targets, batches, family, theta, free, damping)
             error = targets.error(family.table(theta))
-            gained = error < _GAIN * after
+            patience -= error > _GAIN * after
             if error < after:
                 best, after = theta, error
                 found(family.tuned(best, before, after, targets.count))

@@ -20,7 +20,8 @@ from fastddpm.files.run_folder import RunFolder
 # A grid of more images is larger than anyone looks at, and than viewers open.
 MAX_GRID = 1024
 
-PATTERNS = ("seed-*.png", "part-*.npz", "samples.npz", "grid.png", "state-*.safetensors")
+STATES = "state-*.safetensors"
+PATTERNS = ("seed-*.png", "part-*.npz", "samples.npz", "grid.png", STATES)
 
 
 class Outputs:
@@ -101,7 +102,7 @@ class Outputs:
                 images.join_npz(self.samples_path, files)
             for path in files:
                 path.unlink(missing_ok=True)
-        for path in self.directory.glob(PATTERNS[-1]):
+        for path in self.directory.glob(STATES):
             path.unlink(missing_ok=True)
         if grid:
             images.save_grid(self._drawn_images(files), self.grid_path, scale=scale)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from fastddpm.checks import integer
 from fastddpm.machine.devices import resolve_device
+from fastddpm.machine.ranks import refuse_other_calls
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import network as net
 from fastddpm.sampling.conditions import Labels, Weight, is_guided, labels_for
@@ -96,7 +97,7 @@ def sample(
         float32 [N, *shape] on the sampler's device.
 
     Raises:
-        ValueError: the shape is not known, or an argument does not fit.
+        ValueError: the shape is not known, or an argument does not fit, or is not that of the group's other processes.
         TypeError: there is no argument of that name.
     """
     refuse_unknown("sample", options, [*SampleArguments.__annotations__, *inspect.signature(sample).parameters])
@@ -106,10 +107,7 @@ def sample(
         raise ValueError(f"noise comes from one source, got seeds and {'generator' if noise is None else 'noise'}")
     if drawn and process_group is not None:
         raise ValueError("processes share the batches of seeds=; a generator or noise draws one batch")
-    if drawn:
-        n = given_batch(generator, noise, start, batch_size, class_labels)
-    else:
-        n = 1 if start is None else len(start)
+    n = given_batch(generator, noise, start, batch_size, class_labels) if drawn else 1 if start is None else len(start)
     run = plan_run(
         model,
         shape,
@@ -128,6 +126,9 @@ def sample(
     rank, world = (0, 1) if process_group is None else (process_group.rank(), process_group.size())
     if world > 1 and batch_size is None and run.seeds:
         run.batches = split_evenly(len(run.seeds), min(len(run.batches[0]), math.ceil(len(run.seeds) / world)))
+    if process_group is not None:
+        call = {"seeds": run.seeds, "labels": run.labels, "batches": run.batches, "steps": len(run.sampler.table)}
+        refuse_other_calls(call, process_group)
     batches = run.batches[rank::world]
     with tqdm(total=len(batches) * len(run.sampler.table), desc="sampling", unit="step", disable=not progress) as bar:
 

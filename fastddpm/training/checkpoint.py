@@ -17,7 +17,9 @@ from fastddpm.checks import integer, number
 from fastddpm.files.atomic import write_files
 from fastddpm.files.safejson import parse_object
 from fastddpm.files.tensors import SafetensorsFile, read_tensors
+from fastddpm.machine.ranks import ALONE, Ranks
 from fastddpm.training.ema import EMA
+from fastddpm.training.shards import fill, gathered
 
 FORMAT = "fastddpm-training-1"
 CHECKPOINT = "checkpoint.safetensors"
@@ -25,26 +27,29 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write model, average and optimiser, and ``state`` (JSON), to ``folder/checkpoint.safetensors``."""
+    """Write model, average and optimiser, and rank 0's ``state`` (JSON), to ``folder/checkpoint.safetensors``."""
     tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
-        tensors[f"model.{name}"] = p.detach()
+        tensors[f"model.{name}"] = p
         tensors[f"ema.{name}"] = ema.weights[name]
         for key, value in optimizer.state[p].items():
             tensors[f"optimizer.{key}.{name}"] = value
-    # clone(): no two entries may share storage; contiguous: the file format knows no channels_last.
-    on_disk = {name: v.cpu().clone(memory_format=torch.contiguous_format) for name, v in tensors.items()}
+    on_disk = gathered(tensors, ranks)
     # One entry: safetensors writes several in an order that differs from call to call.
     metadata = {"state": json.dumps({"format": FORMAT, **state}, allow_nan=False)}
-    write_files({folder / CHECKPOINT: save(on_disk, metadata)})
+    if ranks.rank == 0:
+        write_files({folder / CHECKPOINT: save(on_disk, metadata)})
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, ema: EMA | None, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Load ``folder/checkpoint.safetensors`` into model, average (if any) and optimiser, and return its ``state``.
+def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load ``folder/checkpoint.safetensors`` into model, average and optimiser, and return its ``state``.
 
     Raises:
         ValueError: the file is damaged or belongs to another model.
@@ -55,15 +60,13 @@ def load_checkpoint(
     expected = {f"{kind}.{name}": p.shape for kind in kinds for name, p in parameters.items()}
     expected |= {f"optimizer.step.{name}": torch.Size() for name in parameters}
     tensors = read_tensors(SafetensorsFile(path), expected)
-    if ema is not None:
-        ema.load({name: tensors[f"ema.{name}"] for name in parameters})
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(tensors[f"model.{name}"])
-            optimizer.state[p]["step"] = tensors[f"optimizer.step.{name}"].to(p.device)
-            for key in _MOMENTS:
-                # like p: the optimiser's fused loops need its moments in the parameter's memory format.
-                optimizer.state[p][key] = torch.empty_like(p).copy_(tensors[f"optimizer.{key}.{name}"])
+    for name, p in parameters.items():
+        fill(p, tensors[f"model.{name}"])
+        fill(ema.weights[name], tensors[f"ema.{name}"])
+        optimizer.state[p]["step"] = tensors[f"optimizer.step.{name}"].to(p.device)
+        for key in _MOMENTS:
+            # like p: the optimiser's fused loops need its moments in the parameter's memory format.
+            optimizer.state[p][key] = fill(torch.empty_like(p), tensors[f"optimizer.{key}.{name}"])
     return state
 
 

@@ -71,6 +71,7 @@ class TrainConfig:
     channels: str | None = setting("of an array whose shape does not say it: first or last", None, kind=str)
     dtype: str = setting("float32, or bfloat16 for autocast (weights and optimiser stay float32)", "float32")
     compile: bool | str = setting("torch.compile the network; auto: on CUDA", False, free=True)
+    fsdp: bool = setting("under torchrun, divide weights and optimiser among the processes", False, free=True)
     device: str = setting("auto, cpu, cuda, cuda:1, ...", "auto", free=True)
     save_every: int = setting("steps between checkpoints, 0 for one at the end", 1000, free=True, ge=0)
     sample_every: int = setting("steps between sample grids and loss plots, 0 for none", 0, free=True, ge=0)
@@ -93,8 +94,8 @@ class TrainConfig:
         self.diffusion()
         self.data_options()
         check_weighting(self.loss_weight, self.gamma)
-        for one, other in (("resume", "overwrite"), ("init", "model")):
-            if getattr(self, one) and getattr(self, other):
+        for one, other in (("resume", "overwrite"), ("init", "model"), ("fsdp", "compile")):
+            if getattr(self, one) and getattr(self, other) not in (None, False, "auto"):
                 raise ValueError(f"{one} and {other} exclude each other")
 
     def diffusion(self) -> DiffusionConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class EMA:
@@ -32,15 +32,3 @@ class EMA:
         d = min(self.decay, (1 + step) / (10 + step))
         averages = list(self.weights.values())
         torch._foreach_lerp_(averages, [p.detach() for p in self._theta.values()], 1.0 - d)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Write the average into ``model``, which must have the same parameters."""
-        for name, p in model.named_parameters():
-            p.copy_(self.weights[name])
-
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Continue from an average saved earlier."""
-        for name, average in self.weights.items():
-            average.copy_(weights[name])

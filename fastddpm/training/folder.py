@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fastddpm.data.datasets import Dataset
 from fastddpm.data.load import load_data
 from fastddpm.files.run_folder import RunFolder, differences
 from fastddpm.files.safejson import read_object
 from fastddpm.machine.devices import plain_torch
+from fastddpm.machine.packages import weights_digest
 from fastddpm.machine.ranks import ALONE, Ranks
 from fastddpm.noise.v1 import NOISE_VERSION
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.training.checkpoint import CHECKPOINT, read_state
 from fastddpm.training.config import TrainConfig
 from fastddpm.training.ema import EMA
+from fastddpm.training.shards import gathered
 from fastddpm.unet.load import load
 from fastddpm.unet.save import CONFIG, OLD_WEIGHTS, SCHEDULER, WEIGHTS, save_pretrained
 from fastddpm.unet.unet import UNet, UNetConfig
@@ -52,6 +56,13 @@ class TrainingRun:
     def has_checkpoint(self) -> bool:
         """Whether there is something to continue from."""
         return (self.out / CHECKPOINT).exists()
+
+    def start(self) -> dict[str, Any]:
+        """What the first step starts from."""
+        return {
+            "init": self.trained and weights_digest(self.trained),
+            "checkpoint": self.has_checkpoint and read_state(self.out),
+        }
 
     def last_checkpoint(self) -> str:
         """Name the last good checkpoint, for messages."""
@@ -141,15 +152,11 @@ def open_run(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[TrainingRun]
         unet = unet or default_unet(data.shape, len(data.classes), config, data.beside)
         _check_suits(unet, config, data, ranks.world)
         identity = {**config.identity(), "data_sha256": data.fingerprint(), "noise": NOISE_VERSION}
-        settings = dataclasses.asdict(config)
         run = TrainingRun(config, folder.path, data, unet, trained)
         if ranks.rank == 0:
-            defaults = TrainConfig.defaults()
+            defaults, settings = TrainConfig.defaults(), dataclasses.asdict(config)
             folder.begin(identity, resume=resume, overwrite=overwrite, defaults=defaults, settings=settings)
-            ranks.tell("run", {**identity, "steps": config.steps, "checkpoint": run.has_checkpoint})
-        else:
-            own = {**identity, "steps": config.steps}
-            ranks.refuse_unless_same(ranks.told("run"), {**own, "checkpoint": run.has_checkpoint})
+        ranks.agree("run", lambda: {**identity, **run.start()})
         yield run
 
 
@@ -208,14 +215,17 @@ def default_unet(shape: tuple[int, int, int], n_classes: int, config: TrainConfi
     )
 
 
-def averaged(model: UNet, ema: EMA) -> UNet:
-    """Return a copy of the model with the averaged weights, in eval mode."""
-    with_average = copy.deepcopy(model)
-    ema.copy_to(with_average)
-    return with_average.eval()
+def network(model: UNet, weights: Mapping[str, Tensor]) -> UNet:
+    """Return a network like ``model`` that has these weights, in eval mode."""
+    with torch.device("meta"):
+        network = UNet(model.config, zero_init=False)
+    network.diffusion = model.diffusion
+    network.load_state_dict(dict(weights), assign=True)
+    return network.eval()
 
 
-def export(out: Path, model: UNet, ema: EMA) -> None:
+def export(out: Path, model: UNet, ema: EMA, ranks: Ranks = ALONE) -> None:
     """Save the averaged model in the run's folder, where `fastddpm.load` finds it, and the raw one beside it."""
-    save_pretrained(averaged(model, ema), out)
-    save_pretrained(model, out / RAW)
+    for folder, weights in ((out, ema.weights), (out / RAW, model.state_dict())):
+        if whole := gathered(weights, ranks):
+            save_pretrained(network(model, whole), folder)

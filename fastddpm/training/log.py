@@ -23,8 +23,7 @@ from fastddpm.machine.progress import Progress
 from fastddpm.sampling.network import num_classes_of
 from fastddpm.sampling.sample import sample
 from fastddpm.training.config import TrainConfig
-from fastddpm.training.ema import EMA
-from fastddpm.training.folder import LOG, PLOT, averaged
+from fastddpm.training.folder import LOG, PLOT
 from fastddpm.unet.unet import UNet
 
 # A training-time grid: DDPM steps enough to judge by, and pixels enough to look at.
@@ -79,9 +78,9 @@ class TrainLog:
             self._sum, self._count = 0.0, 0
         self._progress.show(n + 1, self._note)
 
-    def picture(self, n: int, model: UNet, ema: EMA, data: Dataset) -> None:
-        """Write a grid of samples of the averaged model after n steps, and, with matplotlib, the plot of the loss."""
-        _save_grid(self._out / f"samples-{n:07d}.png", averaged(model, ema), data)
+    def picture(self, n: int, model: UNet, data: Dataset) -> None:
+        """Write a grid of the (averaged) model's samples after n steps, and, with matplotlib, the plot of the loss."""
+        _save_grid(self._out / f"samples-{n:07d}.png", model, data)
         plot = loss_plot(list(read_log(self._out)))
         if plot is not None:
             write_files({self._out / PLOT: plot})

@@ -11,6 +11,7 @@ gradients; timesteps and noise are those of one process, and a checkpoint is res
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +31,10 @@ from fastddpm.schedules.schedule import Schedule
 from fastddpm.training.checkpoint import load_checkpoint, save_checkpoint
 from fastddpm.training.config import TrainConfig
 from fastddpm.training.ema import EMA
-from fastddpm.training.folder import TrainingRun, export, open_run
+from fastddpm.training.folder import TrainingRun, export, network, open_run
 from fastddpm.training.log import TrainLog
 from fastddpm.training.loss import ddpm_loss
+from fastddpm.training.shards import gathered, shard
 from fastddpm.unet.unet import UNet
 
 Model = Callable[..., Any]
@@ -48,14 +50,14 @@ class Trainer:
 
     Attributes:
         net: the network, its float32 weights in `model`; `net` is `model` or its compiled form.
-        ranks: the processes that share a step; rank 0 alone has the average.
+        ranks: the processes that share a step.
     """
 
     config: TrainConfig
     data: Dataset
     model: UNet
     net: Model
-    ema: EMA | None
+    ema: EMA
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     ranks: Ranks = ALONE
@@ -79,16 +81,17 @@ class Trainer:
                 # DistributedDataParallel divides by the number of ranks.
                 (partial * ranks.world).backward()
             loss += partial.item()
-        loss = ranks.reduced(loss)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        own, loss = loss, ranks.reduced(loss)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DivergenceError(f"loss {loss}, gradient norm {float(norm)} at step {n}")
+            first = ranks.reduced(ranks.rank if not math.isfinite(own) else -1, largest=True)
+            where = f" on rank {first:.0f}" if ranks.world > 1 and first >= 0 else ""
+            raise DivergenceError(f"loss {loss}{where}, gradient norm {norm} at step {n}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, n)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(n)
+        self.ema.update(n)
         return loss
 
     def loss(self, k: Tensor, n: int) -> Tensor:
@@ -176,7 +179,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         ValueError: a setting or the data are unusable, or resume finds a run of other settings.
         DivergenceError: the loss became infinite or NaN.
     """
-    ranks = join_ranks()
+    ranks = join_ranks(dataclasses.asdict(config))
     with torch.random.fork_rng(), open_run(config, ranks) as run, ranks.connected():
         torch.manual_seed(config.seed)
         return _train(run, build_trainer(config, run.data, run.build_model(), ranks), quiet)
@@ -188,14 +191,17 @@ def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
     if run.has_checkpoint:
         state = load_checkpoint(run.out, model, ema, trainer.optimizer)
     n, loss, stopped = state["step"], math.nan, 0
+    saved = n
     with interruptible() as interrupt, contextlib.ExitStack() as stack:
-        log = None if ema is None else stack.enter_context(TrainLog(config, run.out, n, state["log"], quiet=quiet))
-        saved = n
+        log = None
+        if ranks.rank == 0:
+            log = stack.enter_context(TrainLog(config, run.out, n, state["log"], quiet=quiet))
 
         def save() -> None:
             nonlocal saved
-            if n != saved and ema is not None and log is not None:
-                save_checkpoint(run.out, model, ema, trainer.optimizer, {"step": n, "log": log.state()})
+            if n != saved:
+                ours = {"step": n, "log": log.state() if log else {}}
+                save_checkpoint(run.out, model, ema, trainer.optimizer, ours, ranks)
                 saved = n
 
         # Ranks that hear of a signal at different steps stop after the same one.
@@ -205,32 +211,37 @@ def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
             except DivergenceError as error:
                 raise DivergenceError(f"{error}; {run.last_checkpoint()}; try a lower --lr") from None
             n += 1
-            if ema is not None and log is not None:
+            if log:
                 log.add(n - 1, loss, learning_rate(config, n - 1))
-                # The picture first: a run that is killed while drawing it draws it again.
-                if config.sample_every and n % config.sample_every == 0:
-                    log.picture(n, model, ema, trainer.data)
+            # The picture first: a run that is killed while drawing it draws it again.
+            if config.sample_every and n % config.sample_every == 0:
+                average = gathered(ema.weights, ranks)
+                if log:
+                    log.picture(n, network(model, average).to(config.resolved_device()), trainer.data)
             if config.save_every and n % config.save_every == 0:
                 save()
         save()
-        if ema is not None:
-            export(run.out, model, ema)
+        export(run.out, model, ema, ranks)
     return TrainResult(n, loss, stopped or interrupt.signal)
 
 
 def build_trainer(config: TrainConfig, data: Dataset, model: UNet, ranks: Ranks = ALONE) -> Trainer:
     """Put model, average, optimiser and schedule on the device, ready for step 0."""
-    device = config.resolved_device()
-    model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    device, sharded = config.resolved_device(), config.fsdp and ranks.world > 1
+    if sharded:
+        shard(model, device, ranks)
+    else:
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
-    compiled = device.type == "cuda" if config.compile == "auto" else config.compile
+    compiled = device.type == "cuda" and not sharded if config.compile == "auto" else config.compile
     net = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    if ranks.world > 1:
+    if ranks.world > 1 and not sharded:
         devices = [device] if device.type == "cuda" else None
         net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
-    ema = EMA(model, config.ema) if ranks.rank == 0 else None
+    ema = EMA(model, config.ema)
     return Trainer(config, data, model, net, ema, optimizer, config.diffusion().schedule(), ranks)
 
 

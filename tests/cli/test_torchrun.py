@@ -56,24 +56,15 @@ runpy.run_path(sys.argv[3])
 for i, n, more in ((0, 7, {"batch_size": 2}), (1, 3, {}), (2, 1, {})):
     x = fastddpm.sample(sys.argv[2], seeds=range(n), steps=3, process_group=dist.group.WORLD, **more)
     np.save(os.path.join(sys.argv[4], f"x{i}-{dist.get_rank()}.npy"), x.numpy())
+try:
+    fastddpm.sample(sys.argv[2], seeds=[dist.get_rank()], steps=3, process_group=dist.group.WORLD)
+except ValueError as error:
+    Path(sys.argv[4], f"refused-{dist.get_rank()}").write_text(str(error))
 destroy()
 """
 SAMPLE = ["sample", "--steps", "12", "--seeds", "0-22", "--batch", "2", "--format", "npz", "--grid"]
-TRAIN = [
-    "train",
-    "--steps",
-    "20",
-    "--batch",
-    "7",
-    "--accumulate",
-    "2",
-    "--dropout",
-    "0",
-    "--warmup",
-    "5",
-    "--log-every",
-]
-TRAIN += ["1", "--save-every", "6", "--sample-every", "20"]
+TRAIN = ["train", "--batch", "7", "--accumulate", "2", "--dropout", "0", "--warmup", "5", "--decay", "0", "--log-every"]
+TRAIN += ["1", "--sample-every", "12", "--timesteps", "50", "--schedule", "cosine"]
 EVAL = ["eval", "--steps", "2", "--samples", "300", "--batch", "50", "--data", "digits8x8", "--json"]
 
 
@@ -114,31 +105,43 @@ def test_processes_write_what_one_writes_though_one_is_killed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(real_images._SPLITS, "digits8x8", lambda split: array_file(folder / f"{split}.npz"))
-    common = ["--model", str(folder), "--device", "cpu", "--resume", "--outdir"]
-    commands = {
-        "sample": [*SAMPLE, *common],
-        "train": [*TRAIN, "--data", str(folder / "train.npz"), "--model", str(folder / "net.json"), *common[2:]],
-        "eval": [*EVAL, "--classifier", str(folder / "c.safetensors"), *common],
-    }
-    for name, command in commands.items():
-        assert main([*command, str(tmp_path / "alone" / name)]) == 0
+    common = ["--device", "cpu", "--resume", "--outdir"]
+    train = [*TRAIN, "--data", str(folder / "train.npz"), "--model", str(folder / "net.json"), *common]
+    sample = [*SAMPLE, "--model", str(folder), *common]
+    judge = [*EVAL, "--model", str(folder), "--classifier", str(folder / "c.safetensors"), *common]
+
+    def paths(name: str) -> dict[str, str]:
+        return {command: str(tmp_path / name / command) for command in ("sample", "train", "eval")}
+
+    alone, together = paths("alone"), paths("together")
+    for command in ([*sample, alone["sample"]], [*train, alone["train"], "--steps", "18"], [*judge, alone["eval"]]):
+        assert main(command) == 0
     capsys.readouterr()
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    together = [[*command, str(tmp_path / "together" / name)] for name, command in commands.items()]
+    commands = [
+        [*sample, together["sample"]],
+        [*train, together["train"], "--steps", "6"],
+        [*train, together["train"], "--steps", "12", "--fsdp"],
+        [*judge, together["eval"]],
+    ]
     example = Path(__file__).parents[2] / "examples" / "several_processes.py"
     runpy.run_path(str(example))
     said = capsys.readouterr().out.splitlines()
-    ended = torchrun(program, json.dumps(together), str(folder), str(example), str(tmp_path), restarts=1)
+    ended = torchrun(program, json.dumps(commands), str(folder), str(example), str(tmp_path), restarts=1)
     assert ended.returncode == 0, ended.stderr
     assert "exitcode: -9" in ended.stderr
-    summary, trained, report, *by_example = ended.stdout.splitlines()
+    summary, copied, divided, report, *by_example = ended.stdout.splitlines()
     assert by_example == said
     assert len(said) == 4
     for i, n, more in ((0, 7, {"batch_size": 2}), (1, 3, {"batch_size": 2}), (2, 1, {})):
         x = fastddpm.sample(folder, seeds=range(n), steps=3, **more)
         for rank in (0, 1):
             assert torch.equal(torch.from_numpy(np.load(tmp_path / f"x{i}-{rank}.npy")), x)
+    for rank in (0, 1):
+        refused = (tmp_path / f"refused-{rank}").read_text()
+        assert refused.startswith("rank 1 does not do what rank 0 does: ")
+        assert "seeds was [0] and is [1]" in refused
     # Those that were missing after the restart.
     assert 0 < int(summary.partition(" images, 12 steps, ")[0]) <= 23
     assert ", 2 processes, cpu, " in summary
@@ -153,12 +156,16 @@ def test_processes_write_what_one_writes_though_one_is_killed(
     assert found == expected
     assert "frechet" in found["results"][0]
 
-    assert trained.startswith("20 steps, loss ")
-    assert contents(tmp_path / "together" / "train").keys() == contents(tmp_path / "alone" / "train").keys()
-    # A checkpoint of two processes, resumed by one.
-    for name in ("alone", "together"):
-        assert main([*commands["train"], str(tmp_path / name / "train"), "--steps", "25"]) == 0
-    expected, found = (losses(tmp_path / name / "train") for name in ("alone", "together"))
-    assert len(expected) == 25
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert copied.startswith("6 steps, loss ")
+    assert divided.startswith("12 steps, loss ")
+    # A checkpoint of two processes that have a share each, resumed by one.
+    assert main([*train, together["train"], "--steps", "18", "--no-fsdp"]) == 0
+    ours, theirs = Path(together["train"]), Path(alone["train"])
+    assert contents(ours).keys() == contents(theirs).keys()
+    expected = losses(theirs)
+    assert len(expected) == 18
+    np.testing.assert_allclose(losses(ours), expected, rtol=0, atol=1e-5)
     assert max(expected) - min(expected) > 0.1
+    average, weights = fastddpm.load(theirs), fastddpm.load(ours).state_dict()
+    for name, weight in average.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)

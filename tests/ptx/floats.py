@@ -46,29 +46,23 @@ def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarra
     return np.where(inexact, np.nextafter(total, towards), total).astype(np.float32)
 
 
-def _rounded(modifiers: tuple[str, ...]) -> tuple[str, bool, bool]:
-    """The type, ``.ftz`` and ``.sat`` of an instruction that rounds to nearest even."""
+def _rounded(modifiers: tuple[str, ...]) -> tuple[str, bool]:
+    """The type and ``.ftz`` of an instruction that rounds to nearest even."""
     *flags, kind = modifiers
-    unknown = set(flags) - {"rn", "ftz", "sat"}
+    unknown = set(flags) - {"rn", "ftz"}
     if unknown or kind not in _FLOATS:
         raise PtxError(f"no bit-exact definition here for the modifiers .{'.'.join(modifiers)}")
-    return kind, "ftz" in flags, "sat" in flags
-
-
-def _finish(values: np.ndarray, kind: str, ftz: bool, saturate: bool) -> np.ndarray:
-    values = canonical(values.astype(TYPES[kind], copy=False), kind)
-    if saturate:
-        values = np.where(values > 0, np.minimum(values, values.dtype.type(1)), values.dtype.type(0))
-    return flush(values) if ftz else values
+    return kind, "ftz" in flags
 
 
 def _arithmetic(function: Callable[..., np.ndarray], sources: int) -> Callable[[tuple[str, ...]], Operation]:
     def build(modifiers: tuple[str, ...]) -> Operation:
-        kind, ftz, saturate = _rounded(modifiers)
+        kind, ftz = _rounded(modifiers)
 
         def compute(*values: np.ndarray) -> np.ndarray:
             inputs = [flush(value) for value in values] if ftz else values
-            return _finish(function(*inputs), kind, ftz, saturate)
+            result = canonical(function(*inputs).astype(TYPES[kind], copy=False), kind)
+            return flush(result) if ftz else result
 
         return Operation(kind, (kind,) * sources, compute)
 
@@ -195,7 +189,6 @@ BUILDERS: dict[str, Callable[[tuple[str, ...]], Operation]] = {
     "div": _div,
     "ex2": _ex2,
     "sqrt": _explicitly_rounded(np.sqrt, 1),
-    "rcp": _explicitly_rounded(np.reciprocal, 1),
     "fma": _pairs_too(_fma),
     "min": _extreme(operator.lt, operator.or_),
     "max": _extreme(operator.gt, operator.and_),

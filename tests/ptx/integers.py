@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.ptx.parser import PtxError
-from tests.ptx.scalars import TYPES, UNSIGNED, Operation, type_bits
+from tests.ptx.scalars import TYPES, Operation, type_bits
 
 _COMPARE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "eq": operator.eq,
@@ -17,19 +17,12 @@ _COMPARE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "le": operator.le,
     "gt": operator.gt,
     "ge": operator.ge,
-    "lo": operator.lt,
-    "ls": operator.le,
-    "hi": operator.gt,
-    "hs": operator.ge,
 }
-_LOGIC = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
-_WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
+_WIDER = {"u32": "u64", "s32": "s64"}
 
 
 def _compare(name: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """One comparison; the suffix ``u`` of a float comparison is true when either side is NaN."""
-    if name == "num":
-        return lambda a, b: ~(np.isnan(a) | np.isnan(b))
     if name == "nan":
         return lambda a, b: np.isnan(a) | np.isnan(b)
     if name == "ne":
@@ -43,12 +36,8 @@ def _compare(name: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
 
 def _setp(modifiers: tuple[str, ...]) -> Operation:
-    modifiers = tuple(m for m in modifiers if m != "ftz")
-    compare, kind = _compare(modifiers[0]), modifiers[-1]
-    if len(modifiers) == 2:
-        return Operation("pred", (kind, kind), compare)
-    combine = _LOGIC[modifiers[1]]
-    return Operation("pred", (kind, kind, "pred"), lambda a, b, p: combine(compare(a, b), p))
+    name, kind = modifiers
+    return Operation("pred", (kind, kind), _compare(name))
 
 
 def _arithmetic(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[tuple[str, ...]], Operation]:
@@ -130,29 +119,14 @@ def _shift(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable
 
 
 def _funnel_shift(modifiers: tuple[str, ...]) -> Operation:
-    direction, mode, kind = modifiers
+    if modifiers != ("l", "wrap", "b32"):
+        raise PtxError(f"shf.{'.'.join(modifiers)} is not defined here")
 
     def compute(low: np.ndarray, high: np.ndarray, amount: np.ndarray) -> np.ndarray:
-        amount = amount & np.uint32(31) if mode == "wrap" else np.minimum(amount, np.uint32(32))
         both = (high.astype(np.uint64) << np.uint64(32)) | low
-        amount = amount.astype(np.uint64)
-        shifted = (both << amount) >> np.uint64(32) if direction == "l" else both >> amount
-        return shifted.astype(np.uint32)
+        return ((both << (amount & np.uint32(31)).astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
 
-    return Operation(kind, (kind, kind, "u32"), compute)
-
-
-def _lop3(modifiers: tuple[str, ...]) -> Operation:
-    """Any function of three bits; the fourth operand is its truth table."""
-
-    def compute(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
-        result = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), np.uint32)
-        for row in range(8):
-            if (int(table[0]) >> row) & 1:
-                result |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-        return result
-
-    return Operation("b32", ("b32", "b32", "b32", "u32"), compute)
+    return Operation("b32", ("b32", "b32", "u32"), compute)
 
 
 def _permute(modifiers: tuple[str, ...]) -> Operation:
@@ -203,27 +177,6 @@ def _unary(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[tuple[str,
     return build
 
 
-def _count(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[tuple[str, ...]], Operation]:
-    def build(modifiers: tuple[str, ...]) -> Operation:
-        return Operation("u32", modifiers, lambda a: function(a).astype(np.uint32))
-
-    return build
-
-
-def _population(a: np.ndarray) -> np.ndarray:
-    bits = np.unpackbits(np.ascontiguousarray(a).view(np.uint8).reshape(a.size, -1), axis=1)
-    return bits.sum(axis=1)
-
-
-def _leading_zeros(a: np.ndarray) -> np.ndarray:
-    width = a.dtype.itemsize * 8
-    remaining, zeros = a.astype(UNSIGNED[width]), np.full(a.shape, width, np.uint32)
-    while np.any(remaining):
-        zeros = np.where(remaining != 0, zeros - np.uint32(1), zeros)
-        remaining = remaining >> remaining.dtype.type(1)
-    return zeros
-
-
 BUILDERS: dict[str, Callable[[tuple[str, ...]], Operation]] = {
     "add": _arithmetic(operator.add),
     "sub": _arithmetic(operator.sub),
@@ -234,19 +187,15 @@ BUILDERS: dict[str, Callable[[tuple[str, ...]], Operation]] = {
     "mul": _multiply,
     "mad": _multiply_add,
     "neg": _unary(operator.neg),
-    "abs": _unary(np.abs),
     "not": _unary(operator.invert),
     "and": _arithmetic(operator.and_),
     "or": _arithmetic(operator.or_),
     "xor": _arithmetic(operator.xor),
-    "lop3": _lop3,
     "shl": _shift(operator.lshift),
     "shr": _shift(operator.rshift),
     "shf": _funnel_shift,
     "prmt": _permute,
     "bfe": _field_extract,
-    "popc": _count(_population),
-    "clz": _count(_leading_zeros),
     "setp": _setp,
     "selp": _select,
 }
