@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
+import shlex
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,7 @@ DESCRIPTION = """Run a sampling loop under torch.profiler, write a Chrome trace 
 ui.perfetto.dev) with the ranges fastddpm::step, fastddpm::unet and fastddpm::p_sample, and print where its time
 went."""
 
-EXAMPLES = examples(
-    "fastddpm profile",
-    "fastddpm profile --model cifar10 --batch 64 --dtype bfloat16 --trace t.json",
-    "nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi \\\n    fastddpm profile --ranges-only",
-    "ncu --kernel-name regex:_p_sample_kernel --launch-skip 5 --launch-count 3 \\\n    fastddpm profile --ranges-only",
-)
+EXAMPLES = examples("fastddpm profile", "fastddpm profile --model cifar10 --batch 64 --dtype bfloat16 --trace t.json")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -61,11 +58,11 @@ def run(args: argparse.Namespace) -> int:
     profiled.export_chrome_trace(str(args.trace))
     if args.cuda_graph:
         # The parts of a step are inside the graph, so there is no breakdown.
-        print(json.dumps({"trace": str(args.trace)}) if args.json else _timeline(args))
+        print(json.dumps(_files(args)) if args.json else f"timeline: {args.trace} (open in ui.perfetto.dev)")
         return 0
     found = profiling.breakdown(profiled)
     if args.json:
-        print(json.dumps({**dataclasses.asdict(found), "trace": str(args.trace)}, indent=1))
+        print(json.dumps(to_dict(found, args), indent=1))
     else:
         print(render(found, args, on_cuda=found.total.device_ms > 0))
     return 0
@@ -109,12 +106,33 @@ def _call(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     return {"seeds": seeds, "class_labels": labels_for(model, seeds, None), "model_kwargs": kwargs}
 
 
-def _timeline(args: argparse.Namespace) -> str:
-    return f"timeline: {args.trace} (open in ui.perfetto.dev)"
+def to_dict(found: Breakdown, args: argparse.Namespace) -> dict[str, Any]:
+    """Plain types, for JSON."""
+    import dataclasses
+
+    return {**dataclasses.asdict(found), **_files(args)}
+
+
+def _files(args: argparse.Namespace) -> dict[str, Any]:
+    from fastddpm.diagnostics import profile as profiling
+
+    return {"trace": str(args.trace), "commands": profiling.nsight_commands(command(args))}
+
+
+def command(args: argparse.Namespace) -> str:
+    """Return the command line that repeats this run."""
+    from fastddpm.diagnostics import environment
+
+    parts = [environment.executable(), "-m", "fastddpm", "profile", "--model", args.model]
+    parts += ["--batch", str(args.batch), "--steps", str(args.steps), "--dtype", args.dtype, "--sampler", args.sampler]
+    parts += ["--device", args.device, "--compile", args.compile, *(["--cuda-graph"] if args.cuda_graph else [])]
+    return shlex.join(parts)
 
 
 def render(found: Breakdown, args: argparse.Namespace, *, on_cuda: bool) -> str:
-    """The breakdown, and the longest operations."""
+    """The breakdown, the longest operations, and what to run for more."""
+    from fastddpm.diagnostics import profile as profiling
+
     where = "device" if on_cuda else "host"
     lines = [
         f"{args.model}, batch {args.batch}, {found.steps} steps, {args.dtype}; with the profiler's own cost",
@@ -125,7 +143,9 @@ def render(found: Breakdown, args: argparse.Namespace, *, on_cuda: bool) -> str:
     lines += [_part(part, found.total, on_cuda) for part in parts]
     lines += ["", "longest operations, their own time"]
     lines += [_part(part, found.total, on_cuda) for part in found.operations]
-    lines += ["", _timeline(args)]
+    lines += ["", f"timeline: {args.trace} (open in ui.perfetto.dev)"]
+    lines += ["On an NVIDIA GPU, for the timeline of the GPU and the counters of our kernels:"]
+    lines += _commands(profiling.nsight_commands(command(args)))
     return "\n".join(lines)
 
 
@@ -138,3 +158,12 @@ def _part(part: Part, total: Part, on_cuda: bool) -> str:
 def _line(name: str, calls: str, host: str, device: str, share: str) -> str:
     short = name if len(name) <= 38 else name[:35] + "..."
     return f"{short:<38}{calls:>8}{host:>11}{device:>11}{share:>12}".rstrip()
+
+
+def _commands(commands: Mapping[str, str]) -> list[str]:
+    """Wrapped with backslashes, so that they can be pasted."""
+    lines: list[str] = []
+    for text in commands.values():
+        wrapped = textwrap.wrap(text, WIDTH - 6, break_long_words=False, break_on_hyphens=False)
+        lines += [f"  {line} \\" for line in wrapped[:-1]] + [f"  {wrapped[-1]}"]
+    return lines

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,3 +103,8 @@ def _gpu(device: Mapping[str, Any]) -> str:
     if "sm_clock_mhz" not in device:
         return device["name"]
     return f"{device['name']} at {device['sm_clock_mhz']} of {device['max_sm_clock_mhz']} MHz"
+
+
+def executable() -> str:
+    """The Python that runs this, for command lines that a reader may copy."""
+    return Path(sys.executable).name or "python"

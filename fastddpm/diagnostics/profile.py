@@ -16,6 +16,8 @@ from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.step import StaticStep
 
 SAMPLE, STEP, UNET, P_SAMPLE = "fastddpm::sample", "fastddpm::step", "fastddpm::unet", "fastddpm::p_sample"
+# Our kernels' symbols, as ncu and nsys see them.
+KERNELS = ("_p_sample_kernel", "_q_sample_kernel", "_randn_kernel")
 
 
 class RangedSampler(Sampler):
@@ -162,3 +164,18 @@ def _run_for_nsight(sampler: Sampler, call: Mapping[str, Any]) -> None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def nsight_commands(command: str) -> dict[str, str]:
+    """Return command lines that show the loop in Nsight Systems and single our kernels out in Nsight Compute.
+
+    Args:
+        command: the `fastddpm profile` line to run under them, without --ranges-only.
+    """
+    pattern = "regex:" + "|".join(KERNELS)
+    return {
+        "nsys": "nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi --capture-range-end=stop "
+        f"--output=fastddpm-timeline {command} --ranges-only",
+        "ncu": f"ncu --kernel-name '{pattern}' --launch-skip 5 --launch-count 3 --set full --import-source yes "
+        f"--export fastddpm-kernels {command} --ranges-only",
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ import torch
 from fastddpm.benchmarks.peers import networks
 from torch.profiler import ProfilerActivity, profile
 
-from fastddpm.cli import main
+from fastddpm.cli import build_parser, main
+from fastddpm.cli.profile import _commands, command
 from fastddpm.diagnostics import profile as profiling
 from fastddpm.machine import torch_compile
 from fastddpm.sampling.sampler import Sampler
@@ -116,11 +118,19 @@ def test_profile_writes_a_chrome_trace(tmp_path: Path, capsys: pytest.CaptureFix
     assert any(line.startswith("UNet") for line in lines)
 
 
-def test_profile_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_json_has_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ARGUMENTS, "--json", "--trace", str(tmp_path / "trace.json")]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["steps"] == STEPS
-    assert found["trace"] == str(tmp_path / "trace.json")
+    assert all(kernel in found["commands"]["ncu"] for kernel in profiling.KERNELS)
+
+
+def test_commands_repeat_the_run() -> None:
+    options = ["--sampler", "ddim", "--dtype", "bfloat16", "--device", "cuda:1", "--compile", "off", "--cuda-graph"]
+    given = build_parser().parse_args([*ARGUMENTS, *options])
+    words = shlex.split(command(given))
+    repeated = build_parser().parse_args(words[words.index("profile") :])
+    assert repeated == given
 
 
 def test_profile_of_a_graph_without_cuda_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,3 +142,12 @@ def test_ranges_only_writes_no_trace(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     assert main([*ARGUMENTS, "--ranges-only", "--trace", str(trace)]) == 0
     assert not trace.exists()
+
+
+def test_commands_can_be_pasted() -> None:
+    command = "python -m fastddpm profile --model digits --batch 16 --steps 10 --dtype float32 --sampler ddpm"
+    for tool, text in profiling.nsight_commands(command).items():
+        lines = _commands({tool: text})
+        assert max(map(len, lines)) <= 80
+        assert shlex.split(" ".join(line.rstrip("\\") for line in lines)) == shlex.split(text)
+        assert shlex.split(text)[0] == tool
