@@ -1,6 +1,11 @@
-"""What objects show of themselves."""
+"""What objects show of themselves, in a shell and in a notebook."""
 
 from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import pytest
 
 import fastddpm
 from fastddpm import Sampler, Schedule, ddim_table, ddpm_table
@@ -29,3 +34,13 @@ def test_network_and_sampler_are_one_line() -> None:
     )
     sampler = Sampler(digits, TABLE, (1, 32, 32), device="cpu")
     assert repr(sampler) == "Sampler(UNet, 'ddim' of 50 steps, shape (1, 32, 32), cpu, float32, torch, uncompiled)"
+
+
+@pytest.mark.parametrize("shown", [SCHEDULE, TABLE, Schedule.cosine(1), ddpm_table(Schedule.cosine(1))])
+def test_notebooks_get_a_well_formed_picture(shown: Any) -> None:
+    tree = ET.fromstring(f"<div>{shown._repr_html_()}</div>".replace("<br>", "<br/>"))
+    (line,) = tree.findall(".//polyline")
+    points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+    assert 1 <= len(points) <= 250
+    assert [x for x, _ in points] == sorted(x for x, _ in points)
+    assert all(0 <= x <= 240 and 0 <= y <= 60 for x, y in points)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastddpm.checks import shown
 from fastddpm.schedules.betas import check_num_timesteps, named_betas
+from fastddpm.schedules.sketch import curve
 
 # Above this alpha_bar_T the last latent keeps more than 22 % of the data's scale (sqrt(0.05)).
 MISMATCH_BEYOND = 0.05
@@ -52,6 +53,9 @@ class Schedule:
     def __repr__(self) -> str:
         first, last, end = float(self.betas[0]), float(self.betas[-1]), float(self.alphas_cumprod[-1])
         return f"Schedule(T = {self.num_timesteps}, betas from {first:.4g} to {last:.4g}, alpha_bar_T = {end:.4g})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{self}</code><br>{curve(self.alphas_cumprod.tolist(), 'alpha_bar_t over t')}"
 
     @property
     def num_timesteps(self) -> int:

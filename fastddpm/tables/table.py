@@ -12,6 +12,7 @@ A row whose sigma is 0 adds no noise.
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from fastddpm.checks import number, one_of
 from fastddpm.schedules.diffusion import check_clip_range
 from fastddpm.schedules.schedule import Schedule
+from fastddpm.schedules.sketch import curve
 
 COLUMNS = ("a", "b", "lo", "hi", "c_x0", "c_xt", "c_m", "c_1", "sigma", "h0", "h1", "w", "c_2", "c_3")
 K = len(COLUMNS)
@@ -90,21 +92,32 @@ class Table:
 
     def __repr__(self) -> str:
         """The head, and the columns that are not 0 of the first rows and the last."""
-        used = [k for k in range(K) if COLUMNS[k] not in ("lo", "hi", "w") and self.rows64[:, k].any()]
-        shown = sorted({*range(min(3, len(self))), len(self) - 1})
-        head = f"{'row':>5}{'t':>8}" + "".join(f"{COLUMNS[k]:>12}" for k in used)
-        rows = [
-            f"{i:>5}{float(self.timesteps[i]):>8g}" + "".join(f"{x:>12.5g}" for x in self.rows64[i, used].tolist())
-            for i in shown
-        ]
+        names, shown = self._shown()
+        head = f"{'row':>5}{'t':>8}" + "".join(f"{name:>12}" for name in names)
+        rows = [f"{i:>5}{float(self.timesteps[i]):>8g}" + "".join(f"{x:>12.5g}" for x in row) for i, row in shown]
         gap = ["  ..."] if len(self) > len(shown) else []
         return "\n".join([self._title(), head, *rows[:-1], *gap, rows[-1]])
+
+    def _repr_html_(self) -> str:
+        names, shown = self._shown()
+        cells = "".join(f"<th>{name}</th>" for name in ("row", "t", *names))
+        rows = "".join(
+            f"<tr><td>{i}</td><td>{float(self.timesteps[i]):g}</td>{''.join(f'<td>{x:.5g}</td>' for x in row)}</tr>"
+            for i, row in shown
+        )
+        picture = curve(self.timesteps.tolist(), "t over the steps")
+        return f"<code>{html.escape(self._title())}</code><br>{picture}<table><tr>{cells}</tr>{rows}</table>"
 
     def _title(self) -> str:
         flags = [name for name in ("clip", "learned") if getattr(self, name)]
         older = [f"{self.history} older x0"] if self.history else []
         steps = f"{len(self)} step{'s' if len(self) > 1 else ''}"
         return f"Table {self.name!r}: {', '.join([steps, *flags, *older])}"
+
+    def _shown(self) -> tuple[list[str], list[tuple[int, list[float]]]]:
+        used = [k for k in range(K) if COLUMNS[k] not in ("lo", "hi", "w") and self.rows64[:, k].any()]
+        rows = sorted({*range(min(3, len(self))), len(self) - 1})
+        return [COLUMNS[k] for k in used], [(i, self.rows64[i, used].tolist()) for i in rows]
 
     @cached_property
     def rows(self) -> Tensor:
