@@ -120,11 +120,11 @@ class PackedConv2d(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self._packed, self.bias, *self._how, "none", [], "")
 
 
-def use_channels_last(form: UNet) -> None:
-    """Give the convolutions of a network from `inference_form` channels-last or packed weights of their own."""
+def use_channels_last(form: UNet, *, pack: bool = False) -> None:
+    """Give the convolutions of a network from `inference_form` channels-last weights of their own, or packed ones."""
     for parent in list(form.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d) and packs(child.weight):
+            if pack and isinstance(child, nn.Conv2d) and packs(child.weight):
                 setattr(parent, name, PackedConv2d(child))
             elif isinstance(child, nn.Conv2d):
                 child.weight = _constant(child.weight.contiguous(memory_format=torch.channels_last))

@@ -162,7 +162,8 @@ class Form(nn.Module):
 def cuda_form(unet: UNet, fuse: bool) -> Form:
     """Return a network's form for a GPU, with the normalisations of `unet.fused` or PyTorch's."""
     form = inference_form(unet)
-    use_channels_last(form)
+    # `fused.denoise` takes a convolution's bias apart from it.
+    use_channels_last(form, pack=not fuse)
     return Form(form, fused.denoise if fuse else UNet.denoise)
 
 
