@@ -25,6 +25,8 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # A training checkpoint with optimiser and moving average has some 10,000 storages.
 MAX_ENTRIES = 100_000
 MAX_DEPTH, MAX_NAME = 16, 500
+# What torch.save wrote before everything else until torch 1.6, and still does on request.
+_LEGACY = (0x1950A86A20F9469CFC6C, 1001)
 _DAMAGE = (ValueError, OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile)
 
 
@@ -32,7 +34,7 @@ class Checkpoint:
     """The tensors of a file that torch.save wrote, by their dotted places in it.
 
     Args:
-        path: a file in torch's zip format, which torch.save has written since torch 1.6.
+        path: a file in torch's zip format or its older one.
 
     Attributes:
         tensors: what it holds, in the file's order; the entries of a list are named by their numbers.
@@ -45,11 +47,14 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._size = regular_size(path)
-        # Of each storage its name in the archive.
-        self._places: dict[str, str] = {}
+        self._archive = zipfile.is_zipfile(path)
+        # Of each storage its name in the archive, or its first byte.
+        self._places: dict[str, str | int] = {}
         self._last: tuple[str, bytearray] = ("", bytearray())
         try:
-            self.tensors = dict(_named_tensors(self._list_archive()))
+            with path.open("rb") as stream:
+                value = self._list_archive(stream) if self._archive else self._list_legacy(stream)
+            self.tensors = dict(_named_tensors(value))
         except RefusedObjectError as error:
             raise ValueError(
                 f"{path}: refused, since it holds more than tensors and plain values (it needs {error}), and such "
@@ -94,14 +99,19 @@ class Checkpoint:
     def _bytes(self, storage: Storage) -> bytearray:
         # Parameters that are views of one storage follow one another.
         if self._last[0] != storage.key:
-            with zipfile.ZipFile(self.path) as archive:
-                self._last = (storage.key, bytearray(archive.read(self._places[storage.key])))
+            place = self._places[storage.key]
+            if isinstance(place, str):
+                with zipfile.ZipFile(self.path) as archive:
+                    content = bytearray(archive.read(place))
+            else:
+                with self.path.open("rb") as stream:
+                    stream.seek(place)
+                    content = bytearray(stream.read(storage.nbytes))
+            self._last = (storage.key, content)
         return self._last[1]
 
-    def _list_archive(self) -> Any:
-        if not zipfile.is_zipfile(self.path):
-            raise ValueError("no archive of torch.save; torch before 1.6 wrote none: load it there and save it again")
-        with zipfile.ZipFile(self.path) as archive:
+    def _list_archive(self, stream: Any) -> Any:
+        with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
             if len(entries) > MAX_ENTRIES:
                 raise ValueError(f"{len(entries)} entries; at most {MAX_ENTRIES} are read")
@@ -130,6 +140,27 @@ class Checkpoint:
             raise ValueError(f"entry {shown(entry.filename)} points outside the archive")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > self._size:
             raise ValueError(f"entry {shown(entry.filename)} is compressed, which torch.save never does")
+
+    def _list_legacy(self, stream: Any) -> Any:
+        head = io.BytesIO(stream.read(MAX_PICKLE_BYTES))
+        if tuple(unpickle(head)[0] for _ in _LEGACY) != _LEGACY:
+            raise ValueError("no file that torch.save writes")
+        system = unpickle(head)[0]
+        if not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise ValueError("written on a big-endian machine")
+        value, storages = unpickle(head)
+        keys = unpickle(head)[0]
+        if not isinstance(keys, list) or {str(key) for key in keys} != storages.keys() or len(keys) != len(storages):
+            raise ValueError(f"{len(storages)} storages are claimed, and others are stored")
+        place = head.tell()
+        for key in map(str, keys):
+            stream.seek(place)
+            storage, length = storages[key], int.from_bytes(stream.read(8), "little")
+            place += 8 + storage.nbytes
+            if length != storage.length or place > self._size:
+                raise ValueError(f"storage {shown(key)} claims {storage.length} numbers, and fewer are stored")
+            self._places[key] = place - storage.nbytes
+        return value
 
 
 def _named_tensors(value: Any) -> Iterator[tuple[str, StoredTensor | OtherTensor]]:

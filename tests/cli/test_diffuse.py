@@ -63,8 +63,8 @@ def test_diffuse_refuses_to_overwrite(workdir: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "num_timesteps must lie in 1..1000000, got 0"),
-        (["--steps", "-3"], "num_timesteps must lie in 1..1000000, got -3"),
+        (["--steps", "0"], "num_timesteps must be an integer >= 1 and <= 1000000, got 0"),
+        (["--steps", "-3"], "num_timesteps must be an integer >= 1 and <= 1000000, got -3"),
         (["--schedule", "cosin"], "unknown beta_schedule 'cosin' (did you mean 'cosine'?); choose one of linear"),
         (["--schedule", "linear_rescaled"], "use the cosine schedule for so few steps"),
         (["--data", "nothing.npy"], "no data at 'nothing.npy'; give swiss-roll"),

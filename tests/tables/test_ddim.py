@@ -250,7 +250,7 @@ def test_learned_variance_is_ignored():
         ({"final_alpha_cumprod": 0.5}, "final_alpha_cumprod must lie between .* got 0.5"),
         ({"prediction_type": "noise"}, "unknown prediction_type 'noise'"),
         ({"clip_range": 0.0}, "clip_range must be positive"),
-        ({"steps": 0}, "steps must lie in 1..1000"),
+        ({"steps": 0}, "steps must be an integer >= 1 and <= 1000, got 0"),
     ],
 )
 def test_ddim_table_refuses_bad_options(options, message):

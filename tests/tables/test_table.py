@@ -159,7 +159,7 @@ def test_ddpm_table_refuses_epsilon_at_zero_alpha_bar():
         ({"clip_range": -1.0}, "clip_range must be positive .* got -1.0"),
         ({"clip_range": math.nan}, "clip_range must be positive .* got nan"),
         ({"clip_range": True}, "clip_range must be positive .* got True"),
-        ({"steps": 1001}, "steps must lie in 1..1000"),
+        ({"steps": 1001}, "steps must be an integer >= 1 and <= 1000, got 1001"),
         ({"timesteps": [3, 5]}, "must descend strictly"),
     ],
 )
