@@ -1,4 +1,4 @@
-"""Benchmark: the forward process q(x_t | x_0), with the noise it adds, as a step of training wants it."""
+"""Benchmark: the forward process q(x_t | x_0), with the noise it adds, as a training step wants it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from fastddpm.benchmarks.harness import gate, inputs
 from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
-from fastddpm.benchmarks.harness.inputs import Coefficients, counter, gaussian, normals, schedule, twin_only
+from fastddpm.benchmarks.harness.inputs import Coefficients, counter, gaussian, normals, schedule, twin_only, two_sizes
 from fastddpm.benchmarks.peers import lucidrains
 from torch import Tensor
 
@@ -84,9 +84,7 @@ def _fastddpm_given(case: Case) -> Prepared:
 
 def cases(device: str, smoke: bool) -> list[Case]:
     """One batch inside the caches, one far outside."""
-    large = (64 if device == "cpu" else 128, (3, 256, 256))
-    sizes = [(2, (3, 32, 32))] if smoke else [(16, (3, 32, 32)), large]
-    return [Case("q_sample", batch, shape, device=device) for batch, shape in sizes]
+    return two_sizes("q_sample", device, smoke)
 
 
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:

@@ -172,15 +172,16 @@ def fastddpm_loop(case: Case, dtype: torch.dtype, **options: Any) -> Prepared:
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
-    """Ho et al.'s CIFAR-10 network at several batch sizes and by DDIM, and the shipped model."""
+    """The bars' cases, DDIM, and a series over the number of steps."""
 
-    def case(network: str, batch: int, steps: int = 20, sampler: str = "ddpm") -> Case:
-        return Case("sampling", batch, networks.shape(network), network, steps, sampler, device)
+    def case(network: str, batch: int, steps: int = 20, sampler: str = "ddpm", *, sweep: bool = False) -> Case:
+        return Case("sampling", batch, networks.shape(network), network, steps, sampler, device, sweep)
 
     if smoke:
         return [case("tiny", 2, 3), case("tiny", 1, 3, "ddim")]
     batches = (1, 4, 16) if device == "cpu" else (1, 16, 64, 256)
-    return [*(case("cifar10", batch) for batch in batches), case("cifar10", 1, 20, "ddim"), case("digits", 16)]
+    series = [case("digits", 16, steps, sweep=True) for steps in (5, 10, 50)]
+    return [*(case("cifar10", batch) for batch in batches), case("cifar10", 1, 20, "ddim"), case("digits", 16), *series]
 
 
 def _cuda_only(case: Case) -> str | None:
@@ -198,7 +199,7 @@ BENCHMARK = Benchmark(
     name="sampling",
     title="Whole sampling loop",
     providers=(
-        Provider("diffusers", _diffusers, needs=_PEER),
+        Provider("diffusers", _diffusers, needs=_PEER, sweep=True),
         Provider("diffusers, tuned", lambda c: _diffusers(c, _F32, tuned=True), "float32", _PEER, True),
         Provider("diffusers, tuned, bf16", lambda c: _diffusers(c, _BF16, tuned=True), "bfloat16", _PEER, True),
         Provider(
@@ -221,8 +222,8 @@ BENCHMARK = Benchmark(
             skips=openvino.skips,
             tolerance=openvino.BF16_TOLERANCE,
         ),
-        Provider("fastddpm", lambda c: fastddpm_loop(c, _F32), compiled=True),
-        Provider("fastddpm, bf16", lambda c: fastddpm_loop(c, _BF16), "bfloat16", compiled=True),
+        Provider("fastddpm", lambda c: fastddpm_loop(c, _F32), compiled=True, sweep=True),
+        Provider("fastddpm, bf16", lambda c: fastddpm_loop(c, _BF16), "bfloat16", compiled=True, sweep=True),
     ),
     cases=cases,
     check=loop_gate.check,

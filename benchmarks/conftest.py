@@ -2,7 +2,7 @@
 
     pytest benchmarks                                   this machine's sizes
     pytest benchmarks --smoke                           tiny sizes, nothing compiled: does everything work?
-    pytest benchmarks -k q_sample                       one benchmark
+    pytest benchmarks -k randn                          one benchmark
     pytest benchmarks --benchmark-autosave              keep the numbers; --benchmark-compare shows what changed
 
 Ratios between providers come from `fastddpm bench`, whose rounds are interleaved: these are not.

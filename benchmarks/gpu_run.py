@@ -52,7 +52,7 @@ def parts(device: str, outdir: Path, *, smoke: bool) -> list[Part]:
         Part("verify", 75, 150, (*python, "fastddpm", "verify", "--device", device)),
         *([Part("tests", 60, 120, tests)] if _TESTS.is_dir() else []),
         Part("quick", 150, 300, bench("quick", *([] if smoke else ["--quick"]), "sampling", "p_sample"), timed=True),
-        Part("counts", 60, 120, bench("counts", "counts"), timed=True),
+        Part("counts", 60, 120, bench("counts", "counts", "--no-offline"), timed=True),
         Part("settings", 120, 200, bench("settings", "settings"), timed=True),
     ]
 

@@ -1,1 +1,1 @@
-"""What can be counted without a clock: operations of a step, launches and waits of a loop."""
+"""What can be counted without a clock: operations of a step, instructions and bytes of a kernel."""

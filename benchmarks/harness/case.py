@@ -15,7 +15,7 @@ from fastddpm.checks import one_of
 from fastddpm.machine import hardware as machine
 
 # The benchmarks, in the order in which the report has them.
-NAMES = ("sampling", "p_sample", "q_sample", "drop_in", "settings")
+NAMES = ("sampling", "unet", "p_sample", "q_sample", "randn", "training_step", "drop_in", "settings")
 # Why a provider has no row at all, not even one that gives a reason.
 NOT_ASKED = "not part of this case"
 
@@ -29,6 +29,7 @@ class Case:
         steps: network calls per sample; 0 where no loop runs.
         sampler: "ddpm" or "ddim".
         device: "cpu" or "cuda".
+        sweep: part of a series over `steps`, which only the providers marked `sweep` run.
         original: what is replaced, where the benchmark is a drop-in.
     """
 
@@ -39,6 +40,7 @@ class Case:
     steps: int = 0
     sampler: str = "ddpm"
     device: str = "cpu"
+    sweep: bool = False
     original: str = ""
 
     @property
@@ -105,6 +107,7 @@ class Provider:
         compiled: its first call compiles.
         skips: returns why a case is not for this provider; None if it is.
         tolerance: what its gate allows, where that is not its dtype's usual.
+        sweep: takes part in series over the number of steps.
     """
 
     name: str
@@ -114,9 +117,12 @@ class Provider:
     compiled: bool = False
     skips: Callable[[Case], str | None] = _everywhere
     tolerance: float | None = None
+    sweep: bool = False
 
     def why_not(self, case: Case) -> str | None:
         """Return why this provider has no number for a case; None if it can run."""
+        if case.sweep and not self.sweep:
+            return NOT_ASKED
         return not_installed(self.needs) or self.skips(case) or self._emulated(case)
 
     def _emulated(self, case: Case) -> str | None:

@@ -46,6 +46,13 @@ def normals(case: Case, stream: int, step: int = 0) -> Tensor:
     return noise.normals(*words, case.n_elements // case.batch).reshape(case.full_shape)
 
 
+def two_sizes(benchmark: str, device: str, smoke: bool) -> list[Case]:
+    """One batch inside the caches, one far outside."""
+    large = (64 if device == "cpu" else 128, (3, 256, 256))
+    sizes = [(2, (3, 32, 32))] if smoke else [(16, (3, 32, 32)), large]
+    return [Case(benchmark, batch, shape, device=device) for batch, shape in sizes]
+
+
 def twin_only(case: Case) -> str | None:
     """Return why there is no eager twin to measure; None where there is one."""
     return None if case.device == "cpu" else "a kernel runs on CUDA"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from fastddpm.unet.unet import UNet
 TITLES = {
     "cifar10": "google/ddpm-cifar10-32's UNet, 35.7 M parameters, random weights",
     "digits": "the shipped digits model, 1.7 M parameters",
+    "small": "the digits model's UNet without classes, 1.7 M parameters, random weights",
     "tiny": "a tiny UNet, for trying out",
 }
 
@@ -23,23 +25,28 @@ TITLES = {
 TRAINED = ("digits",)
 
 
-_CONFIGS = {
-    "cifar10": UNetConfig.cifar10,
-    "digits": UNetConfig.digits,
-    "tiny": lambda: UNetConfig(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    ),
-}
-
-
 def config(name: str) -> UNetConfig:
-    """The configuration of a named network."""
-    return _CONFIGS[name]()
+    """The configuration of a named network.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name == "cifar10":
+        return UNetConfig.cifar10()
+    if name == "digits":
+        return UNetConfig.digits()
+    if name == "small":
+        return dataclasses.replace(UNetConfig.digits(), num_class_embeds=None, null_class=None)
+    if name == "tiny":
+        return UNetConfig(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+        )
+    raise ValueError(f"unknown network {name!r}; use one of {', '.join(TITLES)}")
 
 
 def shape(name: str) -> tuple[int, ...]:

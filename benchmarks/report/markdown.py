@@ -29,6 +29,8 @@ def render(results: Results) -> str:
         parts.append(step_counts_section(results["step_counts"]))
     if results.get("cuda"):
         parts.append(cuda_section(results["cuda"]))
+    if results.get("offline"):
+        parts.append(offline_section(results["offline"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -37,10 +39,11 @@ def heading(results: Results) -> str:
     device = "CPU, not comparable with GPU" if results["device"] == "cpu" else "CUDA"
     limits, facts = results["bandwidth"], results["machine"]
     load = facts["load_average"]
+    rates = ", ".join(f"{rate:.0f} GFLOP/s {dtype}" for dtype, rate in limits["gflop_per_s"].items())
     lines = [
         f"{results['date'][:10]}, {device}. {environment.summary(facts)}.",
         f"Measured in this run: copying {limits['copy_gb_per_s']:.1f} GB/s (read plus write, "
-        f"{limits['copy_mb']:.0f} MB tensors).",
+        f"{limits['copy_mb']:.0f} MB tensors), multiplying matrices {rates}.",
         f"Load average {' '.join(map(str, load)) if load else 'unknown'} before, "
         f"{' '.join(map(str, results['load_average_after'] or ['unknown']))} after. "
         f"Allocator: {_environment(facts['environment']['allocator'])}. "
@@ -111,7 +114,7 @@ def case_section(rows: Sequence[Row]) -> str:
 def _case_title(row: Row) -> str:
     case = row["case"]
     parts = [case["original"], case["network"], f"batch {case['batch']}", "x".join(map(str, case["shape"]))]
-    if case["steps"]:
+    if case["steps"] and row["op"] != "unet":
         parts.append(f"{case['steps']} {case['sampler'].upper()} steps")
     return ", ".join(part for part in parts if part)
 
@@ -211,3 +214,28 @@ def cuda_section(cuda: Row) -> str:
     waiting = [row["who"] for row in cuda["rows"] if row["syncs_per_step"] and row["who"].startswith("fastddpm")]
     remarks = [f"**The host waits for the GPU** in each step of {', '.join(waiting)}."] if waiting else []
     return "\n\n".join(["## CUDA: launches", table(columns), *remarks])
+
+
+def offline_section(offline: Row) -> str:
+    """Instructions and bytes per element, from compiled code."""
+    parts = [f"## Compiled for {offline['arch']} without a GPU"]
+    rows = offline["rows"]
+    if rows:
+        columns: Columns = [
+            ("kernel", [f"{row['who']} {row['kernel']}: {row['variant']}" for row in rows]),
+            ("instr", [optional(row["executed"], "{:.1f}") for row in rows]),
+            ("B", [optional(row["bytes_per_element"], "{:.3g}") for row in rows]),
+            ("regs", [str(row["registers"]) for row in rows]),
+            ("smem", [str(row["shared"]) for row in rows]),
+            ("bar", [str(row["barriers"]) for row in rows]),
+        ]
+        parts.append(table(columns))
+        parts.append(
+            textwrap.fill(
+                "SASS instructions executed and bytes moved per element, registers per thread, shared memory and "
+                "barriers per program. Counts, not times: where DRAM binds, kernels of equal bytes tie.",
+                WIDTH,
+            )
+        )
+    parts += [textwrap.fill(f"- {remark}", WIDTH, subsequent_indent="  ") for remark in offline["remarks"]]
+    return "\n\n".join(parts)

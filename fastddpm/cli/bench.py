@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import warnings
@@ -15,9 +16,9 @@ from fastddpm.cli.parser import add_outdir, examples, positive
 # No benchmark: what is counted rather than timed.
 COUNTS = "counts"
 RESULTS = "bench.json"
-DESCRIPTION = """Run the benchmark suite and write bench.json and bench.md. Providers take turns in interleaved rounds;
-each passes a correctness gate before it is timed. Peers (diffusers, denoising-diffusion-pytorch, openvino) take part
-where they are installed. Without a GPU the CPU is measured; `fastddpm inspect` shows what compiled GPU code costs."""
+DESCRIPTION = """Run the benchmark suite and write bench.json, bench.md and plots. Providers take turns in interleaved
+rounds; each passes a correctness gate before it is timed. Peers (diffusers, denoising-diffusion-pytorch, openvino) take
+part where they are installed. Without a GPU the CPU is measured, and the compiled GPU code is counted."""
 
 EPILOG = """The full suite takes hours on two cores: most of it is diffusers in float32, and compilation. Choose less by
 name, --case and --provider; an interrupted run leaves the cases that it finished in bench.json. Run it on a machine
@@ -48,7 +49,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "only",
         nargs="*",
-        help="sampling, p_sample, q_sample, drop_in, settings; counts: operations, bytes and launches (default: all)",
+        help="sampling, unet, p_sample, q_sample, randn, training_step, drop_in, settings; counts: operations, "
+        "launches and instructions (default: all)",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--smoke", action="store_true", help="run everything once, tiny: does it work?")
@@ -65,6 +67,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A", "B"), help="print two bench.json side by side; measure nothing"
     )
+    parser.add_argument("--arch", default="sm_90", help="GPU that the offline part compiles for (default: sm_90)")
+    parser.add_argument("--no-offline", action="store_true", help="leave the offline part out")
     parser.add_argument("--quiet", action="store_true", help="print the report only")
 
 
@@ -95,10 +99,11 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run what was asked for; the results so far are in the output folder after every case."""
-    from fastddpm.benchmarks.counts import cuda, step_counts
+    from fastddpm.benchmarks.counts import cuda, offline, step_counts
     from fastddpm.benchmarks.harness import suite
     from fastddpm.benchmarks.harness.case import NAMES
     from fastddpm.benchmarks.harness.compare import MIN_ROUNDS
+    from fastddpm.diagnostics.compile_offline import check_arch
     from fastddpm.files.atomic import write_files
 
     no_gpu = cuda.why_skipped()
@@ -107,6 +112,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = "cpu" if args.device == "cpu" or no_gpu is not None else "cuda"
     names, cases, providers = QUICK[device] if args.quick else ([*NAMES, COUNTS], [], [])
     names = [one_of("benchmark", name, (*NAMES, COUNTS)) for name in args.only or names]
+    if COUNTS in names and not args.no_offline:
+        check_arch(args.arch)
     results = suite.run(
         [name for name in names if name != COUNTS],
         device=device,
@@ -120,6 +127,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if COUNTS in names:
         results["step_counts"] = step_counts.measure(smoke=args.smoke)
         results["cuda"] = cuda.measure(smoke=args.smoke) if device == "cuda" else {"skipped": no_gpu or "--device cpu"}
+        if not args.no_offline:
+            _progress(args)(f"compiling the kernels for {args.arch}")
+            results["offline"] = offline.measure(args.arch, smoke=args.smoke)
     return results
 
 
@@ -132,9 +142,14 @@ def _progress(args: argparse.Namespace) -> Any:
 
 
 def write(args: argparse.Namespace, results: dict[str, Any], text: str) -> None:
-    """Write JSON and Markdown."""
+    """Write JSON, Markdown and, where matplotlib is installed, plots."""
+    from fastddpm.benchmarks.report import plots
     from fastddpm.files.atomic import write_files
 
     files = {RESULTS: _encode(results), "bench.md": text.encode()}
+    if importlib.util.find_spec("matplotlib") is None:
+        _progress(args)("no plots: pip install matplotlib")
+    else:
+        files |= plots.draw(results)
     write_files({args.outdir / name: content for name, content in files.items()})
     _progress(args)(f"wrote {', '.join(files)} in {args.outdir}")

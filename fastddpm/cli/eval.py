@@ -17,6 +17,7 @@ from fastddpm.cli.parser import examples, positive
 if TYPE_CHECKING:
     from fastddpm.data.datasets import Dataset
     from fastddpm.evaluation.classifier import Classifier
+    from fastddpm.evaluation.measures import Measures
     from fastddpm.evaluation.real_images import Reference
     from fastddpm.machine.ranks import Ranks
     from fastddpm.sampling.sample import Run
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Draw samples and measure them beside real images: how often a small classifier sees the digit that was
 asked for, the Frechet distance of its features, how near samples come to training images, and how much they differ.
-FID is another program's: give the PNGs of `fastddpm sample` to torch-fidelity (fidelity --fid --input1 samples --input2
-pictures)."""
+For images of your own (--data) also FID, where torch-fidelity and its weights are at hand."""
 
 EPILOG = """Samples are written batch by batch; --resume completes a run that was interrupted, to the same numbers (but
 images a second, which are those of the batches drawn last). OUTDIR holds eval.json and pictures. The processes
@@ -35,7 +35,7 @@ batches are kept).
 """ + examples(
     "fastddpm eval --samples 1000 --sampler ddim --steps 50",
     "fastddpm eval --guidance 1,1.5,2 --outdir guidance",
-    "fastddpm eval --model runs/mine --data pictures/",
+    "fastddpm eval --model runs/mine --data pictures/ --download",
 )
 
 # Ten of each digit.
@@ -70,6 +70,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--channels", choices=("first", "last"), help="of an array whose shape does not say it")
     parser.add_argument("--classifier", type=Path, help="one trained on --data (default: the shipped one, of mnist)")
     parser.add_argument("--bits-per-dim", action="store_true", help="also bound the likelihood of real images")
+    parser.add_argument("--download", action="store_true", help="fetch FID's network if it is missing (96 MB)")
     sampling_options.add_options(parser, outdir="eval")
 
 
@@ -144,6 +145,7 @@ def _result(
     if ranks.rank:
         return {}
     save_grid(samples.images[:PICTURED], directory / PICTURE, columns=COLUMNS, scale=1)
+    _add_fid(measures, args, samples, reference)
     return {"run": config, "images_per_second": _speed(directory / SPEED, rate), **measures.to_json()}
 
 
@@ -187,6 +189,17 @@ def _classifier(args: argparse.Namespace, reference: Reference) -> Classifier | 
     if reference.held_out is None:
         raise ValueError(f"--classifier: of {args.data} nothing is held out, so nothing says how good it is")
     return load_classifier(args.classifier or SHIPPED_CLASSIFIER, len(reference.train.classes))
+
+
+def _add_fid(measures: Measures, args: argparse.Namespace, samples: Dataset, reference: Reference) -> None:
+    from fastddpm.evaluation.fid import compute_fid, fid_obstacle
+
+    if reference.held_out is not None:
+        return
+    if obstacle := fid_obstacle(download=args.download):
+        measures.notes.append(obstacle)
+    else:
+        measures.fid = compute_fid(samples, reference.train)
 
 
 def _weights(text: str) -> list[float]:

@@ -72,7 +72,7 @@ def _model(name: str) -> Any:
     from fastddpm.benchmarks.peers import networks
     from fastddpm.unet.load import load
 
-    return networks.build(name) if name in ("cifar10", "tiny") else load(name)
+    return networks.build(name) if name in ("cifar10", "small", "tiny") else load(name)
 
 
 def _sampler(args: argparse.Namespace, model: Any) -> RangedSampler:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], arch: str) -> 
         raise BackendUnavailable("this build of PyTorch has no CUDA tensors, not even fake ones; needs a CUDA build")
     load_triton()
     try:
-        with torch.no_grad(), _stub_device(gpu):
+        with torch.no_grad(), stub_device(gpu):
             return _lower(function, inputs)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -130,7 +130,7 @@ def _operator(origin: torch.fx.Node) -> str:
 
 
 @contextlib.contextmanager
-def _stub_device(gpu: Gpu) -> Iterator[None]:
+def stub_device(gpu: Gpu) -> Iterator[None]:
     """Answer questions about the device from a data sheet, and for cuDNN and PyTorch's choice of attention."""
     create = importlib.import_module("torch._inductor.runtime.hints").DeviceProperties
     major, minor = divmod(int(gpu.arch[3:]), 10)
@@ -148,9 +148,19 @@ def _stub_device(gpu: Gpu) -> Iterator[None]:
         "torch._C._conv_determine_backend_memory_format": lambda *_: torch.channels_last,
         "torch.nn.functional.scaled_dot_product_attention": _attention,
     }
+    with replaced(answers):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(values: Mapping[str, Any]) -> Iterator[None]:
+    """Let dotted names have other values for a while, in the whole process."""
     with contextlib.ExitStack() as stack:
-        for target, answer in answers.items():
-            stack.enter_context(mock.patch(target, answer))
+        for target, value in values.items():
+            owner, name = target.rsplit(".", 1)
+            place = pkgutil.resolve_name(owner)
+            stack.callback(setattr, place, name, vars(place)[name])
+            setattr(place, name, value)
         yield
 
 

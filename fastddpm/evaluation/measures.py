@@ -50,6 +50,7 @@ class Measures:
             diversity: mean distance between two images of a class.
         near: share of samples nearer to a training image than all but `NEAR` of the held-out images are.
         by_class: accuracy for each class, by its name.
+        fid: by the standard network.
         notes: what was not measured, and why.
     """
 
@@ -57,6 +58,7 @@ class Measures:
     rows: dict[str, Row] = field(default_factory=dict)
     near: float = 0.0
     by_class: dict[str, float] = field(default_factory=dict)
+    fid: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ class Measures:
             **rows,
             "near": self.near,
             "accuracy_by_class": self.by_class,
+            "fid": self.fid,
             "notes": self.notes,
         }
 

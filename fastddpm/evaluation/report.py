@@ -55,6 +55,8 @@ def _section(report: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     remarks = [f"{near} are nearer to a training image than {100 * (1 - NEAR):.0f} % of unseen images are."]
     if weak := weakest(result["accuracy_by_class"]):
         remarks.append(f"Least often recognised: {weak}.")
+    if result["fid"] is not None:
+        remarks.append(f"FID {result['fid']:.2f} (Inception v3).")
     if result["images_per_second"] is not None:
         remarks.append(f"{result['images_per_second']:.3g} images a second.")
     remarks += [f"Not measured: {note}." for note in result["notes"]]

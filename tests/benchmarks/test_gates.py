@@ -94,7 +94,7 @@ def test_normal_knows_what_is_no_standard_normal() -> None:
         assert not gate.normal(wrong, "z").ok
 
 
-@pytest.mark.parametrize("name", ["q_sample", "p_sample"])
+@pytest.mark.parametrize("name", ["randn", "q_sample", "p_sample"])
 def test_operation_gates_fail_on_one_wrong_element(name: str) -> None:
     benchmark = find(name)
     (case,) = benchmark.cases("cpu", True)
@@ -105,6 +105,20 @@ def test_operation_gates_fail_on_one_wrong_element(name: str) -> None:
         wrong = values.clone()
         wrong[-1, -1, -1, -1] += 1.0
         assert not benchmark.check(case, provider, found | {key: wrong}).ok, key
+
+
+def test_unet_gate_looks_at_every_timestep() -> None:
+    benchmark = find("unet")
+    (case,) = benchmark.cases("cpu", True)
+    provider = benchmark.provider("PyTorch")
+    found = provider.build(case).evaluate()
+    assert benchmark.check(case, provider, found).ok
+    for i in range(case.steps):
+        eps = found["eps"].clone()
+        eps[i, 0] *= 1.001
+        assert not benchmark.check(case, provider, {"eps": eps}).ok
+        eps[i, 0] = float("nan")
+        assert not benchmark.check(case, provider, {"eps": eps}).ok
 
 
 def test_count_tells_views_from_work_and_reads_by_the_host() -> None:
@@ -134,7 +148,7 @@ def test_count_sees_bytes_of_large_tensors_only() -> None:
 
 
 def test_count_looks_inside_custom_operators() -> None:
-    case = Case("p_sample", 2, (3, 4, 4))
+    case = Case("randn", 2, (3, 4, 4))
     counts = step_counts.count(lambda: ops.randn(counter(case, STREAM_REVERSE), case.shape))
     assert counts.operations > 100
 

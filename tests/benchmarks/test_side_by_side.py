@@ -44,7 +44,7 @@ def run(facts: dict[str, Any], batch: int, *providers: str, date: str = "2026-01
         "rounds": 7,
         "machine": copy.deepcopy(facts) | {"load_average": [0.1, 0.1, 0.1]},
         "load_average_after": [1.0, 1.0, 1.0],
-        "bandwidth": {"copy_gb_per_s": 10.0, "copy_mb": 256.0},
+        "bandwidth": {"copy_gb_per_s": 10.0, "copy_mb": 256.0, "gflop_per_s": {"float32": 100.0}},
         "rows": [{**row, "provider": provider} for provider in providers],
         **changed,
     }

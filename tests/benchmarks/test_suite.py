@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastddpm.benchmarks.counts import cuda
+from fastddpm.benchmarks.counts import cuda, inductor_kernel, offline
 from fastddpm.benchmarks.harness import suite, worker
 from fastddpm.benchmarks.harness.case import NAMES, NOT_ASKED, Benchmark, Case, Check, Prepared, Provider, find
 from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
@@ -21,6 +21,7 @@ from torch.autograd import DeviceType
 
 from fastddpm.cli import main
 from fastddpm.cli.bench import QUICK
+from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import building
 
 CASE = Case("p_sample", 2, (3, 4, 4))
@@ -30,7 +31,7 @@ CASE = Case("p_sample", 2, (3, 4, 4))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole suite, once; what its providers compile has tests of its own."""
     outdir = tmp_path_factory.mktemp("bench")
-    command = ["bench", "--smoke", "--quiet", "--device", "cpu", "--outdir", str(outdir)]
+    command = ["bench", "--smoke", "--quiet", "--device", "cpu", "--no-offline", "--outdir", str(outdir)]
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
         patch.setattr(building, "build", lambda *_: pytest.fail("compiled"))
         assert main(command) == 0
@@ -71,6 +72,12 @@ def test_report_labels_the_cpu_and_the_smoke_run(folder: Path) -> None:
 
 def test_report_says_why_cuda_was_skipped(folder: Path) -> None:
     assert "Skipped: " in (folder / "bench.md").read_text()
+
+
+def test_smoke_run_draws_its_plots(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("throughput.png", "roofline.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_names_the_cases_where_none_was_chosen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -162,11 +169,20 @@ def test_interrupted_bench_leaves_what_it_finished(tmp_path: Path, monkeypatch: 
         return run_case(benchmark, case, *rest, **named)
 
     monkeypatch.setattr(suite, "run_case", interrupted)
-    command = ["bench", "q_sample", "p_sample", "--smoke", "--quiet", "--device", "cpu", "--outdir", str(tmp_path)]
-    assert main(command) == 130
+    assert (
+        main(["bench", "randn", "q_sample", "--smoke", "--quiet", "--device", "cpu", "--outdir", str(tmp_path)]) == 130
+    )
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {row["id"] for row in found["rows"]} == set(cases)
     assert report.render(found)
+
+
+def test_bench_refuses_an_architecture_before_it_measures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "run", lambda *names, **options: pytest.fail("measured"))
+    assert main(["bench", "--arch", "sm90"]) == 1
+    assert "unknown architecture 'sm90' (did you mean 'sm_90'?)" in capsys.readouterr().err
 
 
 def test_process_runner_gates_times_and_counts_memory() -> None:
@@ -216,6 +232,54 @@ def test_report_warns_of_a_noisy_and_of_a_busy_machine(results: dict[str, Any]) 
     noisy, busy = report.warnings(changed)
     assert "Noisy machine" in noisy
     assert "load average 99.0" in busy
+
+
+def test_offline_part_fails_softly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arch: str, smoke: bool) -> list[dict[str, Any]]:
+        raise BackendUnavailable("Inductor is not as known here")
+
+    monkeypatch.setattr(offline, "_inductor", broken)
+    monkeypatch.setattr(offline, "_ours", broken)
+    found = offline.measure()
+    assert found["rows"] == []
+    assert found["remarks"] == ["broken: Inductor is not as known here"] * 2
+    assert "Inductor is not as known here" in report.offline_section(found)
+
+
+def test_offline_part_counts_our_kernel() -> None:
+    pytest.importorskip("triton")
+    found = offline.measure(smoke=True)
+    (row,) = found["rows"]
+    assert (row["who"], row["kernel"], row["variant"]) == ("fastddpm", "p_sample", "float32")
+    assert 60 < row["executed"] < 80
+    assert row["bytes_per_element"] == 12
+    assert "fastddpm p_sample: float32" in report.offline_section(found)
+
+
+def test_inductor_kernel_says_what_it_needs() -> None:
+    with pytest.raises(BackendUnavailable, match="no data sheet on file for sm_99"):
+        inductor_kernel.measure("sm_99")
+    if torch.version.cuda is None:
+        with pytest.raises(BackendUnavailable, match="needs a CUDA build"):
+            inductor_kernel.measure()
+
+
+def test_inductor_kernel_after_torch_has_found_no_gpu() -> None:
+    if torch.version.cuda is None:
+        pytest.skip("needs a CUDA build of PyTorch, whose fake tensors can be traced; this is a CPU build")
+    from torch.utils import _triton
+
+    before = _triton.has_triton()
+    assert 60 < inductor_kernel.measure().executed < 90
+    assert _triton.has_triton() == before
+
+
+def test_find_kernel_wants_exactly_one() -> None:
+    one = "k = async_compile.triton('k', '''\nbody\n''', device_str='cuda')\n"
+    assert inductor_kernel.find_kernel(one) == ("k", "\nbody\n")
+    for module in ("", one * 2):
+        with pytest.raises(BackendUnavailable, match="instead of one"):
+            inductor_kernel.find_kernel(module)
 
 
 def test_tally_tells_launches_from_kernels_and_waits() -> None:
@@ -268,17 +332,17 @@ def test_bench_refuses_an_outdir_before_it_measures(
     outdir: str, unmeasured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    assert main(["bench", "q_sample", "--smoke", "--outdir", str(tmp_path / outdir)]) == 1
+    assert main(["bench", "randn", "--smoke", "--outdir", str(tmp_path / outdir)]) == 1
     assert outdir in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_bench_names_the_nearest_provider(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["bench", "q_sample", "--smoke", "--outdir", str(tmp_path / "out"), "--provider"]
+    command = ["bench", "randn", "--smoke", "--outdir", str(tmp_path / "out"), "--provider"]
     assert main([*command, "fastdpm"]) == 1
     error = capsys.readouterr().err
-    assert "unknown provider 'fastdpm' (did you mean 'fastddpm'?); choose one of PyTorch" in error
-    assert ", fastddpm, 'fastddpm, eager twin', " in error
+    assert "unknown provider 'fastdpm' (did you mean 'fastddpm'?); choose one of torch.randn" in error
+    assert ", fastddpm, 'fastddpm, eager twin'\n" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -300,7 +364,7 @@ def test_benchmarks_ignore_what_other_libraries_warn_of(tmp_path: Path, monkeypa
     monkeypatch.setattr(suite, "run", run)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        assert main(["bench", "q_sample", "--smoke", "--outdir", str(tmp_path)]) == 1
+        assert main(["bench", "randn", "--smoke", "--outdir", str(tmp_path)]) == 1
     assert not shown
 
 

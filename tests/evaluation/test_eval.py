@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import fastddpm
 from fastddpm import DiffusionConfig
 from fastddpm.cli import main
 from fastddpm.data.datasets import digits8x8
-from fastddpm.evaluation import report
+from fastddpm.evaluation import fid, report
 from fastddpm.evaluation.classifier import Classifier
 from fastddpm.files import images
 from fastddpm.machine.packages import weights_digest
@@ -119,12 +120,12 @@ def test_eval_plots_guidance_weights(evaluated: Path) -> None:
 def test_text_report_reads_at_80_columns(evaluated: Path) -> None:
     found = json.loads((evaluated / "eval.json").read_text())
     found["model"] = "digits"
-    found["results"][0] |= {"notes": ["something that takes very many words to explain to anybody " * 3]}
+    found["results"][0] |= {"fid": 12.3, "notes": ["something that takes very many words to explain to anybody " * 3]}
     lines = report.text_report(found).splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("Bits per dimension, at most: held-out") for line in lines) == 1
-    for title in (*report.TITLES.values(), "Not measured: something"):
-        assert sum(line.startswith(title) for line in lines) == (1 if "Not" in title else 2)
+    for title in (*report.TITLES.values(), "FID 12.30", "Not measured: something"):
+        assert sum(line.startswith(title) for line in lines) == (1 if "FID" in title or "Not" in title else 2)
 
 
 def test_eval_prints_the_report(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,19 +219,62 @@ def own_images(command: list[str], tmp_path: Path) -> list[str]:
 
 
 def test_eval_of_own_images_reports_what_needs_no_classifier(
-    own_images: list[str], capsys: pytest.CaptureFixture[str]
+    own_images: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: None)
     assert main(own_images) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert result["compared"] == 5
     assert [name for name in ROWS if name in result] == ["nearest", "diversity"]
-    (note,) = result["notes"]
-    assert "there is no classifier of these images" in note
+    assert result["fid"] is None
+    assert "there is no classifier of these images" in result["notes"][0]
+    assert "pip install torch-fidelity" in result["notes"][1]
 
 
 def test_eval_of_own_images_takes_no_classifier(own_images: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*own_images, "--classifier", "c.safetensors"]) == 1
     assert "nothing is held out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A torch-fidelity that counts what it is given, and the place of its weights, which are not there."""
+
+    def calculate_metrics(**arguments: Any) -> dict[str, float]:
+        assert arguments["feature_extractor_weights_path"] == str(fid.weights_path())
+        for pictures in (arguments["input1"], arguments["input2"]):
+            assert pictures[0].dtype == torch.uint8
+            assert pictures[0].shape == (3, 8, 8)
+        return {"frechet_inception_distance": 100.0 * len(arguments["input1"]) + len(arguments["input2"])}
+
+    module = types.ModuleType("torch_fidelity")
+    module.calculate_metrics = calculate_metrics  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
+    monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(fid, "SHA256", "a" * 64)
+    monkeypatch.setattr(fid, "sha256", lambda path: path.read_text() * 64)
+    return fid.weights_path()
+
+
+def test_eval_downloads_the_weights_of_fid_only_when_told(
+    own_images: list[str], torch_fidelity: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, progress: Path(path).write_text("a"))
+    assert main(own_images) == 0
+    assert "--download fetches it" in json.loads(capsys.readouterr().out)["results"][0]["notes"][-1]
+    assert not torch_fidelity.exists()
+    assert main([*own_images, "--resume", "--download"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["fid"] == 100 * SAMPLES + 5
+
+
+def test_eval_gives_fid_no_weights_but_its_own(
+    own_images: list[str], torch_fidelity: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch_fidelity.parent.mkdir(parents=True)
+    torch_fidelity.write_text("b")
+    assert main(own_images) == 1
+    assert "has the SHA-256 bbb" in capsys.readouterr().err
 
 
 def test_card_takes_the_numbers_between_its_markers(evaluated: Path, tmp_path: Path) -> None:
