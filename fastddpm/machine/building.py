@@ -1,6 +1,6 @@
-"""Build packages with torch.export and AOTInductor, in a process of its own.
+"""Have packages built in a process of its own, `fastddpm.machine.compiling`, now or for later.
 
-Only that process imports the compiler and holds its memory. A lock keeps two of them from building the same package;
+A lock keeps two of them from building the same package;
 the system releases it when one is killed, and the next removes what was left.
 """
 
@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import io
-import json
 import logging
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,14 +19,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastddpm.errors import BackendUnavailable
-from fastddpm.files.atomic import temporary_of, write_files
+from fastddpm.files.atomic import temporary_of
 from fastddpm.machine import packages
 from fastddpm.machine.packages import Code
 from fastddpm.machine.torch_compile import has_cpp_compiler, package_cache
@@ -206,7 +203,7 @@ class _Build:
             order.seek(0)
             self._process = subprocess.Popen(
                 # -P: Python would look for modules in the current folder first.
-                [sys.executable, "-P", "-m", "fastddpm.machine.building"],
+                [sys.executable, "-P", "-m", "fastddpm.machine.compiling"],
                 stdin=order,
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
@@ -250,77 +247,6 @@ class _Build:
         return lines[-1] if status > 0 and lines else f"the process that builds it ended with status {status}"
 
 
-def main() -> None:
-    """Build what the parent process has written to standard input."""
-    import filelock
-
-    order = torch.load(sys.stdin.buffer, weights_only=False)  # from the process that started this one
-    identity, out = order["identity"], order["out"]
-    torch.set_num_threads(int(identity["threads"]))
-    if not order["waits"] and hasattr(os, "nice"):
-        os.nice(19)
-    path = packages.path_of(identity)
-    packages.sweep()
-    with contextlib.suppress(filelock.Timeout), packages.locked(path, -1 if order["waits"] else 0):
-        if out is not None:
-            write_files({out: compile_package(order["job"], identity, path.with_suffix(packages.WORK))})
-        elif not packages.is_whole(path):
-            packages.store(path, compile_package(order["job"], identity, path.with_suffix(packages.WORK)))
-
-
-@torch.no_grad()
-def compile_package(job: Job, identity: Mapping[str, str], folder: Path) -> bytes:
-    """Compile a network, its weights as constants, and return the package.
-
-    Args:
-        job: the network, which is changed, and its arguments.
-        identity: written into the package.
-        folder: for intermediate files; removed.
-    """
-    from torch._inductor.package import package_aoti
-
-    network, example = job
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    (folder / packages.PID).write_text(str(os.getpid()))
-    settings: dict[str, Any] = {
-        "freezing": True,
-        # Of the code between kernels, whose time does not show.
-        "aot_inductor.compile_wrapper_opt_level": "O0",
-        # Asking the compiler whether it knows the processor's vector instructions takes longer than any kernel.
-        "cpp.vec_isa_ok": True,
-        # Kernels are named in a profile; otherwise this costs nothing.
-        "cpp.enable_kernel_profile": True,
-        "aot_inductor.package": True,
-        # Apart from Inductor's cache, which keeps what it has found out about the processor: ten seconds.
-        "aot_inductor.output_path": str(folder),
-        "aot_inductor.metadata": {packages.METADATA: json.dumps(dict(identity))},
-    }
-    try:
-        if isinstance(network, bytes):
-            graph = torch.export.load(io.BytesIO(network)).module(check_guards=False)
-            _make_constant(graph)
-        else:
-            _make_constant(network)
-            graph = torch.export.export(network, example, strict=False).module(check_guards=False)
-        files = torch._inductor.aot_compile(graph, example, options=settings)
-        package = folder / f"model{packages.SUFFIX}"
-        package_aoti(str(package), files)  # type: ignore[arg-type]  # a list where "package" is set
-        return package.read_bytes()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_constant(module: nn.Module) -> None:
-    """Turn parameters into buffers that are saved: AOTInductor freezes no others."""
-    for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
-            if parameter is not None:
-                del part._parameters[name]
-                part.register_buffer(name, parameter.detach())
-        part._non_persistent_buffers_set.clear()
-
-
 def _after_fork() -> None:
     """Let a forked child build: what its parent builds, and who held the lock there, are not its own."""
     global _guard
@@ -330,6 +256,3 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-if __name__ == "__main__":
-    main()

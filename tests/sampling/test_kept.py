@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,7 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> dict[str, building.Job]:
         found = built.get(str(identity))
         if found is None and want is Want.FOR_LATER:
             built[str(identity)] = job()
-        program = None if found is None else torch.export.load(building.io.BytesIO(found[0])).module()  # type: ignore[arg-type]
+        program = None if found is None else torch.export.load(io.BytesIO(found[0])).module()  # type: ignore[arg-type]
         return program  # type: ignore[return-value]
 
     monkeypatch.setattr(building, "obtain", obtain)
