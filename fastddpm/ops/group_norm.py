@@ -84,9 +84,12 @@ class _Call(NamedTuple):
 def _empty(*values: Any) -> tuple[Tensor, Tensor]:
     call = _Call(*values)
     batch, _, *plane = call.x.shape
-    like: dict[str, Any] = {"dtype": call.x.dtype, "device": call.x.device, "memory_format": torch.channels_last}
-    y, u = (torch.empty((rows, len(call.weight), *plane), **like) for rows in (batch, batch if call.keep else 0))
-    return y, u
+
+    def empty(rows: int) -> Tensor:
+        shape = (rows, len(call.weight), *plane)
+        return torch.empty(shape, dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last)
+
+    return empty(batch), empty(batch if call.keep else 0)
 
 
 def _run(*values: Any) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self._how = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        self._size, self._packed = torch.Size(), torch.empty(0)
+        self._size, self._packed = torch.Size(), torch.empty(0, device=conv.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W], channels last -> [B, C_out, H', W'], likewise."""

@@ -287,7 +287,7 @@ def test_compiled_winograd_form_keeps_channels_innermost(monkeypatch: pytest.Mon
     block, h, time = form.form.mid_block.resnets[0], torch.zeros(batch, channels, 8, 8), torch.zeros(batch, channels)
     compiled = torch.compile(block, fullgraph=True, dynamic=False)
     # The Python that calls the kernels can be read, and no C++ compiler need see them; a package has the same layouts.
-    with torch._inductor.config.patch(freezing=True):
+    with torch._inductor.config.patch(freezing=True, fx_graph_cache=False):
         codes = utils.get_code(compiled, h.contiguous(memory_format=torch.channels_last), time)
     found = re.findall(r"empty_strided_cpu\((\([^)]*\)), (\([^)]*\))", "".join(codes))
     layouts = {(ast.literal_eval(size), ast.literal_eval(stride)) for size, stride in found}
