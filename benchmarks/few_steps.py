@@ -1,4 +1,4 @@
-"""Seconds for 16 digits: diffusers' 1000 steps, eight of its best scheduler, and eight and five steps of this library.
+"""Seconds for 16 digits: diffusers' 1000 steps, few of its best schedulers, and few steps of this library.
 
 `python -m fastddpm.benchmarks.few_steps` prints README's table; both libraries run the shipped model, float32, warm, in
 interleaved rounds.
@@ -42,9 +42,10 @@ def providers(labels: torch.Tensor, many: int) -> dict[str, Callable[[], object]
 
         return draw
 
-    def ours(name: str, compile: bool) -> Callable[[], object]:
+    def ours(name: str, compile: bool, **options: Any) -> Callable[[], object]:
         model = load("digits")
-        sampler = Sampler(model, table_for(name, model, diffusion_of(model)), (1, 32, 32), compile=compile)
+        table = table_for(name, model, diffusion_of(model), **options)
+        sampler = Sampler(model, table, (1, 32, 32), compile=compile)
         return lambda: sampler.sample(seeds=range(BATCH), class_labels=labels)
 
     return {
@@ -52,8 +53,11 @@ def providers(labels: torch.Tensor, many: int) -> dict[str, Callable[[], object]
         "diffusers, UniPCMultistepScheduler, 8 steps": loop(
             "UniPCMultistepScheduler", 8, solver_order=3, timestep_spacing="trailing"
         ),
+        "diffusers, SASolverScheduler, 10 steps": loop("SASolverScheduler", 10, timestep_spacing="trailing"),
         "fastddpm, fast, uncompiled": ours("fast", False),
         "fastddpm, fast, compiled": ours("fast", True),
+        "fastddpm, sa_solver of 10 steps, uncompiled": ours("sa_solver", False, steps=10, tau=0.5),
+        "fastddpm, sa_solver of 10 steps, compiled": ours("sa_solver", True, steps=10, tau=0.5),
         "fastddpm, tuned, uncompiled": ours("tuned", False),
         "fastddpm, tuned, compiled": ours("tuned", True),
     }
