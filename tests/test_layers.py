@@ -20,8 +20,7 @@ PACKAGES = {"fastddpm": "fastddpm", "benchmarks": "fastddpm.benchmarks", "kernel
 # From the top. The rooms of one layer do not import each other.
 LAYERS = (
     ("cli",),
-    ("evaluation",),
-    ("pictures", "benchmarks"),
+    ("evaluation", "pictures", "benchmarks"),
     ("training", "integrations", "diagnostics"),
     ("sampling",),
     ("unet",),
@@ -30,6 +29,7 @@ LAYERS = (
     ("files", "noise", "schedules"),
     ("errors", "checks", "kernels"),
 )
+MAX_LINES = 300
 HEIGHT = {room: -i for i, layer in enumerate(LAYERS) for room in layer}
 # The two doors stand above all rooms: the public names, which are looked up when they are used, and the command.
 DOORS = ("fastddpm", "fastddpm.__main__")
@@ -114,6 +114,10 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_a_wrong_import_is_found(module: str, line: str) -> None:
     found = sources()
     assert len(upward(found | {module: f"{found[module]}\n{line}\n"})) == 1
+
+
+def test_no_file_is_too_long_to_be_read_at_once() -> None:
+    assert [name for name, text in sources().items() if text.count("\n") > MAX_LINES] == []
 
 
 def test_a_circle_is_found() -> None:

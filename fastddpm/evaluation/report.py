@@ -8,8 +8,7 @@ from textwrap import fill
 from typing import Any
 
 from fastddpm.evaluation.measures import ACCURACY, DIVERSITY, FRECHET, NEAR, NEAREST
-from fastddpm.files.figures import new_figure, to_png
-from fastddpm.pictures.strip import INK, MUTED
+from fastddpm.files.figures import INK, MUTED, new_figure, to_png
 
 # The files of an evaluation: the report, and in the folder of each guidance weight a picture and the speed.
 REPORT, PLOT, PICTURE, SPEED = "eval.json", "guidance.png", "samples.png", "speed.json"

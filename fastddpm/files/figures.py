@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
+INK, MUTED = "#1d2433", "#6b7487"
+
 
 def new_figure(width: float, height: float, dpi: int = 100, **options: Any) -> Any:
     """Return an empty figure of this many inches, which no display and no global state of matplotlib knows of."""

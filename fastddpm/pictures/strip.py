@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastddpm.files.figures import new_figure
+from fastddpm.files.figures import INK, MUTED, new_figure
 from fastddpm.files.images import to_uint8
 from fastddpm.pictures.process import GAUSSIAN_END, Process, marginal
 from fastddpm.pictures.recording import Recording, spread
@@ -22,7 +22,7 @@ MAX_PANELS = 9
 LIMIT = 3.0
 COLOURS = 160
 
-INK, MUTED, FRAME, GOOD, BAD = "#1d2433", "#6b7487", "#d5d9e2", "#1a7f4b", "#c0392b"
+FRAME, GOOD, BAD = "#d5d9e2", "#1a7f4b", "#c0392b"
 TARGET = "#8e97a8"
 
 # Inches. What stands below the panels takes two lines where the picture is narrow.
