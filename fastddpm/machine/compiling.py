@@ -55,8 +55,6 @@ def compile_package(job: Job, identity: Mapping[str, str], folder: Path) -> byte
     (folder / packages.PID).write_text(str(os.getpid()))
     settings: dict[str, Any] = {
         "freezing": True,
-        # Of the code between kernels, whose time does not show.
-        "aot_inductor.compile_wrapper_opt_level": "O0",
         # Kernels are named in a profile; otherwise this costs nothing.
         "cpp.enable_kernel_profile": True,
         "aot_inductor.package": True,

@@ -17,6 +17,7 @@ from torch import nn
 from fastddpm.checks import integer, one_of
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine import hardware, torch_compile
+from fastddpm.machine.allocator import keep_freed_memory
 from fastddpm.machine.building import Want
 from fastddpm.machine.devices import resolve_device
 from fastddpm.ops.operators import DTYPES, use_triton
@@ -140,6 +141,8 @@ def resolve_options(model: Model, shape: Sequence[int], steps: int, **given: Unp
     one_of("norm", given["norm"], ("torch", "fused"))
     if isinstance(model, nn.Module) and model.training:
         logger.warning("the model is in training mode, so its dropout is active; call model.eval() to sample")
+    if device.type == "cpu":
+        keep_freed_memory()
     return Options(
         shape=sizes,
         device=device,
