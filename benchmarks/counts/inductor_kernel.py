@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.diagnostics import compile_offline as offline
-from fastddpm.diagnostics.gpus import Gpu, default_gpu
-from fastddpm.diagnostics.lowering import replaced, stub_device
+from fastddpm.diagnostics.lowering import inductor_for, replaced
 from fastddpm.diagnostics.sass_walk import walk
 from fastddpm.errors import BackendUnavailable
 
@@ -58,19 +57,9 @@ def measure(arch: str = "sm_90", shape: tuple[int, ...] = (64, 3, 32, 32)) -> In
     Raises:
         BackendUnavailable: this torch or Triton cannot be asked; the message has the reason.
     """
-    gpu = default_gpu(arch)
-    if gpu is None or not arch.startswith("sm_"):
-        raise BackendUnavailable(f"no data sheet on file for {arch}, which Inductor would ask for")
-    if torch.version.cuda is None:
-        raise BackendUnavailable("this build of PyTorch has no CUDA tensors, not even fake ones; needs a CUDA build")
-    try:
-        name, source = find_kernel(generate(gpu, shape))
+    with inductor_for(arch):
+        name, source = find_kernel(generate(shape))
         return min((_compile(name, source, arch, *config) for config in CONFIGS), key=lambda kernel: kernel.executed)
-    except BackendUnavailable:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise BackendUnavailable(f"Inductor of torch {torch.__version__} is not as known here ({reason})") from error
 
 
 def step(x_t: Tensor, eps_theta: Tensor, table: Tensor, t: Tensor) -> Tensor:
@@ -82,7 +71,7 @@ def step(x_t: Tensor, eps_theta: Tensor, table: Tensor, t: Tensor) -> Tensor:
     return coef1 * x_0 + coef2 * x_t + sigma * torch.randn_like(x_t)
 
 
-def generate(gpu: Gpu, shape: tuple[int, ...]) -> str:
+def generate(shape: tuple[int, ...]) -> str:
     """Return the Python module that Inductor writes for `step`, its Triton kernels inside as strings."""
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
@@ -92,19 +81,18 @@ def generate(gpu: Gpu, shape: tuple[int, ...]) -> str:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with stub_device(gpu):
-        fake = FakeTensorMode()
-        with fake:
-            x = torch.empty(shape, device="cuda")
-            table, t = torch.empty(1000, 5, device="cuda"), torch.empty(shape[0], dtype=torch.int64, device="cuda")
-            inputs = [x, torch.empty_like(x), table, t]
-            traced = make_fx(step, decomposition_table=select_decomp_table())(*inputs)
-        with V.set_fake_mode(fake), fake:
-            replace_random_passes(traced)
-        graph = GraphLowering(traced, example_inputs=inputs, shape_env=None)  # type: ignore[arg-type]
-        with V.set_graph_handler(graph), V.set_fake_mode(fake), DebugContext():
-            graph.run(*inputs)
-            code: Any = graph.codegen()[0]
+    fake = FakeTensorMode()
+    with fake:
+        x = torch.empty(shape, device="cuda")
+        table, t = torch.empty(1000, 5, device="cuda"), torch.empty(shape[0], dtype=torch.int64, device="cuda")
+        inputs = [x, torch.empty_like(x), table, t]
+        traced = make_fx(step, decomposition_table=select_decomp_table())(*inputs)
+    with V.set_fake_mode(fake), fake:
+        replace_random_passes(traced)
+    graph = GraphLowering(traced, example_inputs=inputs, shape_env=None)  # type: ignore[arg-type]
+    with V.set_graph_handler(graph), V.set_fake_mode(fake), DebugContext():
+        graph.run(*inputs)
+        code: Any = graph.codegen()[0]
     return getattr(code, "value", code)
 
 

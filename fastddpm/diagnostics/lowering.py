@@ -58,6 +58,17 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], arch: str) -> 
     Raises:
         BackendUnavailable: this torch or Triton cannot be asked; the message has the reason.
     """
+    with inductor_for(arch), torch.no_grad():
+        return _lower(function, inputs)
+
+
+@contextlib.contextmanager
+def inductor_for(arch: str) -> Iterator[None]:
+    """Let Inductor compile for a GPU that is not there.
+
+    Raises:
+        BackendUnavailable: this torch or Triton cannot be asked, or something broke inside; the message has the reason.
+    """
     gpu = default_gpu(arch)
     if gpu is None or not arch.startswith("sm_"):
         raise BackendUnavailable(f"no data sheet on file for {arch}, which Inductor would ask for")
@@ -65,8 +76,10 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], arch: str) -> 
         raise BackendUnavailable("this build of PyTorch has no CUDA tensors, not even fake ones; needs a CUDA build")
     load_triton()
     try:
-        with torch.no_grad(), stub_device(gpu):
-            return _lower(function, inputs)
+        with _stub_device(gpu):
+            yield
+    except BackendUnavailable:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BackendUnavailable(
@@ -130,7 +143,7 @@ def _operator(origin: torch.fx.Node) -> str:
 
 
 @contextlib.contextmanager
-def stub_device(gpu: Gpu) -> Iterator[None]:
+def _stub_device(gpu: Gpu) -> Iterator[None]:
     """Answer questions about the device from a data sheet, and for cuDNN and PyTorch's choice of attention."""
     create = importlib.import_module("torch._inductor.runtime.hints").DeviceProperties
     major, minor = divmod(int(gpu.arch[3:]), 10)
