@@ -67,7 +67,6 @@ GPUS = (
     Gpu("RTX 5090", "sm_120", 1792e9, 170, 2.407e9, 96 * _MB,
         "NVIDIA RTX Blackwell white paper (1,792 GB/s, 170 SMs, 2,407 MHz, 98,304 KB L2)"),
 )  # fmt: skip
-BY_NAME = {gpu.name: gpu for gpu in GPUS}
 
 
 def default_gpu(arch: str) -> Gpu | None:
@@ -84,7 +83,7 @@ def find_gpu(name: str) -> Gpu:
     for gpu in GPUS:
         if gpu.name.lower() == name.lower():
             return gpu
-    raise ValueError(f"no data sheet on file for the GPU {name!r}; known: {', '.join(BY_NAME)}")
+    raise ValueError(f"no data sheet on file for the GPU {name!r}; known: {', '.join(gpu.name for gpu in GPUS)}")
 
 
 @dataclass(frozen=True)

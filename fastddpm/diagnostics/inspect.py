@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,19 +52,19 @@ class Report:
     registers: int
     spills: int
     shared: int
-    barriers: int
-    executed: float | None
-    classes: Mapping[str, float]
-    avoided: tuple[str, ...]
-    widths: Widths
     bytes_per_element: float
+    barriers: int = 0
+    executed: float | None = None
+    classes: Mapping[str, float] = field(default_factory=dict)
+    avoided: tuple[str, ...] = ()
+    widths: Widths = field(default_factory=dict)
     loads: Mapping[int, int] = field(default_factory=dict)
     stores: Mapping[int, int] = field(default_factory=dict)
     gpu: str | None = None
     roof: str | None = None
     compute_share: float | None = None
     l2_elements: int | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -83,54 +83,46 @@ def inspect_variant(variant: Variant, arch: str, gpu: Gpu | None = None) -> Repo
         BackendUnavailable: if Triton or one of its tools is missing.
     """
     compiled = offline.compile_launch(variant.launch, arch)
+    measures = measure(compiled, variant.elements_per_program, variant.bytes_per_element, variant.trips, gpu)
+    if arch.startswith("sm_"):
+        measures["widths"] = _widths_by_tensor(compiled.assembly, variant)
+    return Report(variant.kernel, variant.name, **measures)
+
+
+def measure(
+    compiled: offline.Compiled,
+    elements_per_program: float,
+    bytes_per_element: float,
+    trips: Sequence[int] = (),
+    gpu: Gpu | None = None,
+) -> dict[str, Any]:
+    """Return what compiled code occupies and executes, by the fields of a `Report`; ``trips`` as in `walk`."""
     used = offline.resources(compiled)
-    gpu = gpu or default_gpu(arch)
-    common: dict[str, Any] = {
-        "kernel": variant.kernel,
-        "variant": variant.name,
-        "arch": arch,
-        "registers": used.registers,
-        "spills": used.spills,
-        "shared": used.shared,
-        "bytes_per_element": variant.bytes_per_element,
-    }
-    if not arch.startswith("sm_"):
-        return Report(**common, **_amd_measures(compiled))
-    measures = _nvidia_measures(compiled, variant)
-    if gpu is not None and measures["executed"] is not None:
-        roof = roofline(gpu, variant.bytes_per_element, measures["executed"], measures["classes"])
-        measures |= {
-            "gpu": gpu.name,
-            "roof": roof.binds,
-            "compute_share": roof.compute_share,
-            "l2_elements": roof.l2_elements,
-        }
-    return Report(**common, **measures)
-
-
-def _nvidia_measures(compiled: offline.Compiled, variant: Variant) -> dict[str, Any]:
+    found: dict[str, Any] = {"arch": compiled.arch, "bytes_per_element": bytes_per_element}
+    found |= {"registers": used.registers, "spills": used.spills, "shared": used.shared}
+    if not compiled.arch.startswith("sm_"):
+        return found | _amd_measures(compiled.assembly)
     listing = offline.disassemble(compiled)
-    elements = variant.elements_per_program / compiled.threads
-    result: Walk | None = None
-    notes: tuple[str, ...] = ()
+    found["barriers"] = len(re.findall(r"\bBAR\.", listing))
     try:
-        result = walk(listing, compiled.name, variant.trips)
+        result = walk(listing, compiled.name, trips)
     except SassError as error:
-        notes = (f"not counted: {error}",)
-    return {
-        "barriers": len(re.findall(r"\bBAR\.", listing)),
-        "executed": result.executed / elements if result else None,
-        "classes": {name: count / elements for name, count in result.classes.items()} if result else {},
-        "avoided": result.avoided if result else (),
-        "loads": _bits(result, "LDG"),
-        "stores": _bits(result, "STG"),
-        "widths": _widths_by_tensor(compiled.assembly, variant),
-        "notes": notes,
-    }
+        return {**found, "notes": (f"not counted: {error}",)}
+    elements = elements_per_program / compiled.threads
+    executed = result.executed / elements
+    classes = {name: count / elements for name, count in result.classes.items()}
+    found |= {"executed": executed, "classes": classes, "avoided": result.avoided}
+    found |= {"loads": _bits(result, "LDG"), "stores": _bits(result, "STG")}
+    gpu = gpu or default_gpu(compiled.arch)
+    if gpu is not None:
+        roof = roofline(gpu, bytes_per_element, executed, classes)
+        found |= {"gpu": gpu.name, "roof": roof.binds, "compute_share": roof.compute_share}
+        found["l2_elements"] = roof.l2_elements
+    return found
 
 
-def _bits(result: Walk | None, stem: str) -> dict[int, int]:
-    return {8 * width: count for width, count in result.widths(stem).items()} if result else {}
+def _bits(result: Walk, stem: str) -> dict[int, int]:
+    return {8 * width: count for width, count in result.widths(stem).items()}
 
 
 def _widths_by_tensor(ptx: str, variant: Variant) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -144,16 +136,13 @@ def _widths_by_tensor(ptx: str, variant: Variant) -> dict[str, dict[str, tuple[i
     return widths
 
 
-def _amd_measures(compiled: offline.Compiled) -> dict[str, Any]:
+def _amd_measures(assembly: str) -> dict[str, Any]:
     widths: dict[str, tuple[int, ...]] = {}
-    for direction, size in _AMD_ACCESS.findall(compiled.assembly):
+    for direction, size in _AMD_ACCESS.findall(assembly):
         bits = next((bits for name, bits in _AMD_BITS.items() if size.startswith(name)), 0)
         widths[direction] = (*widths.get(direction, ()), bits)
     return {
-        "barriers": len(re.findall(r"^\s+s_barrier", compiled.assembly, re.MULTILINE)),
-        "executed": None,
-        "classes": {},
-        "avoided": (),
+        "barriers": len(re.findall(r"^\s+s_barrier", assembly, re.MULTILINE)),
         "widths": {"all": widths},
         "notes": ("AMD code is compiled and its resources read; its instructions are not walked",),
     }

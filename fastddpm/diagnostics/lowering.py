@@ -59,7 +59,7 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], arch: str) -> 
         BackendUnavailable: this torch or Triton cannot be asked; the message has the reason.
     """
     with inductor_for(arch), torch.no_grad():
-        return _lower(function, inputs)
+        return generate(function, inputs)[0]
 
 
 @contextlib.contextmanager
@@ -87,12 +87,14 @@ def inductor_for(arch: str) -> Iterator[None]:
         ) from error
 
 
-def _lower(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Call]:
+def generate(function: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[list[Call], str]:
+    """Return what a function launches, and the Python module that Inductor writes for it; within `inductor_for`."""
     from torch._inductor import config
     from torch._inductor.compile_fx import view_to_reshape
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.post_grad import post_grad_passes
+    from torch._inductor.fx_passes.replace_random import replace_random_passes
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -113,12 +115,13 @@ def _lower(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Call]
     # Else it starts processes that would compile what it writes.
     with config.patch(compile_threads=1), V.set_fake_mode(fake), fake, DebugContext():
         FakeTensorProp(traced, mode=fake).propagate_dont_convert_inputs(*fakes)
+        replace_random_passes(traced)
         post_grad_passes(traced, is_inference=True)
         graph = GraphLowering(traced, example_inputs=fakes, shape_env=None, is_inference=True)
         with V.set_graph_handler(graph):
             graph.run(*fakes)
-            graph.codegen()
-            return list(_calls(graph))
+            code: Any = graph.codegen()[0]
+            return list(_calls(graph)), getattr(code, "value", code)
 
 
 def _calls(graph: Any) -> Iterator[Call]:

@@ -242,7 +242,7 @@ def test_offline_part_fails_softly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "_ours", broken)
     found = offline.measure()
     assert found["rows"] == []
-    assert found["remarks"] == ["broken: Inductor is not as known here"] * 2
+    assert found["remarks"] == [f"{who}: Inductor is not as known here" for who in ("fastddpm", "Inductor")]
     assert "Inductor is not as known here" in report.offline_section(found)
 
 

@@ -81,7 +81,7 @@ def test_what_cannot_be_lowered_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(BackendUnavailable, match="needs a CUDA build"):
         lowering.lower(lambda x: (x,), [], "sm_90")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(lowering, "_lower", lambda *_: torch.what_has_gone)
+    monkeypatch.setattr(lowering, "generate", lambda *_: torch.what_has_gone)
     with pytest.raises(BackendUnavailable, match=r"not as known here \(AttributeError.*tried with torch 2\.14"):
         lowering.lower(lambda x: (x,), [], "sm_90")
 
