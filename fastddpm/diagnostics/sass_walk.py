@@ -52,7 +52,6 @@ class Walk:
     avoided: tuple[str, ...]
     loops: int
     accesses: Mapping[tuple[str, int], int]
-    barriers: int
 
     def widths(self, stem: str) -> dict[int, int]:
         """Bytes per access of "LDG" or "STG", with how often each runs."""
@@ -87,7 +86,6 @@ def walk(listing: str, kernel: str, trips: Sequence[int] = ()) -> Walk:
         avoided=tuple(sorted(set(graph.rare.values()))),
         loops=sum(header in executed for header in graph.loops),
         accesses=dict(accesses),
-        barriers=sum(i.stem == "BAR" for i in instructions),
     )
 
 
@@ -130,28 +128,31 @@ class _Graph:
         whole = networkx.DiGraph((start, f) for start, block in blocks.items() for f in block.following)
         whole.add_node(0)
         self._flow = whole.subgraph({0} | networkx.descendants(whole, 0))
-        self.loops = self._natural_loops()
+        self.loops = self._find_loops(self._flow, 0)
         self._trips = dict(zip(sorted(self.loops), trips, strict=False))
         if len(trips) > len(self.loops) > 0:
             raise SassError(f"{len(trips)} loop counts given, but the kernel has {len(self.loops)} loops")
         self.rare = self._find_rare()
 
-    def _natural_loops(self) -> dict[int, set[int]]:
-        """Header and body of each loop, loops with one header joined; an irreducible graph is refused."""
-        parents = self._nx.immediate_dominators(self._flow, 0)
-        tree = self._nx.DiGraph((parent, node) for node, parent in parents.items() if parent not in (None, node))
-        tree.add_node(0)
-        back = [(s, f) for s, f in self._flow.edges if f == s or s in self._nx.descendants(tree, f)]
+    def _find_loops(self, flow: Any, entry: int) -> dict[int, set[int]]:
+        """Header and body of each loop, loops inside others too; an irreducible graph is refused."""
         loops: dict[int, set[int]] = {}
-        for latch, header in back:
-            without = self._flow.subgraph(set(self._flow) - {header} | {latch})
-            body = {header, latch} | (self._nx.ancestors(without, latch) if latch != header else set())
-            loops.setdefault(header, set()).update(body)
-        forward = self._flow.copy()
-        forward.remove_edges_from(back)
-        if not self._nx.is_directed_acyclic_graph(forward):
-            raise SassError("the control flow is irreducible: a loop has two entries")
+        for body in self._nx.strongly_connected_components(flow):
+            if not flow.subgraph(body).edges:
+                continue
+            headers = {f for s, f in flow.in_edges(body) if s not in body} | ({entry} & body)
+            if len(headers) > 1:
+                raise SassError("the control flow is irreducible: a loop has two entries")
+            (header,) = headers
+            loops |= {header: body} | self._find_loops(self._round(flow, header, body), header)
         return loops
+
+    @staticmethod
+    def _round(flow: Any, header: int, body: set[int]) -> Any:
+        """A loop's blocks without the way back to its header."""
+        inside = flow.subgraph(body).copy()
+        inside.remove_edges_from([edge for edge in inside.edges if edge[1] == header])
+        return inside
 
     def _find_rare(self) -> dict[int, str]:
         """Blocks to avoid, and why."""
@@ -190,9 +191,7 @@ class _Graph:
         """Replace a loop by one block that holds its costliest round as often as it runs."""
         body = self.loops[header] & set(flow)
         latches = {start for start in body if flow.has_edge(start, header)}
-        inside = flow.subgraph(body).copy()
-        inside.remove_edges_from([(latch, header) for latch in latches])
-        once = self._longest(header, latches, inside, content)
+        once = self._longest(header, latches, self._round(flow, header, body), content)
         if once is None:
             raise SassError(f"the loop at block {header} has no round that can be counted")
         content[header] = Counter({start: times * self._trips[header] for start, times in once.items()})
@@ -207,16 +206,12 @@ class _Graph:
         self, entry: int, ends: set[int], flow: Any, content: Mapping[int, Counter[int]]
     ) -> Counter[int] | None:
         """The costliest path from ``entry`` to one of ``ends`` in an acyclic graph; None if there is none."""
-        if entry not in flow:
-            return None
-        reached = {entry} | self._nx.descendants(flow, entry)
-        between = {node for end in ends & reached for node in {end} | self._nx.ancestors(flow, end)} & reached
-        if not between:
-            return None
-        # Entry is the only node without predecessors here, and only ends have no successors: the path joins the two.
-        graph = self._nx.DiGraph((s, f, {"weight": self._cost(content[f])}) for s, f in flow.subgraph(between).edges)
-        graph.add_nodes_from(between)
-        return sum((content[node] for node in self._nx.dag_longest_path(graph)), Counter())
+        best = {entry: content[entry]} if entry in flow else {}
+        for block in self._nx.topological_sort(flow):
+            ways = [best[before] for before in flow.predecessors(block) if before in best]
+            if ways:
+                best[block] = max(ways, key=self._cost) + content[block]
+        return max((best[end] for end in ends if end in best), key=self._cost, default=None)
 
     def _cost(self, path: Counter[int]) -> int:
         return sum(times * len(self._blocks[start].instructions) for start, times in path.items())
