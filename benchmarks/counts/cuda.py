@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastddpm.benchmarks import bench_sampling as sampling
 from fastddpm.benchmarks.harness.case import Case
 from fastddpm.benchmarks.peers import networks
+
+from fastddpm.machine import hardware as machine
 
 LAUNCHES = frozenset(
     (
@@ -28,8 +30,7 @@ SYNCHRONISATIONS = frozenset(
 _STEPS = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class CudaCalls:
+class CudaCalls(NamedTuple):
     """Calls of a stretch of code: launches by the host, kernels that ran, waits of the host."""
 
     launches: int
@@ -51,12 +52,8 @@ def tally(events: Iterable[Any]) -> CudaCalls:
 
 def why_skipped() -> str | None:
     """Return why there is no CUDA part; None if there can be one."""
-    if torch.cuda.is_available():
-        return None
-    build = torch.version.cuda or torch.version.hip
-    return "torch.cuda.is_available() is False; " + (
-        "no driver, or no GPU that it can use" if build else "this build of PyTorch is for the CPU only"
-    )
+    reason = machine.cuda()["reason"]
+    return reason and f"torch.cuda.is_available() is False; {reason}"
 
 
 def measure(*, smoke: bool = False) -> dict[str, Any]:
@@ -76,14 +73,8 @@ def measure(*, smoke: bool = False) -> dict[str, Any]:
             short, long = (
                 _profile(provider.build(dataclasses.replace(case, steps=n)).run) for n in (_STEPS, 2 * _STEPS)
             )
-            rows.append(
-                {
-                    "who": provider.name,
-                    "launches_per_step": (long.launches - short.launches) / _STEPS,
-                    "kernels_per_step": (long.kernels - short.kernels) / _STEPS,
-                    "syncs_per_step": (long.syncs - short.syncs) / _STEPS,
-                }
-            )
+            differences = zip(CudaCalls._fields, long, short, strict=True)
+            rows.append({"who": provider.name, **{f"{name}_per_step": (b - a) / _STEPS for name, b, a in differences}})
     return {"rows": rows}
 
 

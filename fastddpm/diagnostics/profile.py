@@ -42,12 +42,8 @@ def ranges(device: torch.device) -> Callable[[str], contextlib.AbstractContextMa
 
 @contextlib.contextmanager
 def _on_cuda(name: str) -> Iterator[None]:
-    torch.cuda.nvtx.range_push(name)
-    try:
-        with record_function(name):
-            yield
-    finally:
-        torch.cuda.nvtx.range_pop()
+    with torch.cuda.nvtx.range(name), record_function(name):
+        yield
 
 
 @dataclass(frozen=True)
@@ -133,37 +129,22 @@ def run_profile(sampler: RangedSampler, call: Mapping[str, Any], *, traced: bool
     Returns:
         The profile, None if not traced.
     """
-    named = ranges(sampler.device)
+    device, cuda = sampler.device, sampler.device.type == "cuda"
+    recorder: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if traced:
+        recorder = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
+    elif cuda:
+        # Between cudaProfilerStart and Stop, which nsys waits for.
+        recorder = torch.cuda.profiler.profile()
     with named_kernels():
         sampler.sample(**call)
-        if not traced:
-            _run_for_nsight(sampler, call)
-            return None
-        activities = [ProfilerActivity.CPU]
-        if sampler.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-            torch.cuda.synchronize(sampler.device)
-        with profile(activities=activities) as profiled, named(SAMPLE):
+        if cuda:
+            torch.cuda.synchronize(device)
+        with recorder as profiled, ranges(device)(SAMPLE):
             sampler.sample(**call)
-            _wait(sampler.device)
-        return profiled
-
-
-def _run_for_nsight(sampler: Sampler, call: Mapping[str, Any]) -> None:
-    """Run between cudaProfilerStart and Stop, which nsys waits for."""
-    cuda = sampler.device.type == "cuda"
-    if cuda:
-        torch.cuda.profiler.start()
-    with ranges(sampler.device)(SAMPLE):
-        sampler.sample(**call)
-        _wait(sampler.device)
-    if cuda:
-        torch.cuda.profiler.stop()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+            if cuda:
+                torch.cuda.synchronize(device)
+    return profiled if traced else None
 
 
 def nsight_commands(command: str) -> dict[str, str]:

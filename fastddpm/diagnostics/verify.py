@@ -19,6 +19,7 @@ from fastddpm import ops, reference
 from fastddpm.diagnostics import compile_offline as offline
 from fastddpm.diagnostics.step_cases import StepCase, inputs, same_bits, setting_cases, step_case
 from fastddpm.diagnostics.variants import p_sample_variant
+from fastddpm.machine.devices import synchronisation_raises
 from fastddpm.machine.torch_compile import why_not_triton
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.known_answers import NOISE_V1
@@ -187,15 +188,10 @@ def check_network(device: torch.device) -> str:
 def check_synchronisation(device: torch.device) -> str:
     """No step of the loop waits for the device."""
     _require_cuda(device)
-    sampler = _sampler(device)
-    steps = sampler.steps(seeds=[0, 1])
+    steps = _sampler(device).steps(seeds=[0, 1])
     next(steps)
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisation_raises():
         count = sum(1 for _ in steps)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
     return f"{count} steps under sync_debug_mode('error')"
 
 
