@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastddpm.benchmarks.harness import gate
+from fastddpm.benchmarks.harness import gate, inputs
 from fastddpm.benchmarks.harness.case import NOT_ASKED, Benchmark, Case, Check, Prepared, Provider, not_installed
-from fastddpm.benchmarks.harness.inputs import MIDDLE, T, gaussian
-from fastddpm.benchmarks.peers import lucidrains, networks
+from fastddpm.benchmarks.harness.inputs import MIDDLE, T
+from fastddpm.benchmarks.peers import diffusers, lucidrains, networks
 from torch import Tensor
 
 from fastddpm.integrations import accelerate
@@ -22,20 +21,13 @@ Call = Callable[[int], Tensor]
 # The fast form of an object: itself for the original.
 Form = Callable[[Any], Any]
 
-_DIFFUSERS = {"diffusers": "diffusers"}
 # prev_sample of one step; a loop's images, whose network rounds differently where it is compiled.
 _STEP_TOLERANCE, _LOOP_TOLERANCE = 1e-6, 1e-3
 
 
-def _given(case: Case) -> tuple[Tensor, Tensor]:
-    """x_t and the network's output."""
-    return gaussian(1, case.full_shape, case.device), gaussian(2, case.full_shape, case.device)
-
-
 def _scheduler_step(case: Case, form: Form) -> Call:
-    x_t, m = _given(case)
-    kind = getattr(importlib.import_module("diffusers"), case.original.removesuffix(".step"))
-    scheduler = form(kind(num_train_timesteps=T))
+    x_t, m = inputs.state_and_output(case)
+    scheduler = form(diffusers.scheduler(case.original.removesuffix(".step")))
     scheduler.set_timesteps(T)
     t = scheduler.timesteps[T - 1 - MIDDLE]
     generator = torch.Generator(case.device)
@@ -43,29 +35,12 @@ def _scheduler_step(case: Case, form: Form) -> Call:
 
 
 def _pipeline(case: Case, form: Form) -> Call:
-    diffusers: Any = importlib.import_module("diffusers")
-    unet: Any = networks.build_diffusers(case.network, case.device)
-    networks.fix_labels(unet, networks.labels(case.network, case.batch, case.device))
-    scheduler = getattr(diffusers, case.original.replace("Pipeline", "Scheduler"))(
-        num_train_timesteps=T, prediction_type="v_prediction"
-    )
-    pipe = form(getattr(diffusers, case.original)(unet=unet, scheduler=scheduler))
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator(case.device)
-
-    def call(seed: int) -> Tensor:
-        return pipe(
-            batch_size=case.batch,
-            generator=generator.manual_seed(seed),
-            num_inference_steps=case.steps,
-            output_type="pt",
-        ).images
-
-    return call
+    pipe = form(diffusers.pipeline(case, prediction_type="v_prediction"))
+    return functools.partial(diffusers.images, case, pipe)
 
 
 def _lucidrains_step(case: Case, form: Form) -> Call:
-    x_t, m = _given(case)
+    x_t, m = inputs.state_and_output(case)
     diffusion = form(lucidrains.diffusion(case, lucidrains.Given(m), T))
 
     def call(seed: int) -> Tensor:
@@ -76,9 +51,7 @@ def _lucidrains_step(case: Case, form: Form) -> Call:
 
 
 def _lucidrains_loop(case: Case, form: Form) -> Call:
-    labels = networks.labels(case.network, case.batch, case.device)
-    network = networks.WithLabels(networks.build(case.network).to(case.device), labels).eval()
-    diffusion = form(lucidrains.diffusion(case, network, case.steps, "sigmoid", "pred_v").eval())
+    diffusion = form(lucidrains.diffusion(case, networks.labelled(case), case.steps, "sigmoid", "pred_v").eval())
 
     def call(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -96,11 +69,11 @@ class _Original:
 
 
 _ORIGINALS = {
-    "DDPMScheduler.step": _Original(_scheduler_step, _DIFFUSERS),
-    "DDIMScheduler.step": _Original(_scheduler_step, _DIFFUSERS),
+    "DDPMScheduler.step": _Original(_scheduler_step, diffusers.NEEDS),
+    "DDIMScheduler.step": _Original(_scheduler_step, diffusers.NEEDS),
     "lucidrains.p_sample": _Original(_lucidrains_step, lucidrains.NEEDS),
-    "DDPMPipeline": _Original(_pipeline, _DIFFUSERS, loop=True),
-    "DDIMPipeline": _Original(_pipeline, _DIFFUSERS, loop=True),
+    "DDPMPipeline": _Original(_pipeline, diffusers.NEEDS, loop=True),
+    "DDIMPipeline": _Original(_pipeline, diffusers.NEEDS, loop=True),
     "lucidrains.p_sample_loop": _Original(_lucidrains_loop, lucidrains.NEEDS, loop=True),
 }
 

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastddpm.benchmarks.harness import gate
+from fastddpm.benchmarks.harness import gate, inputs
 from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
-from fastddpm.benchmarks.harness.inputs import MIDDLE, Coefficients, T, counter, gaussian, normals, schedule, twin_only
-from fastddpm.benchmarks.peers import lucidrains
+from fastddpm.benchmarks.harness.inputs import MIDDLE, Coefficients, T, counter, normals, schedule, twin_only
+from fastddpm.benchmarks.peers import diffusers, lucidrains
 from torch import Tensor
 
 from fastddpm import ops, reference
 from fastddpm.noise import v1 as noise
 from fastddpm.tables.ddpm import ddpm_table
 
-_X_T, _M = 1, 2
 _ROW = T - 1 - MIDDLE
 
 Step = Callable[[int], Tensor]
-
-
-def _given(case: Case) -> tuple[Tensor, Tensor]:
-    """x_t and the network's output."""
-    return gaussian(_X_T, case.full_shape, case.device), gaussian(_M, case.full_shape, case.device)
 
 
 def _prepared(step: Step) -> Prepared:
@@ -35,7 +28,7 @@ def _prepared(step: Step) -> Prepared:
 
 
 def _pytorch(case: Case, wrap: Callable[..., Any] = lambda step: step) -> Prepared:
-    x_t, m = _given(case)
+    x_t, m = inputs.state_and_output(case)
     table = Coefficients.of(schedule(), case.device)
 
     def plain(x_t: Tensor, m: Tensor, t: Tensor, table: Coefficients) -> Tensor:
@@ -50,8 +43,8 @@ def _compiled(case: Case) -> Prepared:
 
 
 def _diffusers(case: Case) -> Prepared:
-    x_t, m = _given(case)
-    scheduler: Any = importlib.import_module("diffusers").DDPMScheduler(num_train_timesteps=T)
+    x_t, m = inputs.state_and_output(case)
+    scheduler = diffusers.scheduler("DDPMScheduler")
     scheduler.set_timesteps(T)
     # Elements of scheduler.timesteps, as the pipelines pass them.
     ts = {int(t): t for t in scheduler.timesteps}
@@ -59,14 +52,14 @@ def _diffusers(case: Case) -> Prepared:
 
 
 def _lucidrains(case: Case) -> Prepared:
-    x_t, m = _given(case)
+    x_t, m = inputs.state_and_output(case)
     diffusion = lucidrains.diffusion(case, lucidrains.Given(m), T)
     return _prepared(lambda t: diffusion.p_sample(x_t, t)[0])
 
 
 def _fastddpm(case: Case, *, draw: str = "counter", low: torch.dtype | None = None, compiled: bool = True) -> Prepared:
     """Into a buffer of its own rather than in place, so that each call has the same input."""
-    x_t, m = _given(case)
+    x_t, m = inputs.state_and_output(case)
     table = ddpm_table(schedule())
     rows, out = table.rows.to(case.device), torch.empty_like(x_t)
     low_out = None if low is None else torch.empty_like(x_t, dtype=low, memory_format=torch.channels_last)
@@ -97,7 +90,7 @@ def cases(device: str, smoke: bool) -> list[Case]:
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     """The mean against eqs. 7 and 15 in float64; and the noise, x_{t-1} less the mean over sigma."""
     host = dataclasses.replace(case, device="cpu")
-    x_t, m = (tensor.double() for tensor in _given(host))
+    x_t, m = (tensor.double() for tensor in inputs.state_and_output(host))
     if provider.dtype == "bfloat16":
         m = m.to(torch.bfloat16).double()
     means = {t: reference.p_mean_variance(x_t, m, t, schedule())[:2] for t in (0, MIDDLE)}
@@ -127,7 +120,7 @@ BENCHMARK = Benchmark(
     providers=(
         Provider("PyTorch", _pytorch),
         Provider("PyTorch, compiled", _compiled, compiled=True),
-        Provider("diffusers step", _diffusers, needs={"diffusers": "diffusers"}),
+        Provider("diffusers step", _diffusers, needs=diffusers.NEEDS),
         Provider("lucidrains p_sample", _lucidrains, needs=lucidrains.NEEDS),
         Provider("fastddpm", _fastddpm, compiled=True),
         Provider("fastddpm, eager twin", lambda case: _fastddpm(case, compiled=False), skips=twin_only),

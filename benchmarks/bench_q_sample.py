@@ -3,63 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from fastddpm.benchmarks.harness import gate, inputs
 from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
-from fastddpm.benchmarks.harness.inputs import Coefficients, counter, gaussian, normals, schedule, twin_only, two_sizes
-from fastddpm.benchmarks.peers import lucidrains
+from fastddpm.benchmarks.harness.inputs import Coefficients, counter, normals, schedule, twin_only, two_sizes
+from fastddpm.benchmarks.peers import diffusers, lucidrains
 from torch import Tensor
 
 from fastddpm import ops, reference
 from fastddpm.noise import v1 as noise
 from fastddpm.tables.table import q_rows
 
-_X_0, _EPS = 1, 2
-
-
-def _given(case: Case) -> tuple[Tensor, Tensor]:
-    """x_0 and t: timesteps spread over all of them."""
-    t = torch.linspace(0, inputs.T - 1, case.batch).round().to(torch.int64)
-    return gaussian(_X_0, case.full_shape, case.device).clamp(-1, 1), t.to(case.device)
-
 
 def _prepared(run: Callable[[], tuple[Tensor, Tensor]]) -> Prepared:
     return Prepared(run, lambda: dict(zip(("x_t", "eps"), run(), strict=True)))
 
 
-def _mixing(case: Case, q_sample: Callable[[Tensor, Tensor, Tensor], Any]) -> Prepared:
+def _mixing(
+    case: Case, q_sample: Callable[[Tensor, Tensor, Tensor], Any], wrap: Callable[..., Any] = lambda noisy: noisy
+) -> Prepared:
     """q_sample takes x_0, t and eps, which torch draws."""
-    x_0, t = _given(case)
+    x_0, t = inputs.images_and_timesteps(case)
 
-    def run() -> tuple[Tensor, Tensor]:
+    def noisy(x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         eps = torch.randn_like(x_0)
         return q_sample(x_0, t, eps), eps
 
-    return _prepared(run)
+    run = wrap(noisy)
+    return _prepared(lambda: run(x_0, t))
 
 
-def _pytorch(case: Case) -> Prepared:
-    return _mixing(case, Coefficients.of(schedule(), case.device).q_sample)
+def _pytorch(case: Case, wrap: Callable[..., Any] = lambda noisy: noisy) -> Prepared:
+    return _mixing(case, Coefficients.of(schedule(), case.device).q_sample, wrap)
 
 
 def _compiled(case: Case) -> Prepared:
-    x_0, t = _given(case)
-    table = Coefficients.of(schedule(), case.device)
-
-    @torch.compile(fullgraph=True, dynamic=False)
-    def q_sample(x_0: Tensor, t: Tensor, table: Coefficients) -> tuple[Tensor, Tensor]:
-        eps = torch.randn_like(x_0)
-        return table.q_sample(x_0, t, eps), eps
-
-    return _prepared(lambda: q_sample(x_0, t, table))
+    return _pytorch(case, torch.compile(fullgraph=True, dynamic=False))
 
 
 def _diffusers(case: Case) -> Prepared:
-    scheduler: Any = importlib.import_module("diffusers").DDPMScheduler(num_train_timesteps=inputs.T)
+    scheduler = diffusers.scheduler("DDPMScheduler")
     return _mixing(case, lambda x_0, t, eps: scheduler.add_noise(x_0, eps, t))
 
 
@@ -68,7 +54,7 @@ def _lucidrains(case: Case) -> Prepared:
 
 
 def _fastddpm(case: Case, *, compiled: bool) -> Prepared:
-    x_0, t = _given(case)
+    x_0, t = inputs.images_and_timesteps(case)
     rows, where = q_rows(schedule()).to(case.device), counter(case, noise.STREAM_TRAIN)
 
     def run() -> Any:
@@ -90,7 +76,7 @@ def cases(device: str, smoke: bool) -> list[Case]:
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     """x_t against the paper's form in float64 on the provider's own eps, and eps against N(0, 1) or noise-v1."""
     host = dataclasses.replace(case, device="cpu")
-    x_0, t = _given(host)
+    x_0, t = inputs.images_and_timesteps(host)
     x_t, eps = found["x_t"].cpu(), found["eps"].cpu()
     expected = reference.q_sample(x_0.double(), t, schedule(), eps.double())
     # Peers compute alphas_cumprod in float32, which moves the noise's coefficient at t = 0 by 8e-5.
@@ -107,7 +93,7 @@ BENCHMARK = Benchmark(
     providers=(
         Provider("PyTorch", _pytorch),
         Provider("PyTorch, compiled", _compiled, compiled=True),
-        Provider("diffusers add_noise", _diffusers, needs={"diffusers": "diffusers"}),
+        Provider("diffusers add_noise", _diffusers, needs=diffusers.NEEDS),
         Provider("lucidrains q_sample", _lucidrains, needs=lucidrains.NEEDS),
         Provider("fastddpm", lambda case: _fastddpm(case, compiled=True), compiled=True),
         Provider("fastddpm, eager twin", lambda case: _fastddpm(case, compiled=False), skips=twin_only),

@@ -10,12 +10,11 @@ import torch
 from fastddpm.benchmarks.harness import gate
 from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
 from fastddpm.benchmarks.harness.inputs import counter, normals, twin_only, two_sizes
+from fastddpm.benchmarks.peers import diffusers
 from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.noise import v1 as noise
-
-_DIFFUSERS = {"diffusers": "diffusers"}
 
 
 def _generator(case: Case, seed: int = 0) -> torch.Generator:
@@ -60,7 +59,7 @@ BENCHMARK = Benchmark(
     title="Gaussian noise",
     providers=(
         Provider("torch.randn", _torch),
-        Provider("diffusers, generators", _diffusers, needs=_DIFFUSERS),
+        Provider("diffusers, generators", _diffusers, needs=diffusers.NEEDS),
         Provider("fastddpm", lambda case: _fastddpm(case, compiled=True), compiled=True),
         Provider("fastddpm, eager twin", lambda case: _fastddpm(case, compiled=False), skips=twin_only),
     ),

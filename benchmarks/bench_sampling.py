@@ -7,15 +7,14 @@ timed is the same, and so is what the gate follows.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from fastddpm.benchmarks.harness import loop_gate
 from fastddpm.benchmarks.harness.case import NOT_ASKED, Benchmark, Case, Prepared, Provider
-from fastddpm.benchmarks.harness.inputs import T, schedule
+from fastddpm.benchmarks.harness.inputs import schedule
 from fastddpm.benchmarks.harness.loop_gate import Predict, Recorder
-from fastddpm.benchmarks.peers import lucidrains, networks, openvino
+from fastddpm.benchmarks.peers import diffusers, lucidrains, networks, openvino
 from fastddpm.benchmarks.peers.networks import compile_frozen
 from torch import Tensor
 
@@ -46,48 +45,27 @@ def _plain(case: Case, predict: Predict) -> Prepared:
     return Prepared(run, evaluate)
 
 
-def _labelled(case: Case) -> torch.nn.Module:
-    labels = networks.labels(case.network, case.batch, case.device)
-    return networks.WithLabels(networks.build(case.network).to(case.device), labels).eval()
-
-
-def _pytorch(case: Case) -> Prepared:
-    return _plain(case, _labelled(case))
-
-
 def _compiled(case: Case) -> Prepared:
-    network = compile_frozen(_labelled(case))
+    network = compile_frozen(networks.labelled(case))
     return _plain(case, lambda x, t: network(x.contiguous(memory_format=torch.channels_last), t))
-
-
-def _openvino(case: Case, precision: str) -> Prepared:
-    return _plain(case, openvino.compile_network(case, precision))
 
 
 def _diffusers(
     case: Case, dtype: torch.dtype = torch.float32, *, tuned: bool = False, mode: str | None = None
 ) -> Prepared:
     """DDPMPipeline or DDIMPipeline; tuned: its documented fast settings (dtype, channels_last, torch.compile)."""
-    diffusers: Any = importlib.import_module("diffusers")
-    unet: Any = networks.build_diffusers(case.network, case.device, dtype)
-    networks.fix_labels(unet, networks.labels(case.network, case.batch, case.device))
+    pipe = diffusers.pipeline(case, dtype, timestep_spacing=loop_gate.spacing(case))
     if tuned:
-        unet.to(memory_format=torch.channels_last)
-        unet.forward = compile_frozen(unet.forward, mode)
-    kind = case.sampler.upper()
-    scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=T, timestep_spacing=loop_gate.spacing(case))
-    pipe = getattr(diffusers, f"{kind}Pipeline")(unet=unet, scheduler=scheduler)
-    pipe.set_progress_bar_config(disable=True)
-
-    def run(seed: int = 0) -> Tensor:
-        generator = torch.Generator(case.device).manual_seed(seed)
-        # "pt": the bfloat16 pipeline cannot return arrays.
-        return pipe(batch_size=case.batch, generator=generator, num_inference_steps=case.steps, output_type="pt").images
-
-    return Prepared(run, lambda: _record_pipeline(case, pipe, run, dtype))
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.unet.forward = compile_frozen(pipe.unet.forward, mode)
+    return Prepared(lambda: diffusers.images(case, pipe, 0), lambda: _record_pipeline(case, pipe, dtype))
 
 
-def _record_pipeline(case: Case, pipe: Any, run: Callable[[int], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _reduce_overhead(case: Case) -> Prepared:
+    return _diffusers(case, _BF16, tuned=True, mode="reduce-overhead")
+
+
+def _record_pipeline(case: Case, pipe: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """Run with the scheduler's step under observation, then draw the generator's numbers once more."""
     recorder, step = Recorder(case), pipe.scheduler.step
     first = True
@@ -105,21 +83,27 @@ def _record_pipeline(case: Case, pipe: Any, run: Callable[[int], Tensor], dtype:
     observed.__signature__ = importlib.import_module("inspect").signature(step)  # type: ignore[attr-defined]
     pipe.scheduler.step = observed
     try:
-        run(1)
+        diffusers.images(case, pipe, 1)
     finally:
         del pipe.scheduler.step
-    generator = torch.Generator(case.device).manual_seed(1)
-    for i in range(case.steps if case.sampler == "ddpm" else 0):
-        z = torch.randn(case.full_shape, generator=generator, device=case.device, dtype=dtype)
-        if i:
-            recorder.noise(z)
+    _redraw(case, recorder, torch.Generator(case.device).manual_seed(1), dtype)
     found = recorder.found()
     return found if dtype == torch.float32 else {**found, "16-bit state": torch.ones(())}
 
 
+def _redraw(
+    case: Case, recorder: Recorder, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Note the z that a loop has drawn after its x_T, from a generator in the state that it began with."""
+    for i in range(case.steps if case.sampler == "ddpm" else 0):
+        z = torch.randn(case.full_shape, generator=generator, device=case.device, dtype=dtype)
+        if i:
+            recorder.noise(z)
+
+
 def _lucidrains(case: Case) -> Prepared:
     """p_sample_loop; lucidrains takes every timestep of its process, so that the process has `steps` of them."""
-    diffusion = lucidrains.diffusion(case, _labelled(case), case.steps, "sigmoid")
+    diffusion = lucidrains.diffusion(case, networks.labelled(case), case.steps, "sigmoid")
 
     def run() -> Tensor:
         with lucidrains.no_progress_bar():
@@ -133,10 +117,7 @@ def _lucidrains(case: Case) -> Prepared:
         for i in range(case.steps + 1):
             recorder.state(x[:, i])
         torch.manual_seed(1)
-        for i in range(case.steps):
-            z = torch.randn(case.full_shape, device=case.device)
-            if i:
-                recorder.noise(z)
+        _redraw(case, recorder)
         return {**recorder.found(), "betas": diffusion.betas.double().cpu()}
 
     return Prepared(run, evaluate)
@@ -192,8 +173,7 @@ def _ddpm_only(case: Case) -> str | None:
     return NOT_ASKED if case.sampler != "ddpm" else None
 
 
-_PEER = {"diffusers": "diffusers"}
-_F32 = torch.float32
+_F32, _PEER = torch.float32, diffusers.NEEDS
 
 BENCHMARK = Benchmark(
     name="sampling",
@@ -202,26 +182,11 @@ BENCHMARK = Benchmark(
         Provider("diffusers", _diffusers, needs=_PEER, sweep=True),
         Provider("diffusers, tuned", lambda c: _diffusers(c, _F32, tuned=True), "float32", _PEER, True),
         Provider("diffusers, tuned, bf16", lambda c: _diffusers(c, _BF16, tuned=True), "bfloat16", _PEER, True),
-        Provider(
-            "diffusers, reduce-overhead, bf16",
-            lambda c: _diffusers(c, _BF16, tuned=True, mode="reduce-overhead"),
-            "bfloat16",
-            _PEER,
-            True,
-            _cuda_only,
-        ),
-        Provider("PyTorch", _pytorch, skips=_ddpm_only),
+        Provider("diffusers, reduce-overhead, bf16", _reduce_overhead, "bfloat16", _PEER, True, _cuda_only),
+        Provider("PyTorch", lambda c: _plain(c, networks.labelled(c)), skips=_ddpm_only),
         Provider("PyTorch, compiled", _compiled, compiled=True, skips=_ddpm_only),
         Provider("lucidrains", _lucidrains, needs=lucidrains.NEEDS, skips=_ddpm_only),
-        Provider("OpenVINO", lambda c: _openvino(c, "f32"), "float32", openvino.NEEDS, skips=openvino.skips),
-        Provider(
-            "OpenVINO, bf16",
-            lambda c: _openvino(c, "bf16"),
-            "bfloat16",
-            openvino.NEEDS,
-            skips=openvino.skips,
-            tolerance=openvino.BF16_TOLERANCE,
-        ),
+        *openvino.providers(_plain),
         Provider("fastddpm", lambda c: fastddpm_loop(c, _F32), compiled=True, sweep=True),
         Provider("fastddpm, bf16", lambda c: fastddpm_loop(c, _BF16), "bfloat16", compiled=True, sweep=True),
     ),

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
-from unittest import mock
 
 import torch
 from fastddpm.benchmarks.bench_sampling import fastddpm_loop
@@ -19,12 +18,12 @@ from fastddpm.benchmarks.harness.case import Benchmark, Case, Prepared, Provider
 from fastddpm.benchmarks.peers import networks
 from torch import Tensor
 
+from fastddpm.diagnostics.lowering import replaced
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.step import StaticStep
 from fastddpm.sampling.step_pool import StepPool
-from fastddpm.unet import inference
 from fastddpm.unet.forms import use_subpixels
-from fastddpm.unet.inference import cuda_form
+from fastddpm.unet.inference import Form, cuda_form
 from fastddpm.unet.unet import UNet
 
 
@@ -56,12 +55,12 @@ def _cudnn_benchmark() -> AbstractContextManager[Any]:
 def _subpixels() -> AbstractContextManager[Any]:
     """Convolve pixels before they are upsampled, as compiled code for a CPU does."""
 
-    def form(unet: UNet, fuse: bool) -> inference.Form:
+    def form(unet: UNet, fuse: bool) -> Form:
         made = cuda_form(unet, fuse)
         use_subpixels(made.form)
         return made
 
-    return mock.patch.object(inference, "cuda_form", form)
+    return replaced({"fastddpm.unet.inference.cuda_form": form})
 
 
 def _one_graph(case: Case) -> Prepared:
@@ -77,11 +76,11 @@ def _one_graph(case: Case) -> Prepared:
             replay(pool, step)
 
     plain = fastddpm_loop(case, torch.bfloat16)
-    with mock.patch.object(Sampler, "reverse_step", staticmethod(all_steps)):
+    with replaced({"fastddpm.sampling.sampler.Sampler.reverse_step": staticmethod(all_steps)}):
         whole = fastddpm_loop(case, torch.bfloat16)
 
     def run() -> Any:
-        with mock.patch.object(StepPool, "replay", first_only):
+        with replaced({"fastddpm.sampling.step_pool.StepPool.replay": first_only}):
             return whole.run()
 
     def evaluate() -> dict[str, Tensor]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastddpm.benchmarks.harness import gate, inputs
+from fastddpm.benchmarks.harness import gate
 from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
-from fastddpm.benchmarks.harness.inputs import Coefficients, gaussian, schedule
-from fastddpm.benchmarks.peers import lucidrains, networks
+from fastddpm.benchmarks.harness.inputs import Coefficients, T, images_and_timesteps, schedule
+from fastddpm.benchmarks.peers import diffusers, lucidrains, networks
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,14 +25,9 @@ Loss = Callable[[Tensor | None], Tensor]
 _MAX_NORM = 1.0
 
 
-def _given(case: Case) -> tuple[Tensor, Tensor]:
-    t = torch.linspace(0, inputs.T - 1, case.batch).round().to(torch.int64)
-    return gaussian(1, case.full_shape, case.device).clamp(-1, 1), t.to(case.device)
-
-
-def _labels(case: Case) -> dict[str, Any]:
-    labels = networks.labels(case.network, case.batch, case.device)
-    return {} if labels is None else {"class_labels": labels}
+def _given(case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x_0, t, and labels for a network with classes."""
+    return *images_and_timesteps(case), networks.labels(case.network, case.batch, case.device)
 
 
 def _prepared(case: Case, model: nn.Module, loss: Loss, *, fused: bool = True, low: bool = False) -> Prepared:
@@ -72,35 +66,32 @@ def _prepared(case: Case, model: nn.Module, loss: Loss, *, fused: bool = True, l
 def _pytorch(case: Case, *, compiled: bool = False) -> Prepared:
     model = networks.build(case.network).to(case.device)
     net: Any = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    x_0, t = _given(case)
-    table, labels = Coefficients.of(schedule(), case.device), _labels(case)
+    x_0, t, labels = _given(case)
+    table = Coefficients.of(schedule(), case.device)
 
     def loss(eps: Tensor | None) -> Tensor:
         eps = torch.randn_like(x_0) if eps is None else eps
-        return functional.mse_loss(net(table.q_sample(x_0, t, eps), t, **labels), eps)
+        return functional.mse_loss(net(table.q_sample(x_0, t, eps), t, class_labels=labels), eps)
 
     return _prepared(case, model, loss)
 
 
 def _diffusers(case: Case, *, low: bool = False) -> Prepared:
     """The loop body of its example, train_unconditional.py; its --mixed_precision bf16 is autocast."""
-    diffusers: Any = importlib.import_module("diffusers")
-    model = networks.build_diffusers(case.network, case.device)
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=inputs.T)
-    x_0, t = _given(case)
-    labels = _labels(case)
+    model, scheduler = diffusers.network(case), diffusers.scheduler("DDPMScheduler")
+    x_0, t, labels = _given(case)
 
     def loss(eps: Tensor | None) -> Tensor:
         eps = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device) if eps is None else eps
-        return functional.mse_loss(model(scheduler.add_noise(x_0, eps, t), t, **labels).sample.float(), eps)
+        return functional.mse_loss(model(scheduler.add_noise(x_0, eps, t), t, class_labels=labels).sample.float(), eps)
 
     return _prepared(case, model, loss, fused=False, low=low)
 
 
 def _lucidrains(case: Case) -> Prepared:
     model = networks.build(case.network).to(case.device)
-    diffusion = lucidrains.diffusion(case, networks.WithLabels(model, _labels(case).get("class_labels")), inputs.T)
-    x_0, t = _given(case)
+    x_0, t, labels = _given(case)
+    diffusion = lucidrains.diffusion(case, networks.WithLabels(model, labels), T)
     return _prepared(case, model, lambda eps: diffusion.p_losses(x_0, t, noise=eps))
 
 
@@ -110,9 +101,9 @@ def _fastddpm(case: Case, *, compiled: bool = False, low: bool = False) -> Prepa
 
     model = networks.build(case.network).to(case.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    x_0, t = _given(case)
-    process, labels = schedule(), _labels(case)
-    return _prepared(case, model, lambda eps: ddpm_loss(net, x_0, process, seed=0, step=0, t=t, **labels), low=low)
+    x_0, t, labels = _given(case)
+    loss = functools.partial(ddpm_loss, net, x_0, schedule(), seed=0, step=0, t=t, class_labels=labels)
+    return _prepared(case, model, lambda eps: loss(), low=low)
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
@@ -138,7 +129,7 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     )
 
 
-_PEER = {"diffusers": "diffusers"}
+_PEER = diffusers.NEEDS
 
 BENCHMARK = Benchmark(
     name="training_step",

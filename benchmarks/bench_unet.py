@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from fastddpm.benchmarks.harness import gate, loop_gate
 from fastddpm.benchmarks.harness.case import Benchmark, Case, Check, Prepared, Provider
 from fastddpm.benchmarks.harness.inputs import gaussian
-from fastddpm.benchmarks.peers import networks, openvino
+from fastddpm.benchmarks.peers import diffusers, networks, openvino
 from fastddpm.benchmarks.peers.networks import compile_frozen
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastddpm.machine.building import Want
 from fastddpm.sampling import network
@@ -41,37 +40,22 @@ def _input(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
     return gaussian(1, case.full_shape, case.device, dtype)
 
 
-def _module(case: Case, model: Any, dtype: torch.dtype = torch.float32, *, frozen: bool = False) -> Prepared:
-    """A module, already on its device and in its dtype; eager as it is, or compiled."""
-    x = _input(case, dtype)
-    labels = networks.labels(case.network, case.batch, case.device)
-    kwargs = {} if labels is None else {"class_labels": labels}
+def _module(case: Case, model: nn.Module | None = None, *, frozen: bool = False) -> Prepared:
+    """A module in its dtype, ours unless another is given; eager as it is, or compiled."""
+    predict = networks.labelled(case, model)
+    x = _input(case, next(predict.parameters()).dtype)
     if frozen:
-        x, model = x.to(memory_format=torch.channels_last), compile_frozen(model)
+        return _predicting(case, compile_frozen(predict), x.to(memory_format=torch.channels_last))
+    return _predicting(case, predict, x)
+
+
+def _predicting(case: Case, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Prepared:
     ts = [torch.full((case.batch,), t, device=case.device) for t in loop_gate.timesteps(case).tolist()]
-    return _prepared(case, lambda i: network.unwrap(model(x, ts[i], **kwargs)))
-
-
-def _pytorch(case: Case) -> Prepared:
-    return _module(case, networks.build(case.network).to(case.device))
-
-
-def _compiled(case: Case, dtype: torch.dtype) -> Prepared:
-    return _module(case, networks.build(case.network).to(case.device, dtype), dtype, frozen=True)
-
-
-def _diffusers(case: Case) -> Prepared:
-    return _module(case, networks.build_diffusers(case.network, case.device))
+    return _prepared(case, lambda i: predict(x, ts[i]))
 
 
 def _tuned(case: Case, dtype: torch.dtype) -> Prepared:
-    return _module(case, networks.build_diffusers(case.network, case.device, dtype), dtype, frozen=True)
-
-
-def _openvino(case: Case, precision: str) -> Prepared:
-    predict, x = openvino.compile_network(case, precision), _input(case)
-    ts = [torch.full((case.batch,), t) for t in loop_gate.timesteps(case).tolist()]
-    return _prepared(case, lambda i: predict(x, ts[i]))
+    return _module(case, diffusers.network(case, dtype), frozen=True)
 
 
 def _fastddpm(case: Case, dtype: torch.dtype) -> Prepared:
@@ -81,7 +65,6 @@ def _fastddpm(case: Case, dtype: torch.dtype) -> Prepared:
     form = sampling_networks(model, timesteps, want=Want.NOW if case.compiles else Want.NEVER, strict=True)(case.batch)
     labels = networks.labels(case.network, case.batch, case.device)
     form.load(labels)
-    kwargs = {} if labels is None else {"class_labels": labels}
     x = _input(case, dtype).to(memory_format=form.memory_format)
     t = torch.empty(case.batch, dtype=timesteps.dtype, device=case.device)
     row = torch.zeros(1, dtype=torch.int64, device=case.device)
@@ -89,7 +72,7 @@ def _fastddpm(case: Case, dtype: torch.dtype) -> Prepared:
     def call(i: int) -> Tensor:
         row.fill_(i)
         torch.index_select(timesteps, 0, row.expand(case.batch), out=t)
-        return network.unwrap(form(x, t, row, kwargs))
+        return network.unwrap(form(x, t, row, {"class_labels": labels}))
 
     return _prepared(case, call)
 
@@ -111,33 +94,23 @@ def _expected(case: Case) -> Tensor:
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     """eps at every timestep against the plain float32 network on the CPU; the worst one counts."""
     expected, tolerance = _expected(case), provider.tolerance or gate.network(provider.dtype, case.device)
-    errors = [gate.relative_l2(value, eps) for value, eps in zip(found["eps"], expected, strict=True)]
-    # max() would pass over a NaN.
-    worst = max(range(len(errors)), key=lambda i: errors[i] if errors[i] == errors[i] else float("inf"))
-    return Check.of(errors[worst], tolerance, f"eps at {len(errors)} timesteps against float32")
+    what = f"eps at {len(expected)} timesteps against float32"
+    pairs = zip(found["eps"], expected, strict=True)
+    return gate.all_of(*(gate.close(value, eps, tolerance, what) for value, eps in pairs))
 
 
-_PEER = {"diffusers": "diffusers"}
 _BF16 = torch.bfloat16
 
 BENCHMARK = Benchmark(
     name="unet",
     title="The network alone",
     providers=(
-        Provider("diffusers", _diffusers, needs=_PEER),
-        Provider("diffusers, tuned", lambda c: _tuned(c, torch.float32), needs=_PEER, compiled=True),
-        Provider("diffusers, tuned, bf16", lambda c: _tuned(c, _BF16), "bfloat16", _PEER, True),
-        Provider("PyTorch", _pytorch),
-        Provider("PyTorch, compiled", lambda c: _compiled(c, torch.float32), compiled=True),
-        Provider("OpenVINO", lambda c: _openvino(c, "f32"), needs=openvino.NEEDS, skips=openvino.skips),
-        Provider(
-            "OpenVINO, bf16",
-            lambda c: _openvino(c, "bf16"),
-            "bfloat16",
-            openvino.NEEDS,
-            skips=openvino.skips,
-            tolerance=openvino.BF16_TOLERANCE,
-        ),
+        Provider("diffusers", lambda c: _module(c, diffusers.network(c)), needs=diffusers.NEEDS),
+        Provider("diffusers, tuned", lambda c: _tuned(c, torch.float32), "float32", diffusers.NEEDS, True),
+        Provider("diffusers, tuned, bf16", lambda c: _tuned(c, _BF16), "bfloat16", diffusers.NEEDS, True),
+        Provider("PyTorch", _module),
+        Provider("PyTorch, compiled", lambda c: _module(c, frozen=True), compiled=True),
+        *openvino.providers(lambda c, predict: _predicting(c, predict, _input(c))),
         Provider("fastddpm", lambda c: _fastddpm(c, torch.float32), compiled=True),
         Provider("fastddpm, bf16", lambda c: _fastddpm(c, _BF16), "bfloat16", compiled=True),
     ),

@@ -7,13 +7,13 @@ interleaved rounds.
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastddpm.benchmarks.harness.clock import CpuClock
+from fastddpm.benchmarks.start import diffusers_loop
 
 from fastddpm.sampling.network import diffusion_of
 from fastddpm.sampling.sample import table_for
@@ -23,37 +23,24 @@ from fastddpm.unet.load import SHIPPED, load
 BATCH = 16
 
 
-def providers(labels: torch.Tensor, many: int) -> dict[str, Callable[[], object]]:
+def providers(many: int) -> dict[str, Callable[[], object]]:
     """Each row of the table, and what draws it."""
-    diffusers: Any = importlib.import_module("diffusers")
-    theirs = diffusers.UNet2DModel.from_pretrained(SHIPPED / "digits").eval()
 
-    def loop(name: str, steps: int, **options: Any) -> Callable[[], object]:
-        config = diffusers.DDPMScheduler.load_config(SHIPPED / "digits")
-        scheduler = getattr(diffusers, name).from_config(config, **options)
-
-        @torch.no_grad()
-        def draw() -> object:
-            scheduler.set_timesteps(steps)
-            x = torch.randn(BATCH, 1, 32, 32)
-            for t in scheduler.timesteps:
-                x = scheduler.step(theirs(x, t, class_labels=labels).sample, t, x).prev_sample
-            return x
-
-        return draw
+    def theirs(scheduler: str, steps: int, **options: Any) -> Callable[[], object]:
+        return diffusers_loop(SHIPPED / "digits", BATCH, scheduler=scheduler, steps=steps, **options)
 
     def ours(name: str, compile: bool, **options: Any) -> Callable[[], object]:
         model = load("digits")
         table = table_for(name, model, diffusion_of(model), **options)
         sampler = Sampler(model, table, (1, 32, 32), compile=compile)
-        return lambda: sampler.sample(seeds=range(BATCH), class_labels=labels)
+        return lambda: sampler.sample(seeds=range(BATCH), class_labels=torch.arange(BATCH) % 10)
 
     return {
-        f"diffusers, DDPMScheduler, {many} steps": loop("DDPMScheduler", many),
-        "diffusers, UniPCMultistepScheduler, 8 steps": loop(
+        f"diffusers, DDPMScheduler, {many} steps": theirs("DDPMScheduler", many),
+        "diffusers, UniPCMultistepScheduler, 8 steps": theirs(
             "UniPCMultistepScheduler", 8, solver_order=3, timestep_spacing="trailing"
         ),
-        "diffusers, SASolverScheduler, 10 steps": loop("SASolverScheduler", 10, timestep_spacing="trailing"),
+        "diffusers, SASolverScheduler, 10 steps": theirs("SASolverScheduler", 10, timestep_spacing="trailing"),
         "fastddpm, fast, uncompiled": ours("fast", False),
         "fastddpm, fast, compiled": ours("fast", True),
         "fastddpm, sa_solver of 10 steps, uncompiled": ours("sa_solver", False, steps=10, tau=0.5),
@@ -65,16 +52,13 @@ def providers(labels: torch.Tensor, many: int) -> dict[str, Callable[[], object]
 
 def measure(many: int, rounds: int, inner: int) -> dict[str, list[float]]:
     """Seconds of each provider: the first once a round, the others `inner` times."""
-    runs = providers(torch.arange(BATCH) % 10, many)
-    for draw in list(runs.values())[1:]:
-        draw()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for k in range(inner):
-            for name, draw in list(runs.items())[1 if k else 0 :]:
-                start = time.perf_counter()
-                draw()
-                seconds[name].append(time.perf_counter() - start)
+    clocks = {name: CpuClock(draw, 0.0) for name, draw in providers(many).items()}
+    slow, *short = clocks
+    for name in short:
+        clocks[name].time()
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    for name in [slow, *short * inner] * rounds:
+        seconds[name].append(clocks[name].time())
     return seconds
 
 

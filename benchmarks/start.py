@@ -50,26 +50,31 @@ def _sampler(folder: Path, batch: int) -> Draw:
     return lambda: sampler.sample(seeds=range(batch))
 
 
-def _diffusers(folder: Path, batch: int, prepare: Callable[[Any], Any] = lambda unet: unet) -> Draw:
+def diffusers_loop(
+    folder: Path,
+    batch: int,
+    prepare: Callable[[Any], Any] = lambda unet: lambda *args, **labels: unet(*args, **labels).sample,
+    *,
+    steps: int = STEPS,
+    scheduler: str = "DDPMScheduler",
+    **options: Any,
+) -> Draw:
+    """A loop of diffusers' network, as the function that `prepare` makes of it, and of a scheduler with options."""
     diffusers: Any = importlib.import_module("diffusers")
     unet = diffusers.UNet2DModel.from_pretrained(folder).eval()
-    scheduler = diffusers.DDPMScheduler.from_pretrained(folder)
+    schedule = getattr(diffusers, scheduler).from_pretrained(folder, **options)
     shape, labels = _shape(unet), _labels(unet.config, batch)
     network = prepare(unet)
 
     @torch.no_grad()
     def draw() -> object:
-        scheduler.set_timesteps(STEPS)
+        schedule.set_timesteps(steps)
         x = torch.randn(batch, *shape)
-        for t in scheduler.timesteps:
-            x = scheduler.step(network(x, t, **labels), t, x).prev_sample
+        for t in schedule.timesteps:
+            x = schedule.step(network(x, t, **labels), t, x).prev_sample
         return x
 
     return draw
-
-
-def _eager(folder: Path, batch: int) -> Draw:
-    return _diffusers(folder, batch, lambda unet: lambda *args, **labels: unet(*args, **labels).sample)
 
 
 def _tuned(folder: Path, batch: int) -> Draw:
@@ -80,7 +85,7 @@ def _tuned(folder: Path, batch: int) -> Draw:
         compiled = compile_frozen(unet.to(memory_format=torch.channels_last))
         return lambda x, t, **labels: compiled(x.contiguous(memory_format=torch.channels_last), t, **labels).sample
 
-    return _diffusers(folder, batch, prepare)
+    return diffusers_loop(folder, batch, prepare)
 
 
 def _openvino(folder: Path, batch: int) -> Draw:
@@ -93,13 +98,13 @@ def _openvino(folder: Path, batch: int) -> Draw:
         predict = openvino.compile_module(model, (batch, *_shape(unet)), "f32", cache)
         return lambda x, t, **labels: predict(x, t.expand(batch))
 
-    return _diffusers(folder, batch, prepare)
+    return diffusers_loop(folder, batch, prepare)
 
 
 PROVIDERS = {
     "fastddpm": _fastddpm,
     "fastddpm-compiled": _sampler,
-    "diffusers": _eager,
+    "diffusers": diffusers_loop,
     "diffusers-tuned": _tuned,
     "openvino": _openvino,
 }

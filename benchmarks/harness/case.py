@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,7 @@ class Case:
     @property
     def n_elements(self) -> int:
         """Elements of x_t."""
-        total = self.batch
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.full_shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -141,15 +139,14 @@ class Check:
         error: what was found, in the unit of `tolerance`.
     """
 
-    ok: bool
     error: float
     tolerance: float
     what: str
 
-    @classmethod
-    def of(cls, error: float, tolerance: float, what: str) -> Check:
-        """Judge an error; NaN fails."""
-        return cls(error <= tolerance, error, tolerance, what)
+    @property
+    def ok(self) -> bool:
+        """Whether the error is allowed; NaN is not."""
+        return self.error <= self.tolerance
 
 
 @dataclass(frozen=True)

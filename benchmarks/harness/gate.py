@@ -34,14 +34,14 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
 def close(value: Tensor, reference: Tensor, tolerance: float, what: str) -> Check:
     """Judge by relative L2 error."""
     if value.shape != reference.shape:
-        return Check(False, math.inf, tolerance, f"{what}: shape {tuple(value.shape)}, not {tuple(reference.shape)}")
-    return Check.of(relative_l2(value, reference), tolerance, what)
+        return Check(math.inf, tolerance, f"{what}: shape {tuple(value.shape)}, not {tuple(reference.shape)}")
+    return Check(relative_l2(value, reference), tolerance, what)
 
 
 def equal(value: Tensor, reference: Tensor, what: str) -> Check:
     """Judge bit by bit."""
     differ = value.shape != reference.shape or not torch.equal(value, reference)
-    return Check.of(float(differ), 0.0, f"{what}, bit for bit")
+    return Check(float(differ), 0.0, f"{what}, bit for bit")
 
 
 def normal(z: Tensor, what: str) -> Check:
@@ -54,7 +54,7 @@ def normal(z: Tensor, what: str) -> Check:
         ((z**4).mean() - 3, math.sqrt(96.0)),
     )
     worst = max(abs(float(value)) * math.sqrt(n) / sd for value, sd in deviations)
-    return Check.of(worst, STANDARD_ERRORS, f"{what}: moments of N(0, 1) in standard errors")
+    return Check(worst, STANDARD_ERRORS, f"{what}: moments of N(0, 1) in standard errors")
 
 
 def all_of(*checks: Check) -> Check:

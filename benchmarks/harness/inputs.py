@@ -24,6 +24,17 @@ def gaussian(seed: int, shape: Sequence[int], device: str = "cpu", dtype: torch.
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
+def state_and_output(case: Case) -> tuple[Tensor, Tensor]:
+    """x_t, and a network's output for it."""
+    return gaussian(1, case.full_shape, case.device), gaussian(2, case.full_shape, case.device)
+
+
+def images_and_timesteps(case: Case) -> tuple[Tensor, Tensor]:
+    """x_0 in [-1, 1], and t int64 [B] spread over all timesteps."""
+    t = torch.linspace(0, T - 1, case.batch).round().to(torch.int64)
+    return gaussian(1, case.full_shape, case.device).clamp(-1, 1), t.to(case.device)
+
+
 def schedule() -> Schedule:
     """Ho et al.'s linear betas, T = 1000."""
     return Schedule.linear(T)

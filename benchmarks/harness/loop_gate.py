@@ -98,16 +98,16 @@ def _reference_network(name: str) -> torch.nn.Module:
 def reference_eps(case: Case, x: Tensor, t: int) -> Tensor:
     """The kept samples through the plain network, float32, eager, on the CPU."""
     labels = networks.labels(case.network, case.batch)
-    kwargs = {} if labels is None else {"class_labels": labels[kept(case)]}
+    labels = None if labels is None else labels[kept(case)]
     with torch.no_grad():
-        return _reference_network(case.network)(x, torch.full((len(x),), t), **kwargs)
+        return _reference_network(case.network)(x, torch.full((len(x),), t), class_labels=labels)
 
 
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     """Follow the chain: the worst step, in units of the network's tolerance."""
     x, z = found["x"], found["z"]
     if len(x) != case.steps + 1:
-        return Check(False, float("inf"), 0.0, f"{len(x) - 1} steps were taken instead of {case.steps}")
+        return Check(float("inf"), 0.0, f"{len(x) - 1} steps were taken instead of {case.steps}")
     # lucidrains cannot leave timesteps out: its chain is that of a process of its own.
     own = Schedule.from_betas(found["betas"]) if "betas" in found else None
     visited = timesteps(case).tolist() if own is None else list(range(case.steps))[::-1]
@@ -128,7 +128,7 @@ def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
             worst, step = error, i
         if not worst <= 1.0:
             break
-    return Check.of(worst * tolerance, tolerance, f"x_{{t-1}} of {len(visited)} steps, along the chain (step {step})")
+    return Check(worst * tolerance, tolerance, f"x_{{t-1}} of {len(visited)} steps, along the chain (step {step})")
 
 
 def _input_rounding(x: Tensor, alpha_cumprod: float, dtype: str) -> float:

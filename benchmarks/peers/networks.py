@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastddpm.benchmarks.harness.case import Case
 from torch import Tensor, nn
 
 from fastddpm.unet.config import UNetConfig
 from fastddpm.unet.load import load
 from fastddpm.unet.unet import UNet
 
-TITLES = {
-    "cifar10": "google/ddpm-cifar10-32's UNet, 35.7 M parameters, random weights",
-    "digits": "the shipped digits model, 1.7 M parameters",
-    "small": "the digits model's UNet without classes, 1.7 M parameters, random weights",
-    "tiny": "a tiny UNet, for trying out",
+_TINY = UNetConfig(
+    sample_size=8,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=4,
+)
+_SMALL = dataclasses.replace(UNetConfig.digits(), num_class_embeds=None, null_class=None)
+# What the report says of a network, and its configuration.
+_NETWORKS = {
+    "cifar10": ("google/ddpm-cifar10-32's UNet, 35.7 M parameters, random weights", UNetConfig.cifar10()),
+    "digits": ("the shipped digits model, 1.7 M parameters", UNetConfig.digits()),
+    "small": ("the digits model's UNet without classes, 1.7 M parameters, random weights", _SMALL),
+    "tiny": ("a tiny UNet, for trying out", _TINY),
 }
-
+TITLES = {name: title for name, (title, _) in _NETWORKS.items()}
 # Those whose weights make sense.
 TRAINED = ("digits",)
 
 
 def config(name: str) -> UNetConfig:
-    """The configuration of a named network.
-
-    Raises:
-        ValueError: no such name.
-    """
-    if name == "cifar10":
-        return UNetConfig.cifar10()
-    if name == "digits":
-        return UNetConfig.digits()
-    if name == "small":
-        return dataclasses.replace(UNetConfig.digits(), num_class_embeds=None, null_class=None)
-    if name == "tiny":
-        return UNetConfig(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-        )
-    raise ValueError(f"unknown network {name!r}; use one of {', '.join(TITLES)}")
+    """The configuration of a named network."""
+    return _NETWORKS[name][1]
 
 
 def shape(name: str) -> tuple[int, ...]:
@@ -65,17 +56,6 @@ def build(name: str) -> UNet:
         return UNet(config(name), zero_init=False).eval()
 
 
-def build_diffusers(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The same network as diffusers' UNet2DModel, with the same weights."""
-    ours = build(name)
-    diffusers = importlib.import_module("diffusers")
-    values = {key: value for key, value in ours.config.to_dict().items() if key != "null_class"}
-    model = diffusers.UNet2DModel(**values)
-    model.load_state_dict(ours.state_dict())
-    # Its own `to` warns of every dtype, float32 included.
-    return nn.Module.to(model.eval(), device, dtype)
-
-
 def labels(name: str, batch: int, device: str = "cpu") -> Tensor | None:
     """Labels 0, 1, 2, ... in turn, int64 [B], for a network with classes; else None."""
     chosen = config(name)
@@ -85,24 +65,22 @@ def labels(name: str, batch: int, device: str = "cpu") -> Tensor | None:
     return torch.arange(batch, device=device) % classes
 
 
-def fix_labels(unet: Any, class_labels: Tensor | None) -> None:
-    """Have diffusers' network take fixed labels, which DDPMPipeline cannot pass."""
-    if class_labels is None:
-        return
-    forward = unet.forward
-    unet.forward = lambda x, t, **kwargs: forward(x, t, class_labels=class_labels, **kwargs)
-
-
 class WithLabels(nn.Module):
-    """A network with fixed labels, for loops that cannot pass them (diffusers' pipelines, lucidrains')."""
+    """A network with fixed labels, for loops that cannot pass them (lucidrains', OpenVINO's)."""
 
     def __init__(self, model: nn.Module, class_labels: Tensor | None) -> None:
         super().__init__()
         self.model, self.class_labels = model, class_labels
 
     def forward(self, x: Tensor, t: Any, *ignored: Any) -> Tensor:
-        output = self.model(x, t) if self.class_labels is None else self.model(x, t, class_labels=self.class_labels)
+        output = self.model(x, t, class_labels=self.class_labels)
         return output if isinstance(output, Tensor) else output.sample
+
+
+def labelled(case: Case, model: nn.Module | None = None) -> WithLabels:
+    """A network on its device, ours in float32 unless another is given, with the labels of a case."""
+    model = build(case.network).to(case.device) if model is None else model
+    return WithLabels(model, labels(case.network, case.batch, case.device)).eval()
 
 
 def compile_frozen(model: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastddpm.benchmarks.harness.case import NOT_ASKED, Case
+from fastddpm.benchmarks.harness.case import NOT_ASKED, Case, Prepared, Provider
 from fastddpm.benchmarks.peers import networks
 from torch import Tensor, nn
 
 NEEDS = {"openvino": "openvino"}
-
-
 # It rounds the timestep to bfloat16 as well, so that its eps is off by up to 4.7e-2 near t = 999. Printed, not hidden.
-BF16_TOLERANCE = 6e-2
+_BF16_TOLERANCE = 6e-2
 
 
-def skips(case: Case) -> str | None:
+def providers(prepare: Callable[[Case, Any], Prepared]) -> tuple[Provider, Provider]:
+    """OpenVINO in float32 and bfloat16; `prepare` is given a case and the compiled network, see `compile_module`."""
+
+    def build(precision: str) -> Callable[[Case], Prepared]:
+        return lambda case: prepare(case, compile_module(networks.labelled(case), case.full_shape, precision))
+
+    return (
+        Provider("OpenVINO", build("f32"), "float32", NEEDS, skips=_skips),
+        Provider("OpenVINO, bf16", build("bf16"), "bfloat16", NEEDS, skips=_skips, tolerance=_BF16_TOLERANCE),
+    )
+
+
+def _skips(case: Case) -> str | None:
     """It does not run on NVIDIA's GPUs."""
     if case.device != "cpu":
         return "runs on the CPU only"
     return NOT_ASKED if case.sampler != "ddpm" else None
-
-
-def compile_network(case: Case, precision: str) -> Any:
-    """Compile the network of a case, see `compile_module`."""
-    model = networks.WithLabels(networks.build(case.network), networks.labels(case.network, case.batch)).eval()
-    return compile_module(model, case.full_shape, precision)
 
 
 def compile_module(model: nn.Module, shape: Sequence[int], precision: str, cache: Path | None = None) -> Any:

@@ -80,12 +80,12 @@ def steps(axes: Any, results: Results) -> bool:
 
 def roofline(axes: Any, results: Results) -> bool:
     """The network's rate against its intensity, under this machine's measured roofs."""
-    placed = [(row, _point(row)) for row in results["rows"]]
-    points = [(row, at) for row, at in placed if at is not None]
-    if not points:
+    rows = [row for row in results["rows"] if row["op"] == "unet" and row["checked"]]
+    if not rows:
         return False
     bandwidth = results["bandwidth"]["copy_gb_per_s"]
-    lowest, highest = 0.5, 4 * max(at["flop_per_byte"] for _, at in points)
+    series = _series(rows, _point)
+    lowest, highest = 0.5, 4 * max(intensity for _, points in series for intensity, _, _ in points)
     for style, (dtype, peak) in zip(("--", ":"), results["bandwidth"]["gflop_per_s"].items(), strict=False):
         ridge = max(peak / bandwidth, lowest)
         axes.plot(
@@ -95,26 +95,19 @@ def roofline(axes: Any, results: Results) -> bool:
             color="black",
             label=f"{dtype}: {peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s",
         )
-    seen = set()
-    for row, at in points:
-        name = row["provider"]
-        label = None if name in seen else name
-        seen.add(name)
-        size = 20 + 30 * row["case"]["batch"] ** 0.5
-        axes.scatter(at["flop_per_byte"], at["gflop_per_s"], s=size, label=label, color=_COLOURS.get(name), alpha=0.7)
+    for name, points in series:
+        intensities, rates, areas = zip(*points, strict=True)
+        axes.scatter(intensities, rates, s=areas, label=name, color=_COLOURS.get(name), alpha=0.7)
     axes.set(xlabel="FLOP per byte that must move", ylabel="GFLOP/s", xscale="log", yscale="log")
     axes.set_title("The network under the roofline (area: batch size)")
     return True
 
 
-def _point(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Place a timed row of the network under the roofline: FLOP per byte, GFLOP/s; None for other rows."""
-    case = row["case"]
-    if row["op"] != "unet" or not row["checked"]:
-        return None
-    flops, size = _network_cost(case["network"], case["batch"])
+def _point(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Place a row of the network under the roofline: FLOP per byte, GFLOP/s, and the area of its mark."""
+    flops, size = _network_cost(row["case"]["network"], row["case"]["batch"])
     size *= 0.5 if row["dtype"] in ("bfloat16", "float16") else 1.0
-    return {"flop_per_byte": flops / size, "gflop_per_s": flops / row["p50_ms"] / 1e6}
+    return flops / size, flops / row["p50_ms"] / 1e6, 20 + 30 * row["case"]["batch"] ** 0.5
 
 
 # Operations whose operands must travel however well the rest is fused: convolutions, matrix products, attention.
@@ -136,10 +129,9 @@ def _network_cost(name: str, batch: int) -> tuple[float, float]:
     x = torch.zeros(batch, *networks.shape(name))
     t = torch.zeros(batch, dtype=torch.int64)
     labels = networks.labels(name, batch)
-    kwargs = {} if labels is None else {"class_labels": labels}
     counter, flops = _HeavyTraffic(), FlopCounterMode(display=False)
     with torch.no_grad(), counter, flops:
-        model(x, t, **kwargs)
+        model(x, t, class_labels=labels)
     return float(flops.get_total_flops()), float(counter.counts.bytes_read + counter.counts.bytes_written)
 
 
@@ -148,8 +140,8 @@ def _loops(results: Results) -> list[Mapping[str, Any]]:
     return [r for r in rows if r["op"] == "sampling" and r["checked"] and r["case"]["sampler"] == "ddpm"]
 
 
-def _series(rows: Iterable[Mapping[str, Any]], xy: Any) -> list[tuple[str, list[tuple[float, float]]]]:
-    lines: dict[str, list[tuple[float, float]]] = {}
+def _series(rows: Iterable[Mapping[str, Any]], xy: Any) -> list[tuple[str, list[tuple[float, ...]]]]:
+    lines: dict[str, list[tuple[float, ...]]] = {}
     for row in rows:
         lines.setdefault(row["provider"], []).append(xy(row))
     return [(name, sorted(points)) for name, points in lines.items()]

@@ -105,7 +105,7 @@ def benchmark_of(*providers: Provider, check: Any = None) -> Benchmark:
         title="",
         providers=providers,
         cases=lambda device, smoke: [CASE],
-        check=check or (lambda case, provider, found: Check.of(float(found["x"]), 0.0, "x")),
+        check=check or (lambda case, provider, found: Check(float(found["x"]), 0.0, "x")),
     )
 
 
