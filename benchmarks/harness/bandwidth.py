@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import statistics
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ def measure(device: str, rounds: int, *, smoke: bool = False) -> dict[str, Any]:
     for dtype in (torch.float32, torch.bfloat16) if low else (torch.float32,):
         a = torch.randn(n, n, device=device).to(dtype)
         clocks[str(dtype).removeprefix("torch.")] = make_clock(_matmul(a), device, small=False, smoke=smoke)
-    runners = [SimpleNamespace(name=name, time=clock.time) for name, clock in clocks.items()]
-    medians = {timing.name: timing.p50 for timing in compare(runners, rounds)}
+    seconds = compare({name: clock.time for name, clock in clocks.items()}, rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     copied = 2 * source.numel() * source.element_size()
     return {
         "copy_gb_per_s": copied / medians.pop("copy") / 1e9,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -9,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from fastddpm.benchmarks.harness import bandwidth
 from fastddpm.benchmarks.harness.case import NAMES, NOT_ASKED, Benchmark, Case, Check, Provider, find
-from fastddpm.benchmarks.harness.compare import MIN_ROUNDS, Timing, compare, ratio
+from fastddpm.benchmarks.harness.compare import MIN_ROUNDS, NOISY, Quantiles, compare, ratio
 from fastddpm.benchmarks.harness.process import ProcessRunner, WorkerError
 from fastddpm.benchmarks.harness.runner import LocalRunner
 
@@ -115,7 +116,7 @@ def run_case(
     """Run one case through its providers."""
     rows: dict[str, dict[str, Any]] = {}
     ready: list[AnyRunner] = []
-    timings: dict[str, Timing] = {}
+    seconds: dict[str, list[float]] = {}
     try:
         for i, provider in enumerate(benchmark.providers):
             rows[provider.name] = row = _row(benchmark, case, provider)
@@ -126,29 +127,28 @@ def run_case(
             runner = _prepare(benchmark, case, provider, row, smoke=smoke)
             if runner is not None:
                 ready.append(runner)
-        timings = {t.name: t for t in compare(ready, rounds, pause=0.0 if smoke else _PAUSE)}
+        seconds = compare({runner.name: runner.time for runner in ready}, rounds, pause=0.0 if smoke else _PAUSE)
         for runner in ready:
-            _add_timing(rows[runner.name], timings[runner.name], rounds, runner.peak_memory_mb())
+            _add_timing(rows[runner.name], seconds[runner.name], runner.peak_memory_mb())
     except WorkerError as error:
         # Rounds that one of them did not finish compare nothing.
-        timings = {}
+        seconds = {}
         for runner in ready:
             rows[runner.name] |= {"checked": False, "note": f"failed: a round was not finished: {error}"}
     finally:
         for runner in ready:
             runner.close()
-    _add_ratios(benchmark, rows, timings)
+    _add_ratios(benchmark, rows, seconds)
     return [row for row in rows.values() if row["note"] != NOT_ASKED]
 
 
 def _row(benchmark: Benchmark, case: Case, provider: Provider) -> dict[str, Any]:
-    size = (case.batch, *case.shape)
     return {
         "op": benchmark.name,
         "case": case.to_dict(),
         "id": case.id,
         "provider": provider.name,
-        "shape": list(size),
+        "shape": list(case.full_shape),
         "dtype": provider.dtype,
         "bytes": benchmark.traffic(case, provider) if benchmark.traffic else None,
         "checked": False,
@@ -180,9 +180,8 @@ def _prepare(
         known = isinstance(error, GateError | WorkerError)
         row["note"] = "failed: " + ("" if known else f"{type(error).__name__}: ") + " ".join(str(error).split())[:300]
         return None
-    row["checked"] = True
-    row["check"] = {"error": check.error, "tolerance": check.tolerance, "what": check.what}
-    row["setup_s"], row["first_call_s"] = runner.setup_s, runner.first_call_s
+    row |= {"checked": True, "check": dataclasses.asdict(check)}
+    row |= {"setup_s": runner.setup_s, "first_call_s": runner.first_call_s}
     return runner
 
 
@@ -198,36 +197,27 @@ def judge(benchmark: Benchmark, runner: AnyRunner) -> Check:
     return check
 
 
-def _add_timing(row: dict[str, Any], timing: Timing, rounds: int, peak_mem_mb: float | None) -> None:
-    row.update(
-        p20_ms=timing.p20 * 1e3,
-        p50_ms=timing.p50 * 1e3,
-        p80_ms=timing.p80 * 1e3,
-        min_ms=timing.minimum * 1e3,
-        n=rounds,
-        rounds_ms=[s * 1e3 for s in timing.seconds],
-        spread=timing.spread,
-        noisy=timing.noisy,
-        compile_s=max(0.0, row["first_call_s"] - timing.p50),
-        peak_mem_mb=peak_mem_mb,
-        gb_per_s=None if row["bytes"] is None else row["bytes"] / timing.p50 / 1e9,
-    )
+def _add_timing(row: dict[str, Any], seconds: list[float], peak_mem_mb: float | None) -> None:
+    middle = Quantiles.of(seconds)
+    row |= {f"{name}_ms": value * 1e3 for name, value in middle._asdict().items()}
+    row |= {
+        "min_ms": min(seconds) * 1e3,
+        "n": len(seconds),
+        "rounds_ms": [s * 1e3 for s in seconds],
+        "spread": middle.spread,
+        "noisy": middle.spread > NOISY,
+        "compile_s": max(0.0, row["first_call_s"] - middle.p50),
+        "peak_mem_mb": peak_mem_mb,
+        "gb_per_s": None if row["bytes"] is None else row["bytes"] / middle.p50 / 1e9,
+    }
 
 
-def _add_ratios(benchmark: Benchmark, rows: dict[str, dict[str, Any]], timings: dict[str, Timing]) -> None:
+def _add_ratios(benchmark: Benchmark, rows: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -> None:
     """Ratios to the benchmark's baseline, and to the second one of the row's dtype."""
-    for name, timing in timings.items():
+    for name, own in seconds.items():
         row = rows[name]
-        for key, other in (
-            ("ratio", benchmark.providers[0].name),
-            ("ratio_second", benchmark.second.get(row["dtype"])),
-        ):
-            if other in timings:
-                value = ratio(timings[other], timing)
-                row[key] = {
-                    "to": other,
-                    "median": value.median,
-                    "low": value.low,
-                    "high": value.high,
-                    "verdict": value.verdict,
-                }
+        others = {"ratio": benchmark.providers[0].name, "ratio_second": benchmark.second.get(row["dtype"])}
+        for key, other in others.items():
+            if other in seconds:
+                low, median, high = value = ratio(seconds[other], own)
+                row[key] = {"to": other, "median": median, "low": low, "high": high, "verdict": value.verdict}
