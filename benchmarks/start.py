@@ -8,7 +8,6 @@ batch, and then more of them, which shows what a call costs once everything is r
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import json
 import math
@@ -20,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastddpm.benchmarks.harness.case import not_installed
@@ -135,17 +134,16 @@ def folder_of(case: str, work: Path) -> Path:
     return work / case
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """Seconds: from the process's start to its first images, and a network call once everything is ready."""
 
     first: float
     call: float
 
 
-def child(provider: str, folder: Path, batch: int, repeats: int) -> None:
+def child(provider: str, folder: Path | str, batch: int, repeats: int) -> None:
     """Draw, print when the first images were there and what the later ones took."""
-    draw = PROVIDERS[provider](folder, batch)
+    draw = PROVIDERS[provider](Path(folder), batch)
     draw()
     first = time.time()
     seconds = []
@@ -161,12 +159,11 @@ def measure(provider: str, folder: Path, batch: int, repeats: int, cache: Path, 
     environment = {**os.environ, **{name: str(cache / name.lower()) for name in CACHES}}
     for name in CACHES:
         (cache / name.lower()).mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "fastddpm.benchmarks.start", "--child", provider, str(folder), str(batch)]
+    draws = f"child({provider!r}, {str(folder)!r}, {batch}, {repeats})"
+    command = [sys.executable, "-c", f"from fastddpm.benchmarks.start import child; {draws}"]
     started = time.time()
     try:
-        run = subprocess.run(
-            [*command, str(repeats)], env=environment, timeout=limit, check=True, stdout=subprocess.PIPE, text=True
-        )
+        run = subprocess.run(command, env=environment, timeout=limit, check=True, stdout=subprocess.PIPE, text=True)
     except subprocess.TimeoutExpired:
         return None
     first, call = json.loads(run.stdout.splitlines()[-1])
@@ -198,10 +195,7 @@ def compare(case: str, rounds: int, repeats: int, limit: float, chosen: list[str
     print(f"{case}, batch {batch}, {STEPS} network calls to the first images, {torch.get_num_threads()} threads")
     print("| | cache | first images | a call | faster in all than diffusers from | than openvino from |")
     print("|---|---|---:|---:|---:|---:|")
-    medians = {
-        key: Start(statistics.median(s.first for s in starts), statistics.median(s.call for s in starts))
-        for key, starts in found.items()
-    }
+    medians = {key: Start(*map(statistics.median, zip(*starts, strict=True))) for key, starts in found.items()}
     for (provider, state), start in medians.items():
         spread = [s.first for s in found[provider, state]]
         calls = [
@@ -220,16 +214,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5, help="batches that a process draws after its first")
     parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="that one process may take")
-    parser.add_argument("--child", nargs=4, metavar="ARGUMENT", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.child is not None:
-        provider, folder, batch, repeats = options.child
-        child(provider, Path(folder), int(batch), int(repeats))
-        return
     chosen = options.provider or list(PROVIDERS)
     for package, rows in NEEDS.items():
-        if (missing := not_installed({package: package})) is not None:
-            print(f"without {', '.join(sorted(rows.intersection(chosen)))}: {missing}", file=sys.stderr)
+        without = sorted(rows.intersection(chosen))
+        if without and (missing := not_installed({package: package})) is not None:
+            print(f"without {', '.join(without)}: {missing}", file=sys.stderr)
             chosen = [provider for provider in chosen if provider not in rows]
     for case in options.case or list(CASES):
         compare(case, options.rounds, options.repeats, options.limit, chosen)
