@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
+from fastddpm.ops import operators as op
 from fastddpm.ops import twins
-from fastddpm.ops.operators import (
-    HOW,
-    NOISE,
-    check_counter,
-    check_dtype,
-    check_output,
-    check_rows,
-    define,
-    dense,
-    dense_or_nhwc,
-    empty_as,
-    execute,
-    pack,
-    unpack,
-)
 from fastddpm.ops.twins import columns
 
 
@@ -57,34 +42,25 @@ def ddpm_loss(
         TypeError: for a dtype that is not float32, float16 or bfloat16.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
-    check_dtype("m, the network's output,", m.dtype)
-    check_rows(rows, row, m, 3)
+    op.check_dtype("m, the network's output,", m.dtype)
+    op.check_rows(rows, row, m, 3)
     if learned and (m.dim() < 2 or m.shape[1] % 2):
         raise ValueError(f"a learned variance needs m [B, 2C, ...], got {tuple(m.shape)}")
     if noise is None and x_0 is None:
         raise ValueError("give noise, x_0 or both: the target has no term")
     if x_0 is not None:
-        check_dtype("x_0", x_0.dtype)
-        check_output(m, x_0, learned)
+        op.check_dtype("x_0", x_0.dtype)
+        op.check_output(m, x_0, learned)
     if noise is not None:
-        check_counter(noise, m.shape[0], m.device)
-    return _ddpm_loss(m, x_0, rows, row, *pack(noise), learned, backend, compiled)
+        op.check_counter(noise, m.shape[0], m.device)
+    return _ddpm_loss(m, x_0, rows, row, noise, learned, backend, compiled)
 
 
 def _losses(
-    m: Tensor,
-    x_0: Tensor | None,
-    rows: Tensor,
-    row: Tensor,
-    noise: Sequence[Tensor],
-    stream: int,
-    learned: bool,
-    backend: str,
-    compiled: bool,
+    m: Tensor, x_0: Tensor | None, rows: Tensor, row: Tensor, noise: op.Noise, learned: bool, *how: Any
 ) -> Tensor:
     sums = m.new_empty(len(m), dtype=torch.float64)
-    arguments = (m, x_0, rows, row, unpack(noise, stream), learned)
-    execute(squares_kernel, twins.squares, (sums,), arguments, backend, compiled)
+    op.execute(squares_kernel, twins.squares, (sums,), (m, x_0, rows, row, noise, learned), *how)
     return (sums * _weights(m, rows, row, learned)).to(torch.promote_types(m.dtype, torch.float32))
 
 
@@ -94,24 +70,13 @@ def _weights(m: Tensor, rows: Tensor, row: Tensor, learned: bool) -> Tensor:
     return rows[:, 2].index_select(0, row) / max(n, 1)
 
 
-def _gradient(
-    m: Tensor,
-    x_0: Tensor | None,
-    rows: Tensor,
-    row: Tensor,
-    noise: Sequence[Tensor],
-    stream: int,
-    learned: bool,
-    scale: Tensor,
-    backend: str,
-    compiled: bool,
-) -> Tensor:
-    out = target = empty_as(m)
+def _gradient(m: Tensor, *arguments: Any) -> Tensor:
+    *_, learned, _, backend, compiled = arguments
+    out = target = op.empty_as(m)
     if learned:
         target, unread = out.chunk(2, dim=1)
         unread.zero_()
-    arguments = (m, x_0, rows, row, unpack(noise, stream), learned, scale)
-    execute(scaled_residual_kernel, twins.scaled_residual, (target,), arguments, backend, compiled)
+    op.execute(scaled_residual_kernel, twins.scaled_residual, (target,), (m, *arguments[:-2]), backend, compiled)
     return out
 
 
@@ -122,17 +87,17 @@ def squares_kernel(targets: tuple[Tensor], m: Tensor, *arguments: Any) -> None:
         return
     from fastddpm.kernels.ddpm_loss import ddpm_loss_launch
 
-    launch, sums = ddpm_loss_launch(dense_or_nhwc(m), *map(dense, arguments))
+    launch, sums = ddpm_loss_launch(op.dense_or_nhwc(m), *map(op.dense, arguments))
     launch.run()
     torch.sum(sums, dim=1, dtype=torch.float64, out=targets[0])
 
 
 def scaled_residual_kernel(targets: tuple[Tensor], m: Tensor, *arguments: Any) -> None:
-    """Fill what the loss reads of a tensor like ``empty_as(m)`` with scale [B] times the residuals."""
+    """Fill what the loss reads of a tensor like ``operators.empty_as(m)`` with scale [B] times the residuals."""
     if m.numel():
         from fastddpm.kernels.ddpm_loss import ddpm_loss_launch
 
-        ddpm_loss_launch(dense_or_nhwc(m), *map(dense, arguments), targets[0])[0].run()
+        ddpm_loss_launch(op.dense_or_nhwc(m), *map(op.dense, arguments), targets[0])[0].run()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -143,7 +108,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     m, x_0, rows, row, *noise = ctx.saved_tensors
     scale = (-2.0 * grad * _weights(m, rows, row, ctx.learned)).to(grad.dtype)
-    grad_m = _ddpm_loss_gradient(m, x_0, rows, row, noise, ctx.stream, ctx.learned, scale, *ctx.how)
+    grad_m = _ddpm_loss_gradient(m, x_0, rows, row, op.unpack(noise, ctx.stream), ctx.learned, scale, *ctx.how)
     grad_x = _x_0_backward(grad_m, x_0, rows, row) if ctx.needs_input_grad[1] else None
     return grad_m, grad_x, None, None, [None] * len(noise), *(None,) * 4
 
@@ -155,14 +120,14 @@ def _x_0_backward(grad_m: Tensor, x_0: Tensor, rows: Tensor, row: Tensor) -> Ten
     return (-c_x0 * half.to(torch.promote_types(half.dtype, torch.float32))).to(x_0.dtype)
 
 
-_ARGUMENTS = f"Tensor m, Tensor? x_0, Tensor rows, Tensor row, {NOISE}, bool learned"
-_ddpm_loss = define(
-    f"ddpm_loss({_ARGUMENTS}, {HOW}) -> Tensor",
+_ARGUMENTS = f"Tensor m, Tensor? x_0, Tensor rows, Tensor row, {op.NOISE}, bool learned"
+_ddpm_loss = op.define(
+    f"ddpm_loss({_ARGUMENTS}, {op.HOW}) -> Tensor",
     _losses,
     lambda m, *_: m.new_empty(m.shape[0], dtype=torch.promote_types(m.dtype, torch.float32)),
     _setup,
     _backward,
 )
-_ddpm_loss_gradient = define(
-    f"ddpm_loss_gradient({_ARGUMENTS}, Tensor scale, {HOW}) -> Tensor", _gradient, lambda m, *_: empty_as(m)
+_ddpm_loss_gradient = op.define(
+    f"ddpm_loss_gradient({_ARGUMENTS}, Tensor scale, {op.HOW}) -> Tensor", _gradient, lambda m, *_: op.empty_as(m)
 )

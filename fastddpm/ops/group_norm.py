@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastddpm.ops.operators import define, use_triton
+from fastddpm.ops import operators as op
 
 
 def group_norm(
@@ -94,7 +94,7 @@ def _empty(*values: Any) -> tuple[Tensor, Tensor]:
 
 def _run(*values: Any) -> tuple[Tensor, Tensor]:
     call = _Call(*values)
-    if not use_triton(call.backend, call.x.device):
+    if not op.use_triton(call.backend, call.x.device):
         return _twin(call)
     y, u = _empty(*call)
     if call.x.numel():
@@ -139,7 +139,7 @@ def _twin(call: _Call) -> tuple[Tensor, Tensor]:
     return tuple(t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in results)  # type: ignore[return-value]
 
 
-_group_norm = define(
+_group_norm = op.define(
     "group_norm(Tensor x, Tensor weight, Tensor beta, int groups, float tiny, Tensor? skip, Tensor? residual, "
     "Tensor? bias, Tensor? time, bool scale_shift, bool silu, bool keep, str backend) -> (Tensor, Tensor)",
     _run,

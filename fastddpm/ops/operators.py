@@ -2,8 +2,8 @@
 
 An operator, ``torch.ops.fastddpm.*``, is opaque to torch.compile and torch.export. ``torch.library.custom_op`` would
 make one too, but imports Dynamo at a process's first call, which takes as long as importing torch. Noise travels as a
-list and a stream: [seed, sample_id, step] of a Counter, [z] of the caller's, or []. What runs is the Triton kernel, or
-its twin in PyTorch.
+list and a stream: [seed, sample_id, step] of a Counter, [z] of the caller's, or []; `define` packs and unpacks it. What
+runs is the Triton kernel, or its twin in PyTorch.
 
 The kernels take memory that is contiguous, or channels-last of any dimension, as it is, and read and write an element
 once, in no fixed order. No check reads a tensor's value.
@@ -26,6 +26,7 @@ from fastddpm.noise.v1 import Counter
 from fastddpm.ops import twins
 
 logger = logging.getLogger("fastddpm")
+_say_once = functools.cache(logger.info)
 
 NOISE = "Tensor[] noise, int stream"
 HOW = "str backend, bool compiled"
@@ -35,6 +36,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _LIBRARY = torch.library.Library("fastddpm", "FRAGMENT")
 
+Noise = Counter | Tensor | None
 Targets = tuple[Tensor | None, ...]
 # Where a tensor lies: its device, the address of its first byte and the one after its last.
 _Span = tuple[torch.device, int, int]
@@ -46,33 +48,39 @@ def define(
     fake: Callable[..., Any],
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-) -> Any:
-    """Define an operator with one body for the CPU and CUDA, and return it.
+) -> Callable[..., Any]:
+    """Define an operator with one body for the CPU and CUDA, and return what calls it, with positional arguments.
 
     Args:
-        schema: "name(arguments) -> result".
+        schema: "name(arguments) -> result". Where it has `NOISE`, its caller, body and fake have a `Noise`.
         body: what runs; it chooses between kernel and twin.
         fake: the same on tensors without data.
-        setup, backward: see ``torch.library.register_autograd``.
+        setup, backward: see ``torch.library.register_autograd``; they see noise as it travels.
     """
-    name = schema.partition("(")[0]
+    name, _, arguments = schema.partition("(")
+    k = arguments.split(", ").index("Tensor[] noise") if NOISE in schema else None
+
+    def unpacked(run: Callable[..., Any]) -> Callable[..., Any]:
+        return run if k is None else lambda *given: run(*given[:k], unpack(*given[k : k + 2]), *given[k + 2 :])
+
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, body, key)
-    torch.library.register_fake(f"fastddpm::{name}", fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, unpacked(body), key)
+    torch.library.register_fake(f"fastddpm::{name}", unpacked(fake), lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"fastddpm::{name}", backward, setup_context=setup, lib=_LIBRARY)
-    return getattr(torch.ops.fastddpm, name).default
+    operator = getattr(torch.ops.fastddpm, name).default
+    return operator if k is None else lambda *given: operator(*given[:k], *pack(given[k]), *given[k + 1 :])
 
 
-def pack(noise: Counter | Tensor | None) -> tuple[list[Tensor], int]:
+def pack(noise: Noise) -> tuple[list[Tensor], int]:
     """Noise as an operator's arguments."""
     if isinstance(noise, Counter):
         return [noise.seed, noise.sample_id, noise.step], noise.stream
     return [] if noise is None else [noise], 0
 
 
-def unpack(noise: Sequence[Tensor], stream: int) -> Counter | Tensor | None:
+def unpack(noise: Sequence[Tensor], stream: int) -> Noise:
     """Undo `pack`."""
     if len(noise) == 3:
         return Counter(noise[0], noise[1], noise[2], stream)
@@ -118,20 +126,15 @@ def use_triton(backend: str, device: torch.device) -> bool:
         return False
     if backend == "auto" and device.type == "cpu":
         # Importing triton takes a second, and the answer does not depend on it.
-        _say_once(NO_CPU if has_triton() else "Triton is not installed")
-        return False
-    reason = why_not_triton(device)
+        reason: str | None = NO_CPU if has_triton() else "Triton is not installed"
+    else:
+        reason = why_not_triton(device)
     if reason is None:
         return True
     if backend == "triton":
         raise BackendUnavailable(f"backend='triton' cannot run on {device}: {reason}; or use backend='torch'")
-    _say_once(reason)
+    _say_once("the fused operations run in PyTorch: %s", reason)
     return False
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    logger.info("the fused operations run in PyTorch: %s", reason)
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -167,7 +170,7 @@ def check_counter(counter: Counter, batch: int, device: torch.device) -> None:
         _check_indices(name, tensor, batch, device)
 
 
-def check_noise(noise: Counter | Tensor | None, x: Tensor) -> None:
+def check_noise(noise: Noise, x: Tensor) -> None:
     """Raise unless noise is a counter of x's samples, or z of x's shape, or none."""
     if isinstance(noise, Tensor):
         check_like("noise", noise, x)
@@ -239,16 +242,16 @@ def empty_as(x: Tensor) -> Tensor:
     return torch.empty_like(x) if is_channels_last(x) else x.new_empty(x.shape)
 
 
-def check_overlap(inputs: Mapping[str, Tensor | None], outputs: Mapping[str, Tensor | None]) -> None:
+def check_overlap(inputs: Mapping[str, Any], outputs: Mapping[str, Tensor | None]) -> None:
     """Refuse outputs that overlap themselves, each other, or an input other than element by element.
 
     Args:
-        inputs, outputs: tensors by their argument's name; None is skipped.
+        inputs, outputs: tensors by their argument's name; what is none is skipped.
 
     Raises:
         ValueError: naming the arguments.
     """
-    read = [(name, x, _span(x)) for name, x in inputs.items() if x is not None and x.numel()]
+    read = [(name, x, _span(x)) for name, x in inputs.items() if isinstance(x, Tensor) and x.numel()]
     written: list[tuple[str, _Span]] = []
     for name, out in outputs.items():
         if out is None or out.numel() == 0:

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
+from fastddpm.ops import operators as op
 from fastddpm.ops import twins
-from fastddpm.ops.operators import (
-    HOW,
-    NOISE,
-    Targets,
-    check_dtype,
-    check_like,
-    check_noise,
-    check_output,
-    check_overlap,
-    check_rows,
-    define,
-    dense,
-    dense_or_nhwc,
-    execute,
-    is_channels_last,
-    pack,
-    refuse_gradients,
-    unpack,
-)
 from fastddpm.ops.randn import randn
 from fastddpm.ops.twins import Flags, columns, network_output, slot
 
@@ -77,65 +58,50 @@ def p_sample(
         RuntimeError: if an output tensor is given while an input requires a gradient.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
-    check_dtype("x_t", x_t.dtype)
-    check_rows(rows, row, x_t, 14)
-    check_output(m, x_t, learned, guided)
+    op.check_dtype("x_t", x_t.dtype)
+    op.check_rows(rows, row, x_t, 14)
+    op.check_output(m, x_t, learned, guided)
     if history is not None:
         if history.dim() == 0 or len(history) not in (1, 2, 3):
             raise ValueError(f"history must be [H, *x_t.shape] with H = 1, 2 or 3, got {tuple(history.shape)}")
-        check_like("history, without its first dimension,", history[0], x_t)
-    check_noise(noise, x_t)
+        op.check_like("history, without its first dimension,", history[0], x_t)
+    op.check_noise(noise, x_t)
     outputs = {"out": out, "x0_out": x0_out, "low_out": low_out}
     for name, tensor in outputs.items():
         if tensor is not None:
-            check_like(name, tensor, x_t)
+            op.check_like(name, tensor, x_t)
     if out is not None and out.dtype != x_t.dtype:
         raise ValueError(f"out is {out.dtype}, but x_t is {x_t.dtype}; use low_out for a copy in another dtype")
     flags = Flags(clip, learned, guided, use_m, 0 if history is None else len(history))
-    arguments = (x_t, m, rows, row, *pack(noise), history, flags.to_int())
+    arguments = (x_t, m, rows, row, noise, history, flags.to_int())
     if all(tensor is None for tensor in outputs.values()):
         return _p_sample(*arguments, backend, compiled)
-    refuse_gradients({"x_t": x_t, "m": m, "noise": noise, "history": history, **outputs})
+    op.refuse_gradients({"x_t": x_t, "m": m, "noise": noise, "history": history, **outputs})
     out = torch.empty_like(x_t, memory_format=torch.contiguous_format) if out is None else out
     _p_sample_out(*arguments, out, x0_out, low_out, backend, compiled)
     return out
 
 
-def _step_into(
-    x_t: Tensor,
-    m: Tensor,
-    rows: Tensor,
-    row: Tensor,
-    noise: Sequence[Tensor],
-    stream: int,
-    history: Tensor | None,
-    flags: int,
-    out: Tensor,
-    x0_out: Tensor | None,
-    low_out: Tensor | None,
-    backend: str,
-    compiled: bool,
-) -> None:
-    source = unpack(noise, stream)
-    z = source if isinstance(source, Tensor) else None
-    outputs = {"out": out, "x0_out": x0_out, "low_out": low_out, "history": history}
-    check_overlap({"x_t": x_t, "m": m, "noise": z}, outputs)
-    arguments = (x_t, m, rows, row, source, Flags.from_int(flags), history)
-    execute(p_sample_kernel, twins.p_sample, (out, x0_out, low_out), arguments, backend, compiled)
+def _step_into(*given: Any) -> None:
+    x_t, m, rows, row, noise, history, flags, *targets, backend, compiled = given
+    outputs = dict(zip(("out", "x0_out", "low_out", "history"), (*targets, history), strict=True))
+    op.check_overlap({"x_t": x_t, "m": m, "noise": noise}, outputs)
+    arguments = (x_t, m, rows, row, noise, Flags.from_int(flags), history)
+    op.execute(p_sample_kernel, twins.p_sample, tuple(targets), arguments, backend, compiled)
     if history is not None:
         torch.autograd.graph.increment_version(history)
 
 
-def p_sample_kernel(targets: Targets, *arguments: Any) -> None:
+def p_sample_kernel(targets: op.Targets, *arguments: Any) -> None:
     """Fill (x_prev, x0, a copy of x_prev), and the oldest slot of the history; arguments as in ``twins.p_sample``."""
     x_t, m, rows, row, noise, flags, history = arguments
     if x_t.numel() == 0:
         return
     from fastddpm.kernels.p_sample import p_sample_launch
 
-    ring = dense(history)
+    ring = op.dense(history)
     x_prev, x0, low = _scratch(targets[0]), _scratch(targets[1]), _scratch(targets[2], nhwc=True)
-    inputs = (dense(x_t), dense_or_nhwc(m), *map(dense, (rows, row, noise)))
+    inputs = (op.dense(x_t), op.dense_or_nhwc(m), *map(op.dense, (rows, row, noise)))
     p_sample_launch(*inputs, x_prev, ring=ring, x0_out=x0, low_out=low, **flags._asdict()).run()
     for target, written in zip((*targets, history), (x_prev, x0, low, ring), strict=True):
         if target is not None and written is not target:
@@ -144,7 +110,7 @@ def p_sample_kernel(targets: Targets, *arguments: Any) -> None:
 
 def _scratch(target: Tensor | None, nhwc: bool = False) -> Any:
     """Where the kernel writes: the target itself, or contiguous memory to be copied from."""
-    if target is None or target.is_contiguous() or (nhwc and is_channels_last(target)):
+    if target is None or target.is_contiguous() or (nhwc and op.is_channels_last(target)):
         return target
     return torch.empty_like(target, memory_format=torch.contiguous_format)
 
@@ -169,7 +135,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """In PyTorch operations that autograd can differentiate again."""
     x_t, m, rows, row, history, *noise = ctx.saved_tensors
-    flags, source = ctx.flags, unpack(noise, ctx.stream)
+    flags, source = ctx.flags, op.unpack(noise, ctx.stream)
     a, b, lo, hi, c_x0, c_xt, c_m, c_1, sigma, h0, h1, w, c_2, c_3 = columns(rows, row, x_t)
     prediction, v = network_output(m, w, flags)
     g = grad.float()
@@ -215,13 +181,13 @@ def _join(grad_m: Tensor, grad_v: Tensor, w: Tensor, flags: Flags) -> Tensor:
     return torch.cat((conditional, unconditional))
 
 
-_INPUTS = f"Tensor x_t, Tensor m, Tensor rows, Tensor row, {NOISE}"
-_p_sample_out = define(
+_INPUTS = f"Tensor x_t, Tensor m, Tensor rows, Tensor row, {op.NOISE}"
+_p_sample_out = op.define(
     f"p_sample_out({_INPUTS}, Tensor(a!)? history, int flags, Tensor(b!) out, Tensor(c!)? x0_out, Tensor(d!)? low_out, "
-    f"{HOW}) -> ()",
+    f"{op.HOW}) -> ()",
     _step_into,
     lambda *_: None,
 )
-_p_sample = define(
-    f"p_sample({_INPUTS}, Tensor? history, int flags, {HOW}) -> Tensor", _step, _empty, _setup, _backward
+_p_sample = op.define(
+    f"p_sample({_INPUTS}, Tensor? history, int flags, {op.HOW}) -> Tensor", _step, _empty, _setup, _backward
 )

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import Counter
+from fastddpm.ops import operators as op
 from fastddpm.ops import twins
-from fastddpm.ops.operators import (
-    HOW,
-    NOISE,
-    Targets,
-    check_dtype,
-    check_noise,
-    check_overlap,
-    check_rows,
-    define,
-    dense,
-    execute,
-    pack,
-    refuse_gradients,
-    unpack,
-)
 from fastddpm.ops.twins import columns
 
 
@@ -60,27 +45,14 @@ def q_sample(
         TypeError: for a dtype that is not float32, float16 or bfloat16.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
-    check_dtype("x_0", x_0.dtype)
-    check_rows(rows, row, x_0, 2)
-    check_noise(noise, x_0)
+    op.check_dtype("x_0", x_0.dtype)
+    op.check_rows(rows, row, x_0, 2)
+    op.check_noise(noise, x_0)
     if isinstance(noise, Tensor) and noise.dtype != x_0.dtype:
         raise ValueError(f"noise is {noise.dtype}, but x_0 is {x_0.dtype}; convert one of them")
-    if out is not None or keep is not None:
-        return _into(x_0, rows, row, noise, out, keep, backend, compiled, return_eps=return_eps)
-    x_t, eps = _q_sample(x_0, rows, row, *pack(noise), return_eps, backend, compiled)
-    return (x_t, eps) if return_eps else x_t
-
-
-def _into(
-    x_0: Tensor,
-    rows: Tensor,
-    row: Tensor,
-    noise: Counter | Tensor,
-    out: Tensor | None,
-    keep: Tensor | None,
-    *how: Any,
-    return_eps: bool,
-) -> Tensor:
+    if out is None and keep is None:
+        x_t, eps = _q_sample(x_0, rows, row, noise, return_eps, backend, compiled)
+        return (x_t, eps) if return_eps else x_t
     if out is None or keep is None or return_eps:
         raise ValueError("out= and keep= go together, and without return_eps; give both")
     for name, tensor, dtype in (("out", out, x_0.dtype), ("keep", keep, torch.bool)):
@@ -91,48 +63,34 @@ def _into(
             )
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-    given = noise if isinstance(noise, Tensor) else None
-    refuse_gradients({"x_0": x_0, "noise": given, "out": out})
-    check_overlap({"x_0": x_0, "noise": given, "keep": keep}, {"out": out})
-    _q_sample_out(x_0, rows, row, *pack(noise), keep, out, *how)
+    op.refuse_gradients({"x_0": x_0, "noise": noise, "out": out})
+    op.check_overlap({"x_0": x_0, "noise": noise, "keep": keep}, {"out": out})
+    _q_sample_out(x_0, rows, row, noise, keep, out, backend, compiled)
     return out
 
 
-def _draw_into(
-    x_0: Tensor, rows: Tensor, row: Tensor, noise: Sequence[Tensor], stream: int, keep: Tensor, out: Tensor, *how: Any
-) -> None:
-    arguments = (x_0, rows, row, unpack(noise, stream), keep, out)
-    execute(q_sample_kernel, twins.q_sample, (out, None), arguments, *how)
+def _draw_into(x_0: Tensor, rows: Tensor, row: Tensor, noise: op.Noise, keep: Tensor, out: Tensor, *how: Any) -> None:
+    op.execute(q_sample_kernel, twins.q_sample, (out, None), (x_0, rows, row, noise, keep, out), *how)
 
 
 def _draw(
-    x_0: Tensor,
-    rows: Tensor,
-    row: Tensor,
-    noise: Sequence[Tensor],
-    stream: int,
-    return_eps: bool,
-    backend: str,
-    compiled: bool,
+    x_0: Tensor, rows: Tensor, row: Tensor, noise: op.Noise, return_eps: bool, *how: Any
 ) -> tuple[Tensor, Tensor]:
-    out, eps = _empty(x_0, rows, row, noise, stream, return_eps)
-    arguments = (x_0, rows, row, unpack(noise, stream))
-    execute(q_sample_kernel, twins.q_sample, (out, eps if return_eps else None), arguments, backend, compiled)
+    out, eps = _empty(x_0, rows, row, noise, return_eps)
+    op.execute(q_sample_kernel, twins.q_sample, (out, eps if return_eps else None), (x_0, rows, row, noise), *how)
     return out, eps
 
 
-def q_sample_kernel(targets: Targets, x_0: Tensor, *arguments: Any) -> None:
+def q_sample_kernel(targets: op.Targets, x_0: Tensor, *arguments: Any) -> None:
     """Fill contiguous (x_t, eps); x_t only where keep is False. Arguments as in ``twins.q_sample``."""
     if x_0.numel():
         from fastddpm.kernels.q_sample import q_sample_launch
 
-        rows, row, noise, keep = map(dense, (*arguments[:3], arguments[3] if arguments[3:] else None))
-        q_sample_launch(dense(x_0), rows, row, noise, *targets, keep).run()
+        rows, row, noise, keep = map(op.dense, (*arguments[:3], arguments[3] if arguments[3:] else None))
+        q_sample_launch(op.dense(x_0), rows, row, noise, *targets, keep).run()
 
 
-def _empty(
-    x_0: Tensor, rows: Tensor, row: Tensor, noise: Sequence[Tensor], stream: int, return_eps: bool, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _empty(x_0: Tensor, rows: Tensor, row: Tensor, noise: op.Noise, return_eps: bool, *_: Any) -> tuple[Tensor, Tensor]:
     return x_0.new_empty(x_0.shape), x_0.new_empty(x_0.shape if return_eps else (0,))
 
 
@@ -153,13 +111,13 @@ def _backward(ctx: Any, grad: Tensor, grad_eps: Tensor | None) -> tuple[Any, ...
     return (c_x * grad.float()).to(grad.dtype), None, None, grad_noise, *(None,) * 4
 
 
-_q_sample_out = define(
-    f"q_sample_out(Tensor x_0, Tensor rows, Tensor row, {NOISE}, Tensor keep, Tensor(a!) out, {HOW}) -> ()",
+_q_sample_out = op.define(
+    f"q_sample_out(Tensor x_0, Tensor rows, Tensor row, {op.NOISE}, Tensor keep, Tensor(a!) out, {op.HOW}) -> ()",
     _draw_into,
     lambda *_: None,
 )
-_q_sample = define(
-    f"q_sample(Tensor x_0, Tensor rows, Tensor row, {NOISE}, bool return_eps, {HOW}) -> (Tensor, Tensor)",
+_q_sample = op.define(
+    f"q_sample(Tensor x_0, Tensor rows, Tensor row, {op.NOISE}, bool return_eps, {op.HOW}) -> (Tensor, Tensor)",
     _draw,
     _empty,
     _setup,

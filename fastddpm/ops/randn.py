@@ -9,20 +9,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.noise.v1 import MAX_ELEMENTS, Counter
+from fastddpm.ops import operators as op
 from fastddpm.ops import twins
-from fastddpm.ops.operators import (
-    HOW,
-    NOISE,
-    check_counter,
-    check_device,
-    check_dtype,
-    define,
-    dense,
-    execute,
-    pack,
-    unpack,
-    use_triton,
-)
 
 
 def randn(
@@ -50,33 +38,33 @@ def randn(
         ValueError, TypeError: for arguments that do not fit.
         BackendUnavailable: "triton" was asked for and cannot run.
     """
-    check_dtype("dtype", dtype)
+    op.check_dtype("dtype", dtype)
     batch = max(counter.seed.numel(), counter.sample_id.numel(), counter.step.numel())
     if 0 in (counter.seed.numel(), counter.sample_id.numel()):
         batch = 0
-    check_counter(counter, batch, counter.seed.device)
+    op.check_counter(counter, batch, counter.seed.device)
     if device is not None and torch.empty(0, device=device).device != counter.seed.device:
         raise ValueError(f"device is {device}, but the counter is on {counter.seed.device}; move the counter")
     shape = torch.Size((batch, *shape_per_sample))
     if out is None:
-        return _randn(*pack(counter), batch, shape[1:].numel(), dtype, backend, compiled).view(shape)
-    check_device("out", out, counter.seed.device)
+        return _randn(counter, batch, shape[1:].numel(), dtype, backend, compiled).view(shape)
+    op.check_device("out", out, counter.seed.device)
     if (out.shape, out.dtype) != (shape, dtype) or not out.is_contiguous():
         raise ValueError(
             f"out must be contiguous {dtype} {list(shape)}, got {out.dtype} {list(out.shape)} "
             f"with strides {list(out.stride())}"
         )
-    _randn_out(*pack(counter), out, backend, compiled)
+    _randn_out(counter, out, backend, compiled)
     return out
 
 
-def _fill(noise: Sequence[Tensor], stream: int, out: Tensor, backend: str, compiled: bool) -> None:
+def _fill(counter: Counter, out: Tensor, backend: str, compiled: bool) -> None:
     n = out.shape[1:].numel()
-    z, counter = out.view(len(out), n), unpack(noise, stream)
-    if compiled and _holds_pairs(z) and not use_triton(backend, z.device):
+    z = out.view(len(out), n)
+    if compiled and _holds_pairs(z) and not op.use_triton(backend, z.device):
         twins.fill(twins.randn_pairs, (z.view(torch.int64),), (counter, n // 2), compiled)
     else:
-        execute(randn_kernel, twins.randn, (z,), (counter, n), backend, compiled)
+        op.execute(randn_kernel, twins.randn, (z,), (counter, n), backend, compiled)
 
 
 def randn_kernel(targets: tuple[Tensor], counter: Counter, n: int) -> None:
@@ -84,7 +72,7 @@ def randn_kernel(targets: tuple[Tensor], counter: Counter, n: int) -> None:
     if targets[0].numel():
         from fastddpm.kernels.noise import randn_launch
 
-        randn_launch(targets[0], dense(counter)).run()
+        randn_launch(targets[0], op.dense(counter)).run()
 
 
 def _holds_pairs(z: Tensor) -> bool:
@@ -94,17 +82,15 @@ def _holds_pairs(z: Tensor) -> bool:
     return bool(pairs) and z.dtype == torch.float32 and sys.byteorder == "little"
 
 
-def _draw(
-    noise: Sequence[Tensor], stream: int, batch: int, n: int, dtype: torch.dtype, backend: str, compiled: bool
-) -> Tensor:
-    out = _empty(noise, stream, batch, n, dtype)
-    _fill(noise, stream, out, backend, compiled)
+def _draw(counter: Counter, batch: int, n: int, dtype: torch.dtype, backend: str, compiled: bool) -> Tensor:
+    out = _empty(counter, batch, n, dtype)
+    _fill(counter, out, backend, compiled)
     return out
 
 
-def _empty(noise: Sequence[Tensor], stream: int, batch: int, n: int, dtype: torch.dtype, *_: object) -> Tensor:
-    return noise[0].new_empty((batch, n), dtype=dtype)
+def _empty(counter: Counter, batch: int, n: int, dtype: torch.dtype, *_: object) -> Tensor:
+    return counter.seed.new_empty((batch, n), dtype=dtype)
 
 
-_randn_out = define(f"randn_out({NOISE}, Tensor(a!) out, {HOW}) -> ()", _fill, lambda *_: None)
-_randn = define(f"randn({NOISE}, SymInt batch, SymInt n, ScalarType dtype, {HOW}) -> Tensor", _draw, _empty)
+_randn_out = op.define(f"randn_out({op.NOISE}, Tensor(a!) out, {op.HOW}) -> ()", _fill, lambda *_: None)
+_randn = op.define(f"randn({op.NOISE}, SymInt batch, SymInt n, ScalarType dtype, {op.HOW}) -> Tensor", _draw, _empty)
