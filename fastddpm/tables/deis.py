@@ -32,17 +32,9 @@ def deis_table(
     """Tabulate DEIS with polynomials in log(sigma / alpha), diffusers' "logrho" (section 3.3, eq. 15).
 
     Args:
-        schedule: the schedule the network was trained with.
         order: how many estimates of eps a step reads, 1 to 4.
         lower_order_final: lower the order towards the last step.
-        options: see `SolverOptions`.
-
-    Returns:
-        A deterministic table of one row per step.
-
-    Raises:
-        ValueError: an argument is unknown or out of range, clip_range is given, or alpha_bar is 0 at a level.
-        TypeError: there is no such option.
+        schedule, options: as the result and the errors, those of `solver_table`.
     """
     integer("order", order, 1, 4)
     return solver_table(
@@ -56,17 +48,9 @@ def ipndm_table(
     """Tabulate iPNDM: DDIM's step with Adams-Bashforth's combination of the last eps (section 4, Table 2).
 
     Args:
-        schedule: the schedule the network was trained with.
         order: how many estimates of eps a step reads, 1 to 4; with 4, (55, -59, 37, -9) / 24.
         lower_order_final: lower the order towards the last step.
-        options: see `SolverOptions`.
-
-    Returns:
-        A deterministic table of one row per step.
-
-    Raises:
-        ValueError: an argument is unknown or out of range, clip_range is given, or alpha_bar is 0 at a level.
-        TypeError: there is no such option.
+        schedule, options: as the result and the errors, those of `solver_table`.
     """
     integer("order", order, 1, 4)
     return solver_table(

@@ -30,20 +30,12 @@ def dpm_solver_table(
     second difference by half; with order 1 at tau = 1 it is DDPM with the small variance.
 
     Args:
-        schedule: the schedule the network was trained with.
         order: 1, 2 or 3.
         tau: 0 for the ODE, 1 for the SDE form (diffusers' "sde-dpmsolver++"), or between.
         solver_type: "midpoint" (Algorithm 2) or "heun", which integrates the first difference exactly.
         lower_order_final: with fewer than 15 steps, lower the order towards the last one. A last step that ends
             without noise is of first order in any case.
-        options: see `SolverOptions`.
-
-    Returns:
-        A table of one row per step.
-
-    Raises:
-        ValueError: an argument is unknown or out of range, or epsilon is predicted where alpha_bar = 0.
-        TypeError: there is no such option.
+        schedule, options: as the result and the errors, those of `solver_table`.
     """
     integer("order", order, 1, 3)
     number("tau", tau, ge=0.0)

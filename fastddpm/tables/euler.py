@@ -17,16 +17,7 @@ from fastddpm.tables.table import Table
 def euler_table(schedule: Schedule, **options: Unpack[SolverOptions]) -> Table:
     """Tabulate Euler's method for dx / ds = (x - x_0) / s in s = sigma / alpha, which is DDIM without noise.
 
-    Args:
-        schedule: the schedule the network was trained with.
-        options: see `SolverOptions`.
-
-    Returns:
-        A deterministic table of one row per step.
-
-    Raises:
-        ValueError: an argument is unknown or out of range, or epsilon is predicted where alpha_bar = 0.
-        TypeError: there is no such option.
+    Arguments, result and errors are those of `solver_table`.
     """
     return solver_table("euler", schedule, options, lambda levels: multistep_columns(levels, 1))
 
@@ -36,16 +27,7 @@ def euler_ancestral_table(schedule: Schedule, **options: Unpack[SolverOptions]) 
 
     s_up^2 = s_next^2 (s^2 - s_next^2) / s^2, s_down^2 = s_next^2 - s_up^2: DDPM's step with the small variance.
 
-    Args:
-        schedule: the schedule the network was trained with.
-        options: see `SolverOptions`.
-
-    Returns:
-        A stochastic table of one row per step.
-
-    Raises:
-        ValueError: an argument is unknown or out of range, or epsilon is predicted where alpha_bar = 0.
-        TypeError: there is no such option.
+    Arguments, result and errors are those of `solver_table`.
     """
     return solver_table("euler_a", schedule, options, lambda levels: multistep_columns(levels, 1, tau=1.0))
 
@@ -57,16 +39,7 @@ def heun_table(schedule: Schedule, **options: Unpack[SolverOptions]) -> Table:
         x = x' - alpha_next (s_next - s) / (2 s_next) (x_0(x') - x_0(x)),
     so that the state before the step need not be kept. The last step ends without noise and is Euler's alone.
 
-    Args:
-        schedule: the schedule the network was trained with.
-        options: see `SolverOptions`; final is "zero", or sigmas end in 0.
-
-    Returns:
-        A deterministic table of 2 steps - 1 rows.
-
-    Raises:
-        ValueError: an argument is unknown or out of range, or alpha_bar is 0 at a level.
-        TypeError: there is no such option.
+    Arguments, result (2 steps - 1 rows) and errors are those of `solver_table`; final is "zero", or sigmas end in 0.
     """
     return solver_table("heun", schedule, options, _heun_columns, rows=_twice)
 
@@ -85,11 +58,7 @@ def _heun_columns(levels: Levels) -> dict[str, Tensor]:
     euler = multistep_columns(levels, 1)
     s = levels.sigma / levels.alpha
     gain = levels.alpha[1:-1] * (s[:-2] - s[1:-1]) / (2.0 * s[1:-1])
-    columns = {
-        name: torch.zeros(2 * len(levels.timesteps) - 1, dtype=torch.float64, device="cpu")
-        for name in ("c_xt", "c_x0", "c_1")
-    }
-    for name in ("c_xt", "c_x0"):
-        columns[name][::2] = euler[name]
-    columns["c_xt"][1::2], columns["c_x0"][1::2], columns["c_1"][1::2] = 1.0, gain, -gain
-    return columns
+    c_xt, c_x0, c_1 = torch.zeros(3, 2 * len(levels.timesteps) - 1, dtype=torch.float64, device="cpu")
+    c_xt[::2], c_x0[::2] = euler["c_xt"], euler["c_x0"]
+    c_xt[1::2], c_x0[1::2], c_1[1::2] = 1.0, gain, -gain
+    return {"c_xt": c_xt, "c_x0": c_x0, "c_1": c_1}

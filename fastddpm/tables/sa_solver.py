@@ -27,19 +27,11 @@ def sa_solver_table(
     Steps with two nodes have the moment of the authors' code, which is exact to the method's order.
 
     Args:
-        schedule: the schedule the network was trained with.
         order: how many estimates of x_0 a prediction reads: 1 to 4 without a corrector, 1 to 3 with one.
         corrector_order: how many a correction reads, the newest included: 1 to 4; 0 for no correction.
         tau: how stochastic the process is, for all steps or each: 0 for the ODE, 1 for the reverse SDE.
         lower_order_final: lower the orders towards the last step.
-        options: see `SolverOptions`.
-
-    Returns:
-        A stochastic table of one row per step, unless tau is 0.
-
-    Raises:
-        ValueError: an argument is unknown or out of range, or epsilon is predicted where alpha_bar = 0.
-        TypeError: there is no such option.
+        schedule, options: as the result and the errors, those of `solver_table`.
     """
     integer("corrector_order", corrector_order, 0, 4)
     integer("order", order, 1, 3 if corrector_order else 4)

@@ -43,6 +43,9 @@ def solver_table(
 ) -> Table:
     """Build a solver's table: the levels that the options ask for, and the solver's columns for them.
 
+    Every solver has a builder, which takes the schedule that the network was trained with, keywords of its own and
+    `SolverOptions`; what it returns and raises stands here.
+
     Args:
         name: of the table.
         schedule: the schedule the network was trained with.
@@ -51,8 +54,12 @@ def solver_table(
         estimate: what the solver interpolates, and what the rows keep. eps is not clipped.
         rows: from the levels to each row's timestep and alpha_bar, where a step is more than one row.
 
+    Returns:
+        A table of one row per step, unless `rows` says otherwise; deterministic where the solver draws no noise.
+
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an argument is unknown or out of range; the rows keep x_0 and epsilon is predicted where
+            alpha_bar = 0, or they keep eps and alpha_bar is 0 at a level or clip_range is given.
         TypeError: there is no such option.
     """
     for option in options:

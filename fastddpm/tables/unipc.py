@@ -23,19 +23,11 @@ def unipc_table(
     """Tabulate UniP-p with UniC-p (Algorithms 5 to 8, for the network's x_0): the correction is in the next row.
 
     Args:
-        schedule: the schedule the network was trained with.
         order: p, 1 to 3; 2 is usual with guidance.
         variant: "bh1" (B(h) = h) or "bh2" (B(h) = exp(h) - 1). They differ in steps with two nodes alone.
         corrector: False for UniP without UniC.
         lower_order_final: lower the order towards the last step.
-        options: see `SolverOptions`.
-
-    Returns:
-        A deterministic table of one row per step.
-
-    Raises:
-        ValueError: an argument is unknown or out of range, or epsilon is predicted where alpha_bar = 0.
-        TypeError: there is no such option.
+        schedule, options: as the result and the errors, those of `solver_table`.
     """
     integer("order", order, 1, 3)
     rule = RULES[one_of("variant", variant, ("bh1", "bh2"))]
