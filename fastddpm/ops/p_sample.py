@@ -41,7 +41,7 @@ def p_sample(
         rows: float32 [R, 14], see ``table.COLUMNS``.
         row: int64 [B] or [1].
         noise: a Counter; or z of x_t's shape; or None for no noise term.
-        clip, learned, guided, use_m: what the rows need, see ``twins.p_sample``.
+        clip, learned, guided, use_m: what the rows need, see ``fastddpm.ops.twins``.
         history: the older x0 that the rows need, [H, B, C, ...] with H = 1, 2 or 3, zeros before the first row. A
             ring: the x0 of k rows before lies in slot (row - k) mod H. If an output is given, this step's x0 takes the
             place of the oldest; else the history stays as it is.

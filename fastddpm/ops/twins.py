@@ -157,17 +157,9 @@ def q_sample(
     keep: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x_t = c_x * x_0 + sigma * eps (Ho et al. 2020, eq. 4; with the rows of q_step, eq. 2).
+    """(x_t, eps), float32: x_t = c_x * x_0 + sigma * eps (Ho et al. 2020, eq. 4; with the rows of q_step, eq. 2).
 
-    Args:
-        x_0: [B, ...], float32, float16 or bfloat16.
-        rows: float32 [R, 2], columns (c_x, sigma).
-        row: int64 [B] or [1].
-        noise: Counter, or eps with x_0's shape.
-        keep, kept: bool of x_0's shape, and what x_t is where it is true.
-
-    Returns:
-        (x_t, eps), float32.
+    Arguments as in ``ops.q_sample``; `kept` is what x_t is where `keep` is true.
     """
     c_x, sigma = columns(rows, row, x_0)
     eps = draw(noise, x_0.shape)
@@ -180,15 +172,7 @@ def residual(
 ) -> Tensor:
     """target - m, with target = c_eps * eps + c_x0 * x_0; a term whose tensor is not given is not computed.
 
-    Args:
-        m: the network's output; x_0's shape, or twice the channels if ``learned``, of which the first half counts.
-        x_0: [B, ...], or None for a target without it.
-        rows: [R, 3], see ``table.loss_rows``.
-        row: int64 [B] or [1].
-        noise: Counter, or None for a target without noise.
-
-    Returns:
-        [B, ...] float32, or float64 where m is.
+    Arguments as in ``ops.ddpm_loss``; [B, ...] float32, or float64 where m is.
     """
     m = m.to(torch.promote_types(m.dtype, torch.float32))
     if learned:
@@ -243,16 +227,7 @@ def p_sample(
     flags: Flags,
     history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Execute one row of a table.
-
-    Args:
-        x_t: [B, ...], float32, float16 or bfloat16.
-        m: the network's output: x_t's shape, twice the channels if ``learned``, twice the batch if ``guided``.
-        rows: float32 [R, 14], see ``table.COLUMNS``.
-        row: int64 [B] or [1].
-        noise: Counter, z with x_t's shape, or None for no noise term.
-        flags: what the step computes.
-        history: [H, B, ...], H = ``flags.history``: a ring of the older x0, see `slot`. x0 overwrites the oldest.
+    """Execute one row of a table; arguments as in ``ops.p_sample``. x0 overwrites the oldest of the history.
 
     Returns:
         (x_prev, x0, x_prev), float32: for a state, an estimate and a copy; `fill` rounds each once.

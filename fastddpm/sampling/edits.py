@@ -1,15 +1,10 @@
-"""Edits of a run, checked and carried out: data to begin from, and data that are known in part."""
+"""Edits of a run, checked: data to begin from, and data that are known in part; and the way between two noises."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastddpm import ops
-from fastddpm.noise import v1 as noise
-from fastddpm.sampling.options import Options
 from fastddpm.tables.table import Table
 
 
@@ -115,37 +110,3 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     if phi < 1e-4:
         return a + w * (b - a)
     return (torch.sin((1 - w) * phi) * a + torch.sin(w * phi) * b) / torch.sin(phi)
-
-
-class Known:
-    """Data that are known, and where they are not, in static buffers [B, ...].
-
-    Args:
-        where: key and counter words of the noise, read when data are pasted.
-        levels: float32 [R + 1, 2], see `Table`.
-        options: the sampler's.
-        compiled: run the operation's twin compiled.
-    """
-
-    def __init__(self, where: noise.Counter, levels: Tensor, options: Options, compiled: bool) -> None:
-        self._where, self._levels = where, levels
-        self._how = {"backend": options.backend, "compiled": compiled}
-        self._data = torch.zeros(len(where.seed), *options.shape, device=options.device, dtype=torch.float32)
-        self._drawn = torch.zeros_like(self._data, dtype=torch.bool)
-
-    def load(self, data: Tensor, drawn: Tensor) -> None:
-        """Take those of a request."""
-        self._data.copy_(data)
-        self._drawn.copy_(drawn)
-
-    def paste(self, x_t: Tensor) -> None:
-        """Replace the known part of x_t by a draw from q(x_t | known) at its level (Lugmayr et al. 2022, eq. 8a)."""
-        how: Any = self._how
-        ops.q_sample(self._data, self._levels, self._where.step, self._where, out=x_t, keep=self._drawn, **how)
-
-
-def noised(init: Tensor, where: noise.Counter, levels: Tensor, x_T: Tensor | None, backend: str) -> Tensor:
-    """Return x_t ~ q(x_t | init) at the first row's level, with x_T as its noise if that is given (SDEdit)."""
-    x_0 = init.to(levels.device, torch.float32)
-    eps = where if x_T is None else x_T.to(x_0)
-    return ops.q_sample(x_0, levels, where.step, eps, backend=backend)  # type: ignore[return-value]

@@ -13,7 +13,6 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.errors import FastDDPMError, ModelOutputError, SamplingError
 from fastddpm.noise import v1 as noise
-from fastddpm.sampling.edits import Known, noised
 from fastddpm.sampling.guidance import gradient, rescaled, shifted
 from fastddpm.sampling.network import Network, unwrap
 from fastddpm.sampling.options import Options
@@ -63,16 +62,15 @@ class StaticStep:
         self.x_t = buffer(B, *shape)
         self.x0 = buffer(B, *shape) if key.x0_out or options.self_condition else None
         self.history = buffer(table.history, B, *shape) if table.history else None
+        self._compiled = options.compiles and getattr(network, "compiles_step", True)
+        self._how: dict[str, Any] = {"backend": options.backend, "compiled": self._compiled}
         # The compiled twin of the step makes memory for noise that it draws itself; for normals two by two, the
         # compiled twin of the draw needs none.
-        twin = options.device.type == "cpu" and not options.uses_triton
-        self._compiled = options.compiles and getattr(network, "compiles_step", True)
-        pays = self._compiled and twin and math.prod(shape) % 2 == 0
+        pays = self._compiled and options.device.type == "cpu" and not options.uses_triton and math.prod(shape) % 2 == 0
         self._draws_ahead = key.noise == COUNTER and (pays or key.cond_form == "mean")
         self._forward = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_FORWARD)
-        self.known = None
-        if key.masked and self.levels is not None:
-            self.known = Known(self._forward, self.levels, options, self._compiled)
+        # Known data, and where they are not.
+        self.known = (buffer(B, *shape), buffer(B, *shape, dtype=torch.bool)) if key.masked else ()
         self.z = buffer(B, *shape) if key.noise == GIVEN or self._draws_ahead else None
         self.first_bad = buffer(B, dtype=torch.int64) if key.check_finite else None
         self._rescale = buffer(1) if key.rescaled else None
@@ -125,8 +123,7 @@ class StaticStep:
             x0_out=self.x0,
             # What is pasted changes x_t once more.
             low_out=None if self.key.masked else self.x_in[: self.key.batch],
-            backend=self.options.backend,
-            compiled=self._compiled,
+            **self._how,
         )
         if self.x0_in is not None and self.x0 is not None:
             self.x0_in.unflatten(0, (1 + self.key.guided, self.key.batch)).copy_(self.x0)
@@ -144,9 +141,10 @@ class StaticStep:
         self._index.add_(1)
 
     def paste(self) -> None:
-        """Put known data where they belong in x_t, noised to its level."""
-        if self.known is not None:
-            self.known.paste(self.x_t)
+        """Replace the known part of x_t by a draw from q(x_t | known) at its level (Lugmayr et al. 2022, eq. 8a)."""
+        if self.known and self.levels is not None:
+            known, drawn = self.known
+            ops.q_sample(known, self.levels, self.row, self._forward, out=self.x_t, keep=drawn, **self._how)
             self.feed_network()
 
     def _noise(self, m: Tensor) -> noise.Counter | Tensor | None:
@@ -154,7 +152,7 @@ class StaticStep:
             counter = noise.Counter(self.seed, self.sample_id, self.row, noise.STREAM_REVERSE)
             if not self._draws_ahead:
                 return counter
-            ops.randn(counter, self.options.shape, backend=self.options.backend, compiled=self._compiled, out=self.z)
+            ops.randn(counter, self.options.shape, out=self.z, **self._how)
         if self.key.cond_form == "mean" and self.z is not None:
             # mu + std (z + std g): the mean moves by Sigma g   (Dhariwal & Nichol 2021, Algorithm 1).
             std = self._column("sigma")
@@ -186,8 +184,8 @@ class StaticStep:
                 scratch.zero_()
         if self.first_bad is not None:
             self.first_bad.fill_(-1)
-        if self.known is not None and request.known is not None:
-            self.known.load(*request.known)
+        for buffer, given in zip(self.known, request.known or (), strict=True):
+            buffer.copy_(given)
         self.x_t.copy_(self._first_state(request))
         self.paste()
         self.feed_network()
@@ -195,7 +193,10 @@ class StaticStep:
 
     def _first_state(self, request: Request) -> Tensor:
         if request.init is not None and self.levels is not None:
-            return noised(request.init, self._forward, self.levels, request.x_T, self.options.backend)
+            # SDEdit (Meng et al. 2022).
+            x_0 = request.init.to(self.levels)
+            eps = self._forward if request.x_T is None else request.x_T.to(x_0)
+            return ops.q_sample(x_0, self.levels, self.row, eps, backend=self.options.backend)  # type: ignore[return-value]
         if request.x_T is not None:
             return request.x_T
         counter = self._forward._replace(stream=noise.STREAM_X_T)

@@ -52,19 +52,14 @@ _BOOLEANS = ("clip_sample", "thresholding", "rescale_betas_zero_snr")
 _LOG_VARIANCE_KEY = "_fastddpm_learned_is_log_variance"
 # How a run visits the timesteps is the sampler's choice, not a property of the network.
 _SAMPLING_KEYS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "variance_type")
+# Fields that diffusers has too, and what it calls them; then the other keys that are read.
+_SAME_FIELDS = {
+    "num_timesteps": "num_train_timesteps",
+    **{name: name for name in ("beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")},
+}
 _READ_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "clip_sample",
-    "clip_sample_range",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "thresholding",
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
+    *(*_SAME_FIELDS.values(), "beta_schedule", "clip_sample", "clip_sample_range", "prediction_type", "thresholding"),
+    *("dynamic_thresholding_ratio", "sample_max_value"),
 )
 
 
@@ -138,10 +133,8 @@ class DiffusionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict of JSON types."""
-        values = asdict(self)
-        if self.trained_betas is not None:
-            values["trained_betas"] = list(self.trained_betas)
-        return values
+        trained_betas = self.trained_betas
+        return {**asdict(self), "trained_betas": None if trained_betas is None else list(trained_betas)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionConfig:
@@ -215,11 +208,7 @@ class DiffusionConfig:
         clip = public.get("clip_sample", True)
         return cls(
             beta_schedule=_translate("beta_schedule", public.get("beta_schedule", "linear"), _BETA_SCHEDULES),
-            num_timesteps=public.get("num_train_timesteps", 1000),
-            beta_start=public.get("beta_start", 1e-4),
-            beta_end=public.get("beta_end", 0.02),
-            trained_betas=public.get("trained_betas"),
-            rescale_betas_zero_snr=public.get("rescale_betas_zero_snr", False),
+            **{name: public[key] for name, key in _SAME_FIELDS.items() if key in public},
             prediction_type=_translate("prediction_type", public.get("prediction_type", "epsilon"), _PREDICTION_TYPES),
             variance_type=_translate("variance_type", variance_type, _VARIANCE_TYPES | {"learned": "learned"}),
             clip_range=public.get("clip_sample_range", 1.0) if clip else None,
