@@ -41,7 +41,7 @@ def _pipeline(case: Case, form: Form) -> Call:
 
 def _lucidrains_step(case: Case, form: Form) -> Call:
     x_t, m = inputs.state_and_output(case)
-    diffusion = form(lucidrains.diffusion(case, lucidrains.Given(m), T))
+    diffusion = form(lucidrains.diffusion(case, lambda x, t: m, T))
 
     def call(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -55,8 +55,7 @@ def _lucidrains_loop(case: Case, form: Form) -> Call:
 
     def call(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        with lucidrains.no_progress_bar():
-            return diffusion.p_sample_loop(case.full_shape)
+        return lucidrains.sample_loop(diffusion, case)
 
     return call
 

@@ -53,7 +53,7 @@ def _diffusers(case: Case) -> Prepared:
 
 def _lucidrains(case: Case) -> Prepared:
     x_t, m = inputs.state_and_output(case)
-    diffusion = lucidrains.diffusion(case, lucidrains.Given(m), T)
+    diffusion = lucidrains.diffusion(case, lambda x, t: m, T)
     return _prepared(lambda t: diffusion.p_sample(x_t, t)[0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,11 +69,6 @@ def _fastddpm_given(case: Case) -> Prepared:
     return _mixing(case, lambda x_0, t, eps: ops.q_sample(x_0, rows, t, eps, compiled=True))
 
 
-def cases(device: str, smoke: bool) -> list[Case]:
-    """One batch inside the caches, one far outside."""
-    return two_sizes("q_sample", device, smoke)
-
-
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     """x_t against the paper's form in float64 on the provider's own eps, and eps against N(0, 1) or noise-v1."""
     host = dataclasses.replace(case, device="cpu")
@@ -99,7 +95,7 @@ BENCHMARK = Benchmark(
         Provider("fastddpm, eager twin", lambda case: _fastddpm(case, compiled=False), skips=twin_only),
         Provider("fastddpm, torch's eps", _fastddpm_given, compiled=True),
     ),
-    cases=cases,
+    cases=functools.partial(two_sizes, "q_sample"),
     check=check,
     traffic=lambda case, provider: 12 * case.n_elements,
     second={"float32": "PyTorch, compiled", "bfloat16": "PyTorch, compiled"},

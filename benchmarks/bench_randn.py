@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -42,11 +43,6 @@ def _fastddpm(case: Case, *, compiled: bool) -> Prepared:
     return _prepared(lambda: ops.randn(where, case.shape, compiled=compiled))
 
 
-def cases(device: str, smoke: bool) -> list[Case]:
-    """One batch inside the caches, one far outside."""
-    return two_sizes("randn", device, smoke)
-
-
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:
     """noise-v1 by its bits, any other generator by its moments."""
     if provider.name.startswith("fastddpm"):
@@ -63,7 +59,7 @@ BENCHMARK = Benchmark(
         Provider("fastddpm", lambda case: _fastddpm(case, compiled=True), compiled=True),
         Provider("fastddpm, eager twin", lambda case: _fastddpm(case, compiled=False), skips=twin_only),
     ),
-    cases=cases,
+    cases=functools.partial(two_sizes, "randn"),
     check=check,
     traffic=lambda case, provider: 4 * case.n_elements,
 )

@@ -105,22 +105,17 @@ def _lucidrains(case: Case) -> Prepared:
     """p_sample_loop; lucidrains takes every timestep of its process, so that the process has `steps` of them."""
     diffusion = lucidrains.diffusion(case, networks.labelled(case), case.steps, "sigmoid")
 
-    def run() -> Tensor:
-        with lucidrains.no_progress_bar():
-            return diffusion.p_sample_loop(case.full_shape)
-
     def evaluate() -> dict[str, Tensor]:
         recorder = Recorder(case)
         torch.manual_seed(1)
-        with lucidrains.no_progress_bar():
-            x = diffusion.p_sample_loop(case.full_shape, return_all_timesteps=True)
+        x = lucidrains.sample_loop(diffusion, case, return_all_timesteps=True)
         for i in range(case.steps + 1):
             recorder.state(x[:, i])
         torch.manual_seed(1)
         _redraw(case, recorder)
         return {**recorder.found(), "betas": diffusion.betas.double().cpu()}
 
-    return Prepared(run, evaluate)
+    return Prepared(lambda: lucidrains.sample_loop(diffusion, case), evaluate)
 
 
 def fastddpm_loop(case: Case, dtype: torch.dtype, **options: Any) -> Prepared:

@@ -67,10 +67,6 @@ class Case:
         """Elements of x_t."""
         return math.prod(self.full_shape)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
-        return dataclasses.asdict(self) | {"shape": list(self.shape)}
-
 
 @dataclass
 class Prepared:

@@ -11,6 +11,7 @@ from fastddpm.benchmarks.harness.case import Case
 from torch import Tensor
 
 from fastddpm.noise import v1 as noise
+from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
 from fastddpm.schedules.schedule import Schedule
 
@@ -42,13 +43,7 @@ def schedule() -> Schedule:
 
 def counter(case: Case, stream: int, step: int = 0) -> Counter:
     """noise-v1 of seeds 0, 1, 2, ..."""
-    where = {"device": case.device, "dtype": torch.int64}
-    return Counter(
-        seed=torch.arange(case.batch, **where),  # type: ignore[call-overload]
-        sample_id=torch.zeros(case.batch, **where),  # type: ignore[call-overload]
-        step=torch.full((1,), step, **where),  # type: ignore[call-overload]
-        stream=stream,
-    )
+    return noise.counter(resolve_seeds(seeds=range(case.batch)), step, stream, case.device)
 
 
 def normals(case: Case, stream: int, step: int = 0) -> Tensor:

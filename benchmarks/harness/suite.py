@@ -145,7 +145,7 @@ def run_case(
 def _row(benchmark: Benchmark, case: Case, provider: Provider) -> dict[str, Any]:
     return {
         "op": benchmark.name,
-        "case": case.to_dict(),
+        "case": dataclasses.asdict(case),
         "id": case.id,
         "provider": provider.name,
         "shape": list(case.full_shape),

@@ -56,7 +56,7 @@ class MeasuredRunner(LocalRunner):
             importlib.import_module(module)
         if provider.compiled and case.device == "cpu":
             load_compiler()
-        self._base_mb = _status("VmRSS")
+        self._base_mb = memory_mb("VmRSS")
         super().__init__(provider, case)
 
     def warm(self) -> str:
@@ -77,7 +77,7 @@ class MeasuredRunner(LocalRunner):
         """
         if self.case.device == "cuda":
             return torch.cuda.max_memory_reserved() / _MB
-        peak = peak_mb()
+        peak = memory_mb("VmHWM")
         if not self._peak_is_reset or peak is None or self._base_mb is None:
             return None
         return peak - self._base_mb
@@ -92,13 +92,8 @@ def reset_peak() -> bool:
     return True
 
 
-def peak_mb() -> float | None:
-    """The most resident memory since `reset_peak`, in MB; None where the system does not count it."""
-    return _status("VmHWM")
-
-
-def _status(field: str) -> float | None:
-    """Read a field of Linux's account of this process, in MB; None where the system does not count it."""
+def memory_mb(field: str) -> float | None:
+    """Resident memory in MB, "VmRSS" now and "VmHWM" the most since `reset_peak`; None where it is not counted."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ NEEDS = {"denoising_diffusion_pytorch": "denoising-diffusion-pytorch", "torchvis
 class _Adapter(nn.Module):
     """The attributes that GaussianDiffusion asks of a network."""
 
-    def __init__(self, model: nn.Module, channels: int) -> None:
+    def __init__(self, model: Callable[[Tensor, Tensor], Tensor], channels: int) -> None:
         super().__init__()
         self.model, self.channels, self.out_dim, self.self_condition = model, channels, channels, False
 
@@ -26,35 +27,20 @@ class _Adapter(nn.Module):
 
 
 def diffusion(
-    case: Case, model: nn.Module, timesteps: int, beta_schedule: str = "linear", objective: str = "pred_noise"
+    case: Case,
+    model: Callable[[Tensor, Tensor], Tensor],
+    timesteps: int,
+    beta_schedule: str = "linear",
+    objective: str = "pred_noise",
 ) -> Any:
     """GaussianDiffusion around a network."""
-    return (
-        importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
-        .GaussianDiffusion(
-            _Adapter(model, case.shape[0]),
-            image_size=case.shape[-1],
-            timesteps=timesteps,
-            objective=objective,
-            beta_schedule=beta_schedule,
-            auto_normalize=False,
-        )
-        .to(torch.device(case.device))
-    )
+    library = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+    options = {"timesteps": timesteps, "beta_schedule": beta_schedule, "objective": objective, "auto_normalize": False}
+    network = _Adapter(model, case.shape[0])
+    return library.GaussianDiffusion(network, image_size=case.shape[-1], **options).to(torch.device(case.device))
 
 
-class Given(nn.Module):
-    """A network that returns m, whatever it sees."""
-
-    def __init__(self, m: Tensor) -> None:
-        super().__init__()
-        self.m = m
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return m."""
-        return self.m
-
-
-def no_progress_bar() -> contextlib.AbstractContextManager[object]:
-    """Swallow the progress bar of lucidrains' loop, and of ours in its place, which neither has an option for."""
-    return contextlib.redirect_stderr(io.StringIO())
+def sample_loop(diffusion: Any, case: Case, **options: Any) -> Tensor:
+    """Its p_sample_loop, or ours in its place, without the progress bar, which neither has an option for."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return diffusion.p_sample_loop(case.full_shape, **options)

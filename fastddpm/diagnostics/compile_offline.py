@@ -147,24 +147,15 @@ def _target(arch: str) -> Any:
     return target("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else target("hip", arch, 64)
 
 
-def tool(name: str) -> Path:
-    """Path of an NVIDIA tool that Triton ships ("nvdisasm", "cuobjdump").
-
-    Raises:
-        BackendUnavailable: if this build of Triton has no such tool.
-    """
-    path = Path(str(load_triton().__file__)).parent / "backends" / "nvidia" / "bin" / name
-    if not path.is_file():
-        raise BackendUnavailable(f"this build of Triton ships no {name} (expected {path}); install triton from PyPI")
-    return path
-
-
 def _run_tool(name: str, arguments: list[str], binary: bytes) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary)
-        command = [str(tool(name)), *arguments, str(path)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    """Print a binary with an NVIDIA tool that Triton ships."""
+    tool = Path(str(load_triton().__file__)).parent / "backends" / "nvidia" / "bin" / name
+    if not tool.is_file():
+        raise BackendUnavailable(f"this build of Triton ships no {name} (expected {tool}); install triton from PyPI")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        result = subprocess.run([tool, *arguments, file.name], capture_output=True, text=True, check=False)
     if result.returncode:
         raise BackendUnavailable(f"{name} failed: {result.stderr.strip() or result.stdout.strip()}")
     return result.stdout

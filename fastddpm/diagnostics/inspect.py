@@ -85,7 +85,8 @@ def inspect_variant(variant: Variant, arch: str, gpu: Gpu | None = None) -> Repo
     compiled = offline.compile_launch(variant.launch, arch)
     measures = measure(compiled, variant.elements_per_program, variant.bytes_per_element, variant.trips, gpu)
     if arch.startswith("sm_"):
-        measures["widths"] = _widths_by_tensor(compiled.assembly, variant)
+        found = accesses(compiled.assembly, variant.launch.signature)
+        measures["widths"] = {label: found[name] for name, label in variant.tensors.items() if name in found}
     return Report(variant.kernel, variant.name, **measures)
 
 
@@ -123,17 +124,6 @@ def measure(
 
 def _bits(result: Walk, stem: str) -> dict[int, int]:
     return {8 * width: count for width, count in result.widths(stem).items()}
-
-
-def _widths_by_tensor(ptx: str, variant: Variant) -> dict[str, dict[str, tuple[int, ...]]]:
-    found = accesses(ptx, variant.launch.signature)
-    widths: dict[str, dict[str, tuple[int, ...]]] = {}
-    for argument, label in variant.tensors.items():
-        access = found.get(argument)
-        if access is not None:
-            directions = {"load": tuple(access.loads), "store": tuple(access.stores)}
-            widths[label] = {direction: bits for direction, bits in directions.items() if bits}
-    return widths
 
 
 def _amd_measures(assembly: str) -> dict[str, Any]:

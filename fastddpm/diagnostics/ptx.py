@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
 _STATEMENT = re.compile(r"(?:@!?%\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)\s+([^;]*);")
 _REGISTER = re.compile(r"%[a-z]+\d+")
@@ -13,15 +12,7 @@ _PARAMETER = re.compile(r"\[\w+_param_(\d+)\]")
 _NO_ADDRESS = ("ld.global", "st.global", "setp", "bra", "ret")
 
 
-@dataclass
-class Access:
-    """Widths in bits of the loads and stores through one pointer argument, one entry per instruction in the text."""
-
-    loads: list[int] = field(default_factory=list)
-    stores: list[int] = field(default_factory=list)
-
-
-def accesses(ptx: str, signature: Mapping[str, str]) -> dict[str, Access]:
+def accesses(ptx: str, signature: Mapping[str, str]) -> dict[str, dict[str, tuple[int, ...]]]:
     """Trace every global access back to the pointer it starts from.
 
     Args:
@@ -29,7 +20,7 @@ def accesses(ptx: str, signature: Mapping[str, str]) -> dict[str, Access]:
         signature: the entry's arguments in order, with Triton's types ("*fp32" for a pointer).
 
     Returns:
-        Argument name to its accesses, for those that are loaded from or stored to.
+        Bits of each "load" and "store" in the text through an argument, by its name.
 
     Raises:
         ValueError: if an access starts from no argument, or from several.
@@ -39,7 +30,7 @@ def accesses(ptx: str, signature: Mapping[str, str]) -> dict[str, Access]:
     names = list(signature)
     pointers = {n for n, kind in enumerate(signature.values()) if kind.startswith("*")}
     origins = _trace(statements, pointers)
-    found: dict[str, Access] = defaultdict(Access)
+    found: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for opcode, operands in statements:
         if not opcode.startswith(("ld.global", "st.global")):
             continue
@@ -47,8 +38,8 @@ def accesses(ptx: str, signature: Mapping[str, str]) -> dict[str, Access]:
         starts = origins[address[0]] if address else set()
         if len(starts) != 1:
             raise ValueError(f"{opcode} {operands} starts from {len(starts)} arguments, not from one")
-        access = found[names[next(iter(starts))]]
-        (access.loads if opcode.startswith("ld") else access.stores).append(_width(opcode))
+        widths, direction = found[names[next(iter(starts))]], "load" if opcode.startswith("ld") else "store"
+        widths[direction] = (*widths.get(direction, ()), _width(opcode))
     return dict(found)
 
 

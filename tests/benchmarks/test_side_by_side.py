@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def run(facts: dict[str, Any], batch: int, *providers: str, date: str = "2026-01
     row = {
         "op": "sampling",
         "id": case.id,
-        "case": case.to_dict(),
+        "case": dataclasses.asdict(case),
         "checked": True,
         "note": "",
         "noisy": False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastddpm.diagnostics.ptx import Access, accesses
+from fastddpm.diagnostics.ptx import accesses
 
 HEADER = ".visible .entry k(\n .param .u64 .ptr k_param_0, .param .u64 k_param_1, .param .u64 .ptr k_param_2\n)\n{\n"
 SIGNATURE = {"x_ptr": "*fp32", "n": "i64", "out_ptr": "*fp32"}
@@ -26,12 +26,12 @@ BODY = """
 
 def test_accesses_are_traced_through_arithmetic_but_not_through_memory() -> None:
     found = accesses(HEADER + BODY, SIGNATURE)
-    assert found == {"x_ptr": Access(loads=[128, 16]), "out_ptr": Access(stores=[128])}
+    assert found == {"x_ptr": {"load": (128, 16)}, "out_ptr": {"store": (128,)}}
 
 
 def test_pointers_that_a_loop_advances_are_traced() -> None:
     loop = BODY.replace("mad.lo.s64 %rd4, %rd2, 4, %rd1;", "mov.b64 %rd4, %rd7;\nadd.s64 %rd7, %rd1, 4;")
-    assert accesses(HEADER + loop, SIGNATURE)["x_ptr"].loads == [128, 16]
+    assert accesses(HEADER + loop, SIGNATURE)["x_ptr"] == {"load": (128, 16)}
 
 
 @pytest.mark.parametrize("source", ["%rd2", "%rd8"])
