@@ -7,6 +7,7 @@ timed is the same, and so is what the gate follows.
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from typing import Any
 
 import torch
@@ -34,15 +35,10 @@ def _plain(case: Case, predict: Predict) -> Prepared:
 
     def run() -> Tensor:
         with torch.no_grad():
-            return loop_gate.plain_loop(case, predict, generator)
+            ((x, _),) = deque(loop_gate.plain_loop(case, predict, generator), maxlen=1)
+        return x
 
-    def evaluate() -> dict[str, Tensor]:
-        recorder = Recorder(case)
-        with torch.no_grad():
-            loop_gate.plain_loop(case, predict, torch.Generator(case.device).manual_seed(1), recorder)
-        return recorder.found()
-
-    return Prepared(run, evaluate)
+    return Prepared(run, lambda: loop_gate.recorded(case, predict))
 
 
 def _compiled(case: Case) -> Prepared:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,31 +63,38 @@ class Recorder:
         return {"x": torch.stack(self._x), "z": torch.stack(z)}
 
 
-def plain_loop(case: Case, predict: Predict, generator: torch.Generator, recorder: Recorder | None = None) -> Tensor:
+def plain_loop(case: Case, predict: Predict, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Algorithm 2 of Ho et al. 2020 in plain PyTorch.
 
     Args:
         predict: (x float32 [B, ...], t int64 [B]) to eps.
         generator: of x_T, then z for each step but the last.
+
+    Yields:
+        x_T, then each x_{t-1}, with the z in it.
     """
     visited = timesteps(case)
     coefficients = Coefficients.of(schedule().respaced(visited), case.device)
     where: dict[str, Any] = {"device": case.device}
     x = torch.randn(case.full_shape, generator=generator, **where)
-    if recorder is not None:
-        recorder.state(x)
-    for i, t in enumerate(visited.tolist()):
+    yield x, None
+    for k, t in zip(reversed(range(case.steps)), visited.tolist(), strict=True):
         eps = predict(x, torch.full((case.batch,), t, **where))
-        index = torch.full((case.batch,), len(visited) - 1 - i, **where)
-        x = coefficients.mean(x, eps, index)
-        if i < len(visited) - 1:
-            z = torch.randn(case.full_shape, generator=generator, **where)
-            x = x + coefficients.sigma[index].reshape(-1, *(1,) * len(case.shape)) * z
-            if recorder is not None:
-                recorder.noise(z)
-        if recorder is not None:
-            recorder.state(x)
-    return x
+        index = torch.full((case.batch,), k, **where)
+        z = torch.randn(case.full_shape, generator=generator, **where) if k else None
+        x = coefficients.mean(x, eps, index) if z is None else coefficients.p_sample(x, eps, index, z)
+        yield x, z
+
+
+@torch.no_grad()
+def recorded(case: Case, predict: Predict) -> dict[str, Tensor]:
+    """What the gate wants of a plain loop."""
+    recorder = Recorder(case)
+    for x, z in plain_loop(case, predict, torch.Generator(case.device).manual_seed(1)):
+        recorder.state(x)
+        if z is not None:
+            recorder.noise(z)
+    return recorder.found()
 
 
 @functools.lru_cache(maxsize=2)

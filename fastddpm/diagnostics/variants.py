@@ -82,7 +82,6 @@ def counter(batch: int) -> Counter:
 
 def p_sample_variant(name: str, case: StepCase) -> Variant:
     """The reverse step."""
-    offline.load_triton()
     from fastddpm.kernels.p_sample import p_sample_launch
 
     flags, shape = case.flags, case.shape
@@ -117,7 +116,6 @@ def q_sample_variant(
     layout: str = "contiguous",
 ) -> Variant:
     """The forward process; the noise is drawn in the kernel unless it is given."""
-    offline.load_triton()
     from fastddpm.kernels.q_sample import q_sample_launch
 
     launch = q_sample_launch(
@@ -148,7 +146,6 @@ def ddpm_loss_variant(
 
     The partial sums, one for 32 groups of four, are left out of the bytes.
     """
-    offline.load_triton()
     from fastddpm.kernels.ddpm_loss import ddpm_loss_launch
 
     batch, channels, *plane = shape
@@ -171,7 +168,6 @@ def noise_variant(
     name: str, shape: tuple[int, ...] = _IMAGES, dtype: torch.dtype = FP32, layout: str = "contiguous"
 ) -> Variant:
     """The noise alone."""
-    offline.load_triton()
     from fastddpm.kernels.noise import randn_launch
 
     out = tensor((shape[0], math.prod(shape[1:])), dtype, layout)
@@ -182,7 +178,6 @@ def group_norm_variant(
     name: str, channels: int, size: int, *, skip: int = 0, dtype: torch.dtype = BF16, adds: bool = False
 ) -> Variant:
     """The first launch of a group normalisation of 32 groups with bias and time, or with bias, residual and sum."""
-    offline.load_triton()
     from fastddpm.kernels.group_norm import group_norm_launches
 
     def image(width: int) -> Tensor:
@@ -218,6 +213,7 @@ def variants() -> list[Variant]:
     Raises:
         BackendUnavailable: if Triton is missing or set to interpret.
     """
+    offline.load_triton()
     odd, nhwc, shifted = (64, 3, 31, 33), "channels_last", "shifted"
 
     def step(name: str, shape: tuple[int, ...] = _IMAGES, **changes: Any) -> Variant:

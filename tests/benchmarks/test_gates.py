@@ -57,12 +57,7 @@ def test_chain_fails_on_missing_steps(recorded: dict[str, Tensor]) -> None:
 
 def test_chain_fails_on_bfloat16_under_the_name_of_float32(recorded: dict[str, Tensor]) -> None:
     network = networks.build("tiny").to(torch.bfloat16)
-    recorder = loop_gate.Recorder(LOOP)
-    with torch.no_grad():
-        loop_gate.plain_loop(
-            LOOP, lambda x, t: network(x.bfloat16(), t).float(), torch.Generator().manual_seed(1), recorder
-        )
-    found = recorder.found()
+    found = loop_gate.recorded(LOOP, lambda x, t: network(x.bfloat16(), t).float())
     assert not judge(found)
     assert loop_gate.check(LOOP, sampling.BENCHMARK.provider("fastddpm, bf16"), found).ok
 
@@ -77,10 +72,7 @@ def test_chain_knows_what_16_bits_hold_of_a_trained_networks_input() -> None:
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return network(x.bfloat16(), t, labels).float() * (1 + wrong)
 
-        recorder = loop_gate.Recorder(loop)
-        with torch.no_grad():
-            loop_gate.plain_loop(loop, predict, torch.Generator().manual_seed(1), recorder)
-        return loop_gate.check(loop, provider, recorder.found()).ok
+        return loop_gate.check(loop, provider, loop_gate.recorded(loop, predict)).ok
 
     assert judge(0.0)
     assert not judge(0.05)
