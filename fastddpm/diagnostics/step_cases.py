@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -143,19 +143,27 @@ def inputs(
     device: torch.device | str = "cpu",
     change: Callable[[Tensor, torch.Generator], Tensor] = lambda x, generator: x,
 ) -> dict[str, Any]:
-    """Keyword arguments of ``ops.p_sample``, outputs poisoned with NaN; ``change`` edits x_t and m beforehand."""
+    """Keyword arguments of ``ops.p_sample``, outputs poisoned with NaN; ``change`` edits x_t and m beforehand.
+
+    On the meta device no values are drawn, however large the shape.
+    """
     g = torch.Generator().manual_seed(seed)
     batch, channels, *plane = case.shape
     flags = case.flags
     m_shape = (batch * (1 + flags.guided), channels * (1 + flags.learned), *plane)
+
+    def normal(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if torch.device(device).type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return change(torch.randn(shape, generator=g), g).to(device, dtype)
 
     def poisoned(dtype: torch.dtype | None, layout: str = "contiguous") -> Tensor | None:
         if dtype is None:
             return None
         return arrange(torch.empty(case.shape, dtype=dtype, device=device), layout).fill_(torch.nan)
 
-    x_t = arrange(change(torch.randn(case.shape, generator=g), g).to(device, case.x), case.layout)
-    m = arrange(change(torch.randn(m_shape, generator=g), g).to(device, case.m), case.m_layout)
+    x_t = arrange(normal(case.shape, case.x), case.layout)
+    m = arrange(normal(m_shape, case.m), case.m_layout)
     rows, row = (t.to(device) for t in make_rows(batch, case.shared, g))
     history = torch.randn(flags.history, *case.shape, generator=g).to(device, case.x) if flags.history else None
     noise: Counter | Tensor | None = None

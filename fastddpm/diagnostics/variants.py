@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from fastddpm.diagnostics import compile_offline as offline
-from fastddpm.diagnostics.step_cases import StepCase
+from fastddpm.diagnostics.step_cases import StepCase, inputs
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops.twins import Flags
-from fastddpm.tables.table import K
 
 if TYPE_CHECKING:
     from fastddpm.kernels.launch import Launch
@@ -84,25 +83,12 @@ def p_sample_variant(name: str, case: StepCase) -> Variant:
     """The reverse step."""
     from fastddpm.kernels.p_sample import p_sample_launch
 
-    flags, shape = case.flags, case.shape
-    batch, channels, *plane = shape
-    m_shape = (batch * (1 + flags.guided), channels * (1 + flags.learned), *plane)
-    launch = p_sample_launch(
-        tensor(shape, case.x, case.layout),
-        tensor(m_shape, case.m, case.m_layout),
-        tensor((1000, K)),
-        tensor((batch,), torch.int64),
-        {"counter": counter(batch), "given": tensor(shape, case.z), "none": None}[case.noise],
-        tensor(shape, case.x),
-        ring=tensor((flags.history, *shape), case.x) if flags.history else None,
-        x0_out=None if case.x0_out is None else tensor(shape, case.x0_out),
-        low_out=None if case.low_out is None else tensor(shape, case.low_out, case.low_layout),
-        **flags._asdict(),
-    )
+    given, flags = inputs(case, device="meta"), case.flags
+    launch = p_sample_launch(**given | {"ring": given["history"], "history": flags.history})
     names = {"x_ptr": "x_t", "m_ptr": "m", "z_ptr": "z", "ring_ptr": "history", "out_ptr": "x_prev"}
     names |= {"x0_out_ptr": "x0", "low_ptr": "low"}
     accesses = {"m_ptr": 1 + flags.learned + flags.guided, "ring_ptr": flags.history + 1}
-    return Variant("p_sample", name, launch, math.prod(shape), names, accesses)
+    return Variant("p_sample", name, launch, math.prod(case.shape), names, accesses)
 
 
 def q_sample_variant(
