@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, SchedulerMixin
 
-from fastddpm.integrations.diffusers.fused import NamedAsOriginal
+from fastddpm.integrations.diffusers.fast import NamedAsOriginal
 from fastddpm.integrations.diffusers.pipelines import FastDDIMPipeline, FastDDPMPipeline, WholeLoop
 from fastddpm.integrations.diffusers.schedulers import FAST_FORM, fast_scheduler
 from fastddpm.integrations.shared import check_options

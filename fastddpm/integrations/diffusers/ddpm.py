@@ -9,44 +9,32 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from fastddpm.checks import integer
 from fastddpm.integrations.diffusers.fused import FusedScheduler
-from fastddpm.integrations.diffusers.loop import draw_like
 from fastddpm.integrations.diffusers.rows import ddpm_rows
-from fastddpm.integrations.shared import Draw, fuses
+from fastddpm.integrations.shared import Draw
 from fastddpm.schedules.diffusion import LEARNED
-from fastddpm.tables.table import Table
 
 
 class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
     """`diffusers.DDPMScheduler`, same arguments, configuration, files and numbers, on the fused operations.
 
-    ``pipe.scheduler = FastDDPMScheduler.from_config(pipe.scheduler.config)`` is the whole change. A step reads nothing
-    back from the device and compiles with ``fullgraph=True``, with an int or a tensor as timestep, unless a
-    `torch.Generator` is passed, which cannot be traced. Float64 and tensors that need gradients take diffusers' own
-    step. docs/drop-in.md lists what differs.
+    ``pipe.scheduler = FastDDPMScheduler.from_config(pipe.scheduler.config)`` is the whole change. `step` takes x_t to
+    x_{t-1} ~ p_theta(x_{t-1} | x_t) (Ho et al. 2020, Algorithm 2). It reads nothing back from the device and compiles
+    with ``fullgraph=True``, with an int or a tensor as timestep, unless a `torch.Generator` is passed, which cannot be
+    traced. Float64 and tensors that need gradients take diffusers' own step. docs/drop-in.md lists what differs.
+
+    Raises (in `step`):
+        IndexError: the timestep is no integer, or not in the list that set_timesteps made.
+        ValueError: shapes do not fit, or the prediction type is unknown.
+        TypeError: the variance is learned, and the output has no second half.
     """
 
-    _original = DDPMScheduler
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: list[int] | None = None,
-    ) -> None:
-        """Choose the timesteps, by number or as a list; see `diffusers.DDPMScheduler.set_timesteps`."""
-        if num_inference_steps is not None:
-            integer("num_inference_steps", num_inference_steps, 1)
-        super().set_timesteps(num_inference_steps, None, timesteps)
-        self.move_timesteps(device)
+    _original, _output = DDPMScheduler, DDPMSchedulerOutput
+    _rows_of = staticmethod(ddpm_rows)
 
     def settings(self) -> dict[str, Any]:
         """Return what rows are made of; diffusers reads the variance type in two places."""
         return {
-            "alphas_cumprod": self.alphas_cumprod,
-            "timesteps": self.timesteps,
-            "listed": self.takes_only_listed,
             "prediction_type": self.config.prediction_type,
             "variance_kind": self.config.variance_type,
             "variance_type": self.variance_type,
@@ -66,48 +54,9 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
         t = self.listed()
         return t, torch.cat([t[1:], t.new_tensor([-1])])
 
-    def make_rows(self, t: Tensor, prev_t: Tensor, **options: Any) -> Tensor:
-        """Tabulate the steps from t to prev_t."""
-        return ddpm_rows(
-            self.float32_alphas_cumprod(),
-            t,
-            prev_t,
-            prediction_type=self.config.prediction_type,
-            variance_kind=self.config.variance_type,
-            variance_type=self.variance_type,
-            bound=self.bound,
-        )
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Take x_t to x_{t-1} ~ p_theta(x_{t-1} | x_t) (Ho et al. 2020, Algorithm 2).
-
-        Args:
-            model_output: the network's output, [B, C, ...], or [B, 2C, ...] for a learned variance.
-            timestep: t, an int or a tensor of one integer.
-            sample: x_t, [B, C, ...].
-            generator: where z is drawn from, one for all or one per sample; default torch's global generator.
-            return_dict: return an object with prev_sample and pred_original_sample; else the two as a tuple.
-
-        Raises:
-            IndexError: t is no integer, or not in the list that set_timesteps made.
-            ValueError: shapes do not fit, or the prediction type is unknown.
-            TypeError: the variance is learned, and the output has no second half.
-        """
-        if not fuses(model_output, sample):
-            return super().step(model_output, timestep, sample, generator, return_dict)
-        x_prev, x_0 = self.advance(model_output, timestep, sample, lambda output: draw_like(output, generator))
-        if not return_dict:
-            return x_prev, x_0
-        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
-
-    def advance(self, model_output: Tensor, timestep: int | Tensor, x_t: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    def advance(
+        self, model_output: Tensor, timestep: int | Tensor, x_t: Tensor, draw: Draw, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """Return x_{t-1} and x_0; `draw` makes z, and is called where diffusers draws."""
         t = self.host_timestep(timestep)
         # A timestep that only the accelerator knows may be 0, whose row leaves the noise out.
@@ -138,13 +87,9 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler):
         kind = self.config.variance_type
         return super().fits_a_table and kind != "learned" and (kind == self.variance_type or kind not in LEARNED)
 
-    def as_table(self, *, quiet_end: bool = False) -> Table:
-        """Write the run that set_timesteps chose as a `Table`, if it fits one.
-
-        Args:
-            quiet_end: add no noise in the last step, where diffusers does so at its t > 0.
-        """
-        return self.tabulate({}, quiet_end=quiet_end, learned=self.variance_type == "learned_range")
+    def flags(self, **options: Any) -> dict[str, Any]:
+        """Say whether the network's second half is a variance."""
+        return {"learned": self.variance_type == "learned_range"}
 
     def _get_variance(self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None) -> Any:
         # diffusers returns the logarithm of beta here, and its step takes the square root of that.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,32 +13,14 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.integrations.diffusers import timesteps as at
-from fastddpm.integrations.diffusers.rows import PREDICTION_TYPES, by_timestep, dynamic_rows, q_rows
+from fastddpm.integrations.diffusers.fast import FastScheduler
+from fastddpm.integrations.diffusers.rows import PREDICTION_TYPES, dynamic_rows, q_rows
 from fastddpm.ops.operators import DTYPES
-from fastddpm.tables.table import COLUMN, Table
+from fastddpm.tables.table import COLUMN, K, Table
 
 _CPU = torch.device("cpu")
 # eta is part of a table's key: a caller who varies it at every step must not fill the memory.
 _MAX_TABLES = 32
-
-
-class NamedAsOriginal:
-    """Mixin before a class of diffusers: saved files name the original, and load where there is no fastddpm.
-
-    They name a class by its __name__, and a scheduler also by its instance's __module__. The class itself is still
-    found, and pickled, by its __qualname__ and its own __module__.
-    """
-
-    _original: ClassVar[type]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__name__ = getattr(cls, "_original", cls).__name__
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        instance = super().__new__(cls)
-        object.__setattr__(instance, "__module__", cls._original.__module__)
-        return instance
 
 
 @dataclass
@@ -45,18 +28,21 @@ class _Made:
     """What was made of a scheduler's settings.
 
     Attributes:
-        settings: as `FusedScheduler.settings` returned them.
+        settings: what it was made of, by name.
         versions: how often the tensors among them had been written into; None where a compiled step cannot tell.
         listed: `timesteps` on the CPU.
-        visited: the same as Python numbers, made when first needed.
         tables: by kind, device and options.
     """
 
     settings: Mapping[str, Any]
     versions: list[int] | None
     listed: Tensor
-    visited: list[int] | None = None
     tables: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def visited(self) -> list[int]:
+        """`listed` as Python numbers."""
+        return self.listed.tolist()
 
     def holds_for(self, settings: Mapping[str, Any]) -> bool:
         """Whether nothing has changed since."""
@@ -75,31 +61,34 @@ def _versions(settings: Mapping[str, Any]) -> list[int] | None:
     return [v._version for v in settings.values() if isinstance(v, Tensor) and not v.is_inference()]
 
 
-class FusedScheduler(NamedAsOriginal, ABC):
+class FusedScheduler(FastScheduler):
     """Mixin before diffusers' DDPMScheduler or DDIMScheduler."""
 
     alphas_cumprod: Tensor
     timesteps: Tensor
+    num_inference_steps: int | None
     config: Any
     _default_options: ClassVar[dict[str, Any]] = {}
+    # Makes rows of alpha_bar, t, prev_t, `settings` and a step's options.
+    _rows_of: ClassVar[Callable[..., Tensor]]
     _made: _Made | None = None
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Return what rows are made of, `alphas_cumprod` and `timesteps` among it, read where diffusers' step reads."""
+        """Return what rows are made of besides alpha_bar and timesteps, each read where diffusers' step reads it."""
+
+    @abstractmethod
+    def flags(self, **options: Any) -> dict[str, Any]:
+        """Return the flags of a table made of rows."""
 
     @property
-    @abstractmethod
     def takes_only_listed(self) -> bool:
         """Whether a step takes only the timesteps that set_timesteps listed, not all 0..T-1."""
+        return False
 
     @abstractmethod
     def transitions(self) -> tuple[Tensor, Tensor]:
         """Return the timesteps that a step takes, int64 [n] on the CPU, and the ones that they lead to."""
-
-    @abstractmethod
-    def make_rows(self, t: Tensor, prev_t: Tensor, **options: Any) -> Tensor:
-        """Tabulate the steps from t to prev_t on the CPU, float32 [n, K]."""
 
     @property
     def clips(self) -> bool:
@@ -119,32 +108,28 @@ class FusedScheduler(NamedAsOriginal, ABC):
     @property
     def visited(self) -> list[int]:
         """`timesteps` as Python numbers."""
-        made = self._current()
-        if made.visited is None:
-            made.visited = made.listed.tolist()
-        return made.visited
-
-    def float32_alphas_cumprod(self) -> Tensor:
-        """Return alpha_bar as diffusers computed it: float32 [T] on the CPU."""
-        return self.alphas_cumprod.detach().cpu().float()
+        return self._current().visited
 
     def listed(self) -> Tensor:
         """Return `timesteps` on the CPU."""
         return self._current().listed
 
-    def move_timesteps(self, device: torch.device | str | None) -> None:
-        """Move `timesteps` from the CPU to a device, keeping what the host can read."""
+    def choose_timesteps(self, device: torch.device | str | None = None, **arguments: Any) -> None:
+        """Choose them on the CPU, and move them to the device, keeping what the host can read."""
+        super().choose_timesteps(**arguments)
         listed = self.timesteps
         self.timesteps = listed.to(device)
-        settings = self.settings()
-        self._made = _Made(settings, _versions(settings), listed)
+        self._made = self._make(listed)
         if self.config.prediction_type in PREDICTION_TYPES:
             # Made now, so that a compiled step finds them.
             self.table("step", self.timesteps.device, **self._default_options)
             self.table("index", self.timesteps.device)
 
     def table(self, kind: str, device: torch.device, **options: Any) -> Tensor:
-        """Return a table on `device`: the rows of "step", "q" (add_noise) or "v" (get_velocity), or 0..T as "index"."""
+        """Return a table on `device`: the rows of "step", "q" (add_noise) or "v" (get_velocity), or 0..T as "index".
+
+        It has a row for each timestep and one more; rows are float32, and NaN where there is no such step.
+        """
         tables = self._current().tables
         key = (kind, str(device), *options.values())
         if key not in tables:
@@ -154,31 +139,39 @@ class FusedScheduler(NamedAsOriginal, ABC):
                     return self.table(kind, device, **options)
             if len(tables) >= _MAX_TABLES:
                 tables.clear()
-            on_cpu = self._make(kind, options) if device.type == "cpu" else self.table(kind, _CPU, **options)
+            on_cpu = self._tabulate(kind, options) if device.type == "cpu" else self.table(kind, _CPU, **options)
             tables[key] = on_cpu.to(device)
         return tables[key]
 
     def _current(self) -> _Made:
-        settings = self.settings()
-        if self._made is None or not self._made.holds_for(settings):
-            self._made = _Made(settings, _versions(settings), self.timesteps.cpu())
+        if self._made is None or not self._made.holds_for(self._all_settings()):
+            self._made = self._make(self.timesteps.cpu())
         return self._made
 
-    def _make(self, kind: str, options: dict[str, Any]) -> Tensor:
-        if kind == "index":
-            return torch.arange(len(self.alphas_cumprod) + 1, device="cpu")
-        if kind == "step":
-            return self.step_rows(**options)
-        rows = q_rows(self.float32_alphas_cumprod())
-        return rows * torch.tensor([1.0, -1.0], device="cpu") if kind == "v" else rows
+    def _make(self, listed: Tensor) -> _Made:
+        settings = self._all_settings()
+        return _Made(settings, _versions(settings), listed)
 
-    def step_rows(self, **options: Any) -> Tensor:
-        """Tabulate all steps by timestep on the CPU, float32 [T + 1, K]; NaN where there is none."""
+    def _all_settings(self) -> dict[str, Any]:
+        spacing = (self.config.num_train_timesteps, self.num_inference_steps, self.takes_only_listed)
+        tensors = {"alphas_cumprod": self.alphas_cumprod, "timesteps": self.timesteps}
+        return {**tensors, "spacing": spacing, **self.settings()}
+
+    def _tabulate(self, kind: str, options: dict[str, Any]) -> Tensor:
         T = len(self.alphas_cumprod)
-        t, prev_t = self.transitions()
-        known = (t >= 0) & (t < T)
-        t, prev_t = t[known], prev_t[known]
-        return by_timestep(self.make_rows(t, prev_t, **options), t, T)
+        if kind == "index":
+            return torch.arange(T + 1, device="cpu")
+        # As diffusers computed it.
+        alpha_bar = self.alphas_cumprod.detach().cpu().float()
+        if kind == "step":
+            t, prev_t = self.transitions()
+            known = (t >= 0) & (t < T)
+            rows = self._rows_of(alpha_bar, t[known], prev_t[known], **self.settings(), **options)
+            by_timestep = rows.new_full((T + 1, K), float("nan"))
+            by_timestep[t[known]] = rows
+            return by_timestep
+        rows = q_rows(alpha_bar)
+        return rows * torch.tensor([1.0, -1.0], device="cpu") if kind == "v" else rows
 
     def host_timestep(self, timestep: Any) -> int | None:
         """Return the timestep as a Python int, checked, or None where only the accelerator knows it."""
@@ -202,18 +195,23 @@ class FusedScheduler(NamedAsOriginal, ABC):
             return self.table("index", device).narrow(0, known, 1)
         return at.safe_index(timestep.reshape(1), len(self.alphas_cumprod), device)
 
-    def tabulate(self, options: dict[str, Any], *, quiet_end: bool, **flags: Any) -> Table:
-        """Write the run that set_timesteps chose as a `Table`; quiet_end leaves out the last step's noise.
+    def as_table(self, *, quiet_end: bool = False, **options: Any) -> Table:
+        """Write the run that set_timesteps chose as a `Table`, if it fits one.
+
+        Args:
+            quiet_end: add no noise in the last step, where diffusers may.
+            options: those of the step.
 
         Raises:
             IndexError: a timestep is out of range.
         """
         for t in self.visited:
             self.check_timestep(t)
-        rows64 = self.step_rows(**options)[self.listed()].double()
+        rows64 = self.table("step", _CPU, **options)[self.listed()].double()
         if quiet_end:
             rows64[-1, COLUMN["sigma"]] = 0.0
-        return Table(rows64, self.listed(), name=f"diffusers' {self._original.__name__}", clip=self.clips, **flags)
+        name = f"diffusers' {self._original.__name__}"
+        return Table(rows64, self.listed(), name=name, clip=self.clips, **self.flags(**options))
 
     def execute(self, rows: Tensor, row: Tensor, output: Tensor, x_t: Tensor, z: Tensor | None, **flags: Any) -> Any:
         """Run one row of a table; return x_prev and x_0, both in the dtype that x_t and the output promote to."""

@@ -8,17 +8,16 @@ arithmetic, for every option that it has, and with no formula written twice. The
 from __future__ import annotations
 
 import copy
-import functools
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastddpm.checks import integer
-from fastddpm.integrations.diffusers.fused import NamedAsOriginal
-from fastddpm.integrations.shared import fuses
+from fastddpm import ops
+from fastddpm.integrations.diffusers.fast import FastScheduler
+from fastddpm.integrations.shared import Draw
 from fastddpm.schedules.diffusion import LEARNED
 from fastddpm.tables.table import COLUMN, HISTORY, Table, make_rows
 
@@ -66,7 +65,7 @@ def one_row(x_0: Tensor, x_prev: Tensor) -> Tensor:
     return make_rows(1, a=a, b=b, c_x0=prev[M], c_xt=prev[X], sigma=prev[Z], **older).float()
 
 
-class LinearScheduler(NamedAsOriginal, ABC):
+class LinearScheduler(FastScheduler):
     """Mixin before a scheduler of diffusers that counts its steps in `step_index`."""
 
     config: Any
@@ -74,21 +73,11 @@ class LinearScheduler(NamedAsOriginal, ABC):
     timesteps: Tensor
     num_inference_steps: int | None
     step_index: int | None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "_original" not in vars(cls):
-            return
-        choose: Any = cls._original.set_timesteps  # type: ignore[attr-defined]
-
-        # With the original's signature, at which pipelines look.
-        @functools.wraps(choose)
-        def set_timesteps(self: Any, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
-            if num_inference_steps is not None:
-                integer("num_inference_steps", num_inference_steps, 1)
-            choose(self, num_inference_steps, *args, **kwargs)
-
-        cls.set_timesteps = set_timesteps  # type: ignore[attr-defined]
+    # What some solvers keep between steps: older x_0 with the newest last, and the last x_t.
+    model_outputs: Sequence[Tensor | None] = ()
+    last_sample: Tensor | None = None
+    # Whether x_prev is made of the output too, not of x_0 alone.
+    _use_m: ClassVar[bool] = False
 
     @abstractmethod
     def respond(self, timestep: Any) -> tuple[Tensor, Any]:
@@ -99,10 +88,10 @@ class LinearScheduler(NamedAsOriginal, ABC):
         """Whether steps are what rows can express, made where the sigmas are; dynamic thresholding is not."""
         return not getattr(self.config, "thresholding", False) and self.sigmas.device.type == "cpu"
 
-    def is_fused(self, model_output: Tensor, sample: Tensor) -> bool:
-        """Whether the fused operation takes the step; diffusers' own takes the others."""
+    def is_fused(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> bool:
+        """Whether the fused operation takes the step; it waits for set_timesteps, and cannot be traced."""
         ready = self.is_linear and self.num_inference_steps is not None and not torch.compiler.is_compiling()
-        return ready and fuses(model_output, sample)
+        return ready and super().is_fused(model_output, timestep, sample)
 
     @property
     def visited(self) -> list[float]:
@@ -150,9 +139,37 @@ class LinearScheduler(NamedAsOriginal, ABC):
             self.timesteps.cpu().to(torch.int64 if self.timesteps.dtype == torch.int64 else torch.float32),
             name=f"diffusers' {self._original.__name__}",
             clip=False,
-            use_m=bool(table[:, COLUMN["c_m"]].any()),
+            use_m=self._use_m,
             history=history,
         )
+
+    def advance(
+        self, model_output: Tensor, timestep: Any, x_t: Tensor, draw: Draw, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return x_prev and x_0; `draw` makes z, and is called where diffusers draws."""
+        if getattr(self.config, "variance_type", None) in LEARNED:
+            model_output = model_output[:, :3]
+        step = self.next_step(timestep, x_t.device)
+        dtype = torch.promote_types(model_output.dtype, x_t.dtype)
+        x, x_0 = x_t.to(dtype), x_t.new_empty(x_t.shape, dtype=dtype)
+        older = [x_0.to(dtype) for x_0 in self.model_outputs if x_0 is not None]
+
+        def run(m: Tensor, row: Tensor, z: Tensor | None, x0_out: Tensor | None) -> Tensor:
+            # The ring's slot of age k is -k mod H in row 0: the oldest first. It is written into.
+            history = torch.stack(older) if older else None
+            how: dict[str, Any] = {"use_m": self._use_m, "history": history, "x0_out": x0_out}
+            return ops.p_sample(x, m, row, step.first, z, clip=False, **how)
+
+        z = draw(model_output) if self.draws(0) else None
+        *corrector, predictor = step.rows.split(1)
+        if corrector:
+            x = run(model_output, corrector[0], self.last_sample, x_0)
+            x_prev = run(x_0, predictor, z, None)
+        else:
+            x_prev = run(model_output, predictor, z, x_0)
+        self.remember(timestep, x_0, x)
+        vars(self).update(step.after)
+        return x_prev, x_0
 
     def next_step(self, timestep: Any, device: torch.device) -> LinearStep:
         """Return the step that is next, as rows on `device`; made once for all steps of equal settings.

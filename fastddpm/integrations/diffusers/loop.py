@@ -36,32 +36,25 @@ def draw_like(output: Tensor, generator: Any = None) -> Tensor:
 
 
 def step_by_step(
-    unet: Any,
+    predict: Callable[[Tensor, Tensor], Tensor],
     scheduler: Any,
     source: NoiseSource,
     x_T: Tensor,
-    *,
     generator: Generators | None,
-    class_labels: int | Sequence[int] | Tensor | None,
-    guidance: float,
-    null_class: int | None,
     after: Callable[[StepResult], None],
     step_options: Mapping[str, Any],
 ) -> Tensor:
     """Call network and scheduler in turn; return x_0 [B, ...] in the dtype that the scheduler's steps have.
 
     Args:
-        unet: the network, in x_T's dtype.
+        predict: a `predictor`.
         scheduler: steps from its own `timesteps`.
         source: where noise comes from; without seeds, the scheduler's step draws from `generator` itself.
-        x_T: the start, [B, ...].
-        class_labels: one label for all images or one each; None for an unconditional network.
-        guidance: weight of classifier-free guidance, as in `Sampler.sample`; 1.0 means none.
-        null_class: the label that means "no class", for guidance.
+        x_T: the start, [B, ...], in the network's dtype.
         after: called after each step.
         step_options: further arguments of the scheduler's step.
     """
-    predict, seeded_options = _predictor(unet, x_T, class_labels, guidance, null_class), step_options
+    seeded_options = step_options
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_options = {**step_options, "generator": generator}
     x, last = x_T, len(scheduler.timesteps) - 1
@@ -77,14 +70,20 @@ def step_by_step(
     return x
 
 
-def _predictor(
+def predictor(
     unet: Any,
     x_T: Tensor,
     class_labels: int | Sequence[int] | Tensor | None,
     guidance: float,
     null_class: int | None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return x_t, t -> m, with m = m_u + w (m_c - m_u) where there is guidance (Ho & Salimans 2022)."""
+    """Return x_t, t -> m, with m = m_u + w (m_c - m_u) where there is guidance (Ho & Salimans 2022).
+
+    Args:
+        class_labels: one label for all images or one each; None for an unconditional network.
+        guidance: the weight w, as in `Sampler.sample`; 1.0 means none.
+        null_class: the label that means "no class".
+    """
     if class_labels is None:
         return lambda x, t: unwrap(unet(x, t))
     labels = torch.as_tensor(class_labels, device=x_T.device)

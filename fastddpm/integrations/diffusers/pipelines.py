@@ -13,8 +13,8 @@ from diffusers import DDIMPipeline, DDPMPipeline, ImagePipelineOutput
 from torch import Tensor
 
 from fastddpm.checks import number
-from fastddpm.integrations.diffusers.fused import NamedAsOriginal
-from fastddpm.integrations.diffusers.loop import Generators, draw_like, step_by_step
+from fastddpm.integrations.diffusers.fast import NamedAsOriginal
+from fastddpm.integrations.diffusers.loop import Generators, draw_like, predictor, step_by_step
 from fastddpm.integrations.diffusers.native_unet import native_unet, shares_parameters
 from fastddpm.integrations.diffusers.schedulers import FAST_FORM, fast_scheduler
 from fastddpm.integrations.kept_samplers import KeptSamplers
@@ -111,18 +111,8 @@ class WholeLoop(NamedAsOriginal):
                     callback(result)
 
             if sampler is None:
-                return step_by_step(
-                    self.unet,
-                    scheduler,
-                    source,
-                    x_T.to(self.unet.dtype),
-                    generator=generator,
-                    class_labels=class_labels,
-                    guidance=guidance,
-                    null_class=null_class,
-                    after=after,
-                    step_options=step_options,
-                )
+                x_T, predict = x_T.to(self.unet.dtype), predictor(self.unet, x_T, class_labels, guidance, null_class)
+                return step_by_step(predict, scheduler, source, x_T, generator, after, step_options)
             call = {"class_labels": class_labels, "guidance": guidance, "return_x0": callback is not None}
             x = replay(sampler, source, x_T, draws, after, **call)
             return x if callback is None else x[0]

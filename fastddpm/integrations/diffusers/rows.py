@@ -4,15 +4,24 @@ alpha_bar, 1 - alpha_bar and the betas of a respaced chain are differences of ne
 carry errors up to 4e-4 (t = 2 of the default schedule), which belong to diffusers' images; rows made in float64 would
 be right, and different. So these are float32 here too, and only what is built from them by multiplying and dividing
 is rounded once.
+
+Arguments that the builders share:
+    alphas_cumprod: alpha_bar, float32 [T].
+    t: int64 [n], in 0..T-1.
+    prev_t: int64 [n]; below 0 for the end of the chain.
+    prediction_type: "epsilon", "sample" or "v_prediction".
+    bound: x_0 is clipped to [-bound, bound]; inf for no clipping.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddpm.schedules.diffusion import LEARNED
-from fastddpm.tables.table import COLUMN, K
+from fastddpm.tables.table import COLUMN, make_rows
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -34,17 +43,12 @@ def ddpm_rows(
     """Tabulate DDPMScheduler.step: Ho et al. 2020, eqs. 7 and 15, from t to prev_t.
 
     Args:
-        alphas_cumprod: alpha_bar, float32 [T].
-        t: int64 [n], in 0..T-1.
-        prev_t: int64 [n]; below 0 for the end of the chain, alpha_bar = 1.
-        prediction_type: "epsilon", "sample" or "v_prediction".
         variance_kind: diffusers' `config.variance_type`; an unknown one means "fixed_small", as there. "learned" has
             sigma = 1 and leaves the network's variance to the caller.
         variance_type: the scheduler's own `variance_type`.
-        bound: x_0 is clipped to [-bound, bound]; inf for no clipping.
 
     Returns:
-        float32 [n, K]. Noise is added wherever t > 0, also where prev_t is the end of the chain.
+        float32 [n, K]. Noise is added wherever t > 0, also where prev_t is the end of the chain, alpha_bar = 1.
     """
     alpha_bar, alpha_bar_prev = alphas_cumprod[t], alphas_cumprod[prev_t.clamp(min=0)].where(prev_t >= 0, 1.0)
     beta_bar, beta_bar_prev = 1 - alpha_bar, 1 - alpha_bar_prev
@@ -52,39 +56,26 @@ def ddpm_rows(
     beta = 1 - alpha
     sigma, h0, h1 = _ddpm_std(beta_bar_prev / beta_bar * beta, beta, variance_kind, variance_type)
     a, b = _x0_from_output(alpha_bar, beta_bar, prediction_type)
-    return _rows(
-        a=a,
-        b=b,
-        lo=-bound,
-        hi=bound,
-        c_x0=(alpha_bar_prev.sqrt() * beta) / beta_bar,
-        c_xt=alpha.sqrt() * beta_bar_prev / beta_bar,
-        sigma=sigma.where(t > 0, 0.0),
-        h0=h0,
-        h1=h1,
-    )
+    c_x0, c_xt = (alpha_bar_prev.sqrt() * beta) / beta_bar, alpha.sqrt() * beta_bar_prev / beta_bar
+    sigma = sigma.where(t > 0, 0.0)
+    return make_rows(len(t), a=a, b=b, lo=-bound, hi=bound, c_x0=c_x0, c_xt=c_xt, sigma=sigma, h0=h0, h1=h1).float()
 
 
 def ddim_rows(
     alphas_cumprod: Tensor,
-    final_alpha_cumprod: Tensor,
     t: Tensor,
     prev_t: Tensor,
+    final_alpha_cumprod: Tensor,
     *,
     prediction_type: str,
     bound: float,
-    eta: float,
-    use_clipped_model_output: bool,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
 ) -> Tensor:
     """Tabulate DDIMScheduler.step: Song et al. 2021, eqs. 12 and 16, from t to prev_t.
 
     Args:
-        alphas_cumprod: alpha_bar, float32 [T].
-        final_alpha_cumprod: alpha_bar of the end of the chain, float32 [].
-        t: int64 [n], in 0..T-1.
-        prev_t: int64 [n]; below 0 for the end of the chain.
-        prediction_type: "epsilon", "sample" or "v_prediction".
-        bound: x_0 is clipped to [-bound, bound]; inf for no clipping.
+        final_alpha_cumprod: alpha_bar of the end of the chain, [].
         eta: 0 for the deterministic sampler, 1 for the noise of DDPM.
         use_clipped_model_output: take eps from x_t and the clipped x_0 instead of from the network's output.
 
@@ -92,14 +83,14 @@ def ddim_rows(
         float32 [n, K].
     """
     alpha_bar = alphas_cumprod[t]
-    alpha_bar_prev = alphas_cumprod[prev_t.clamp(min=0)].where(prev_t >= 0, final_alpha_cumprod)
+    alpha_bar_prev = alphas_cumprod[prev_t.clamp(min=0)].where(prev_t >= 0, final_alpha_cumprod.cpu().float())
     beta_bar, beta_bar_prev = 1 - alpha_bar, 1 - alpha_bar_prev
     sigma = eta * ((beta_bar_prev / beta_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
     # With eta = 1 the difference is 0, and may round to less: diffusers then returns NaN.
     direction = (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt().double()
     a, b = _x0_from_output(alpha_bar, beta_bar, prediction_type)
     signal, noise = alpha_bar.sqrt().double(), beta_bar.sqrt().double()
-    columns = {"c_x0": alpha_bar_prev.sqrt()}
+    columns: dict[str, Any] = {"c_x0": alpha_bar_prev.sqrt()}
     if use_clipped_model_output:
         columns = {"c_x0": alpha_bar_prev.sqrt() - direction * signal / noise, "c_xt": direction / noise}
     elif prediction_type == "epsilon":
@@ -108,20 +99,13 @@ def ddim_rows(
         columns |= {"c_xt": direction / noise, "c_m": -direction * signal / noise}
     else:
         columns |= {"c_xt": direction * noise, "c_m": direction * signal}
-    return _rows(a=a, b=b, lo=-bound, hi=bound, sigma=sigma, **columns)
+    return make_rows(len(t), a=a, b=b, lo=-bound, hi=bound, sigma=sigma, **columns).float()
 
 
 def q_rows(alphas_cumprod: Tensor) -> Tensor:
     """Tabulate add_noise: (sqrt(alpha_bar), sqrt(1 - alpha_bar)) in float32, then a row of NaN; [T + 1, 2]."""
     rows = torch.stack([alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()], dim=1)
     return torch.cat([rows, torch.full_like(rows[:1], float("nan"))]).contiguous()
-
-
-def by_timestep(rows: Tensor, t: Tensor, T: int) -> Tensor:
-    """Spread rows [n, K] of timesteps t over [T + 1, K]; a row that belongs to none, the last too, is NaN."""
-    spread = rows.new_full((T + 1, K), float("nan"))
-    spread[t] = rows
-    return spread
 
 
 def dynamic_rows(row: Tensor, x_t: Tensor, m: Tensor, ratio: float, largest: float) -> tuple[Tensor, Tensor]:
@@ -180,11 +164,3 @@ def _ddpm_std(variance: Tensor, beta: Tensor, kind: str, variance_type: str) -> 
     if variance_type == "fixed_small_log":
         return variance, zero, zero
     return (0.5 * variance).exp() if variance_type == "learned_range" else variance.sqrt(), zero, zero
-
-
-def _rows(**columns: Tensor | float) -> Tensor:
-    n = len(columns["sigma"])  # type: ignore[arg-type]
-    rows = torch.zeros(n, K, dtype=torch.float64, device="cpu")
-    for name, value in {"w": 1.0, **columns}.items():
-        rows[:, COLUMN[name]] = value.double() if isinstance(value, Tensor) else value
-    return rows.to(torch.float32)

@@ -127,7 +127,7 @@ def assert_rounded_once(result: Tensor, reference: Tensor) -> None:
 
 def x0_gain(scheduler: Any, t: int) -> float:
     options = {"eta": 0.0, "use_clipped_model_output": False} if isinstance(scheduler, DDIMScheduler) else {}
-    return float(scheduler.step_rows(**options)[t, COLUMN["a"]])
+    return float(scheduler.table("step", torch.device("cpu"), **options)[t, COLUMN["a"]])
 
 
 def is_undefined(case: dict[str, Any], scheduler: Any, t: int) -> bool:
