@@ -5,11 +5,7 @@ Change the import, or wrap a live instance:
     from fastddpm.integrations.lucidrains import GaussianDiffusion
     diffusion = fastddpm.integrations.lucidrains.accelerate(diffusion)
 
-Reproduced, since images depend on it: the float32 arithmetic of each step, no draw before the last step, a draw that
-eta = 0 throws away in DDIM, timesteps truncated towards zero, loss weights by the signal-to-noise ratio.
-Changed on purpose: "linear" with 20 timesteps or fewer is refused (NaN in the original), offset noise is not added into
-the caller's tensor, and whole runs keep x_t contiguous and in float32 (so a pred_x0 network that returns channels_last
-gets its noise in logical order). Missing: immiscible training.
+docs/drop-in.md lists what is reproduced because images depend on it, what is changed on purpose, and what is missing.
 """
 
 from __future__ import annotations

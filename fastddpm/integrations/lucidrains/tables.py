@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddpm.schedules.betas import MAX_BETA, named_betas
+from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.table import Table, level_rows, make_rows
 
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
@@ -31,8 +33,6 @@ BUFFERS = (
     "posterior_mean_coef2",
     "loss_weight",
 )
-# The original caps beta here in its cosine and sigmoid schedules.
-_MAX_BETA = 0.999
 
 
 def linear_betas(timesteps: int) -> Tensor:
@@ -46,9 +46,7 @@ def linear_betas(timesteps: int) -> Tensor:
             f"beta_schedule 'linear' reaches beta = {20 / timesteps:.4g} at timesteps = {timesteps}, and beta must "
             "stay below 1; use more than 20 timesteps, or beta_schedule='cosine'"
         )
-    return torch.linspace(
-        0.0001 * (1000 / timesteps), 0.02 * (1000 / timesteps), timesteps, dtype=torch.float64, device="cpu"
-    )
+    return named_betas("linear_rescaled", timesteps)
 
 
 def cosine_betas(timesteps: int, s: float = 0.008) -> Tensor:
@@ -76,28 +74,17 @@ def make_buffers(betas: Tensor, objective: str, min_snr_gamma: float | None) -> 
         objective: one of `OBJECTIVES`; it decides the loss weights.
         min_snr_gamma: cap on the signal-to-noise ratio in the loss weights (Hang et al. 2023), None for no cap.
     """
-    alphas = 1.0 - betas
-    bar = torch.cumprod(alphas, dim=0)
-    bar_prev = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), bar[:-1]])
-    variance = betas * (1.0 - bar_prev) / (1.0 - bar)
+    schedule = Schedule(betas)
+    bar = schedule.alphas_cumprod
     snr = bar / (1.0 - bar)
     weight = snr if min_snr_gamma is None else snr.clamp(max=min_snr_gamma)
-    values = {
-        "betas": betas,
-        "alphas_cumprod": bar,
-        "alphas_cumprod_prev": bar_prev,
-        "sqrt_alphas_cumprod": bar.sqrt(),
-        "sqrt_one_minus_alphas_cumprod": (1.0 - bar).sqrt(),
+    others = {
         "log_one_minus_alphas_cumprod": (1.0 - bar).log(),
-        "sqrt_recip_alphas_cumprod": (1.0 / bar).sqrt(),
         "sqrt_recipm1_alphas_cumprod": (1.0 / bar - 1.0).sqrt(),
-        "posterior_variance": variance,
-        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
-        "posterior_mean_coef1": betas * bar_prev.sqrt() / (1.0 - bar),
-        "posterior_mean_coef2": (1.0 - bar_prev) * alphas.sqrt() / (1.0 - bar),
+        "posterior_log_variance_clipped": schedule.posterior_variance.clamp(min=1e-20).log(),
         "loss_weight": {"pred_noise": weight / snr, "pred_x0": weight, "pred_v": weight / (snr + 1.0)}[objective],
     }
-    return {name: value.to(torch.float32) for name, value in values.items()}
+    return {name: (others[name] if name in others else getattr(schedule, name)).float() for name in BUFFERS}
 
 
 def ddpm_table(buffers: Mapping[str, Tensor], objective: str, start: int | None = None) -> Table:
@@ -191,4 +178,4 @@ def _unit_grid(timesteps: int) -> Tensor:
 
 def _betas_of(alphas_cumprod: Tensor) -> Tensor:
     alphas_cumprod = alphas_cumprod / alphas_cumprod[0]
-    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, _MAX_BETA)
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, MAX_BETA)

@@ -11,32 +11,18 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.integrations.openai import tables
-from fastddpm.integrations.openai.tables import Array, LossType, ModelMeanType, ModelVarType
+from fastddpm.integrations.openai.tables import LossType, ModelMeanType, ModelVarType
 from fastddpm.integrations.shared import require
 
 Model = Callable[..., Any]
 Kwargs = Mapping[str, Any] | None
 
 
-class DiffusionProcess:
+class DiffusionProcess(tables.Tables):
     """Everything of GaussianDiffusion except losses and drawing samples; see `fastddpm.integrations.openai`.
 
     Every method takes t as int64 [B], one 0-based timestep per sample.
     """
-
-    betas: Array
-    alphas_cumprod: Array
-    alphas_cumprod_prev: Array
-    alphas_cumprod_next: Array
-    sqrt_alphas_cumprod: Array
-    sqrt_one_minus_alphas_cumprod: Array
-    log_one_minus_alphas_cumprod: Array
-    sqrt_recip_alphas_cumprod: Array
-    sqrt_recipm1_alphas_cumprod: Array
-    posterior_variance: Array
-    posterior_log_variance_clipped: Array
-    posterior_mean_coef1: Array
-    posterior_mean_coef2: Array
 
     def __init__(
         self,
@@ -56,11 +42,10 @@ class DiffusionProcess:
         inside = (betas > 0) & (betas <= 1)
         require(bool(inside.all()), f"betas must lie in (0, 1], got {betas[~inside][:1]} at t = {np.argmin(inside)}")
         self.num_timesteps = len(betas)
-        public = tables.make_tables(betas)
-        vars(self).update(public)
-        self._derived = tables.derive_tables(public, self.model_var_type)
+        attributes = tables.make_tables(betas)
+        vars(self).update(attributes)
         self._uploads: dict[tuple[str, torch.device], Tensor] = {}
-        self._tables = public
+        self._tables = {**attributes, **tables.derive_tables(attributes, self.model_var_type)}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_tables" in vars(self) and (name in self._tables or name in ("model_mean_type", "model_var_type")):
@@ -200,7 +185,7 @@ class DiffusionProcess:
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Pick table[t] for every sample, float32, expanded to the shape of `like`."""
-        table = self._upload(name, t.device, lambda: tables.f32({**self._tables, **self._derived}[name]))
+        table = self._upload(name, t.device, lambda: tables.f32(self._tables[name]))
         return table[t].to(like.device).reshape(-1, *[1] * (like.dim() - 1)).expand(like.shape)
 
     def _upload(self, name: str, device: torch.device, build: Callable[[], Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.schedules import spacing
+from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.table import make_rows
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -54,6 +55,24 @@ class LossType(enum.Enum):
 
 
 LEARNED = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+
+class Tables:
+    """The float64 attributes [T] of a diffusion."""
+
+    betas: Array
+    alphas_cumprod: Array
+    alphas_cumprod_prev: Array
+    alphas_cumprod_next: Array
+    sqrt_alphas_cumprod: Array
+    sqrt_one_minus_alphas_cumprod: Array
+    log_one_minus_alphas_cumprod: Array
+    sqrt_recip_alphas_cumprod: Array
+    sqrt_recipm1_alphas_cumprod: Array
+    posterior_variance: Array
+    posterior_log_variance_clipped: Array
+    posterior_mean_coef1: Array
+    posterior_mean_coef2: Array
 
 
 def as_member(kind: type[E], value: Any) -> E:
@@ -97,38 +116,25 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 
 def make_tables(betas: Array) -> dict[str, Array]:
-    """Compute the float64 attributes of a diffusion from its betas [T]."""
-    alphas = 1.0 - betas
-    bar = np.cumprod(alphas)
-    bar_prev = np.append(1.0, bar[:-1])
-    # A last beta of 1 leaves alpha_bar = 0: infinite coefficients, which only some options use.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        variance = betas * (1.0 - bar_prev) / (1.0 - bar)
-        # beta_tilde is 0 at t = 0, where the value of t = 1 stands in.
-        first = variance[1] if len(betas) > 1 else betas[0]
-        tables = {
-            "betas": betas,
-            "alphas_cumprod": bar,
-            "alphas_cumprod_prev": bar_prev,
-            "alphas_cumprod_next": np.append(bar[1:], 0.0),
-            "sqrt_alphas_cumprod": np.sqrt(bar),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - bar),
-            "log_one_minus_alphas_cumprod": np.log(1.0 - bar),
-            "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / bar),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / bar - 1),
-            "posterior_variance": variance,
-            "posterior_log_variance_clipped": np.log(np.append(first, variance[1:])),
-            "posterior_mean_coef1": betas * np.sqrt(bar_prev) / (1.0 - bar),
-            "posterior_mean_coef2": (1.0 - bar_prev) * np.sqrt(alphas) / (1.0 - bar),
-        }
+    """Compute the attributes `Tables` from betas [T], read-only since rows are made of them."""
+    schedule = Schedule(torch.from_numpy(betas))
+    bar = schedule.alphas_cumprod
+    others = {
+        "alphas_cumprod_next": torch.cat([bar[1:], bar.new_zeros(1)]),
+        "log_one_minus_alphas_cumprod": (1.0 - bar).log(),
+        # A last beta of 1 leaves alpha_bar = 0: infinite coefficients, which only some options use.
+        "sqrt_recipm1_alphas_cumprod": (1.0 / bar - 1.0).sqrt(),
+    }
+    values = {name: others[name] if name in others else getattr(schedule, name) for name in Tables.__annotations__}
+    # Copies, since torch.compile takes no array that a tensor owns.
+    tables = {name: value.numpy().copy() for name, value in values.items()}
     for table in tables.values():
-        # What was uploaded to a device must not go stale.
         table.flags.writeable = False
     return tables
 
 
 def derive_tables(tables: Mapping[str, Array], var_type: ModelVarType) -> dict[str, Array]:
-    """Compute what the methods need besides the attributes, float64 [T] each.
+    """Compute what methods and rows need besides the attributes, float64 [T] each.
 
     model_variance and model_log_variance are those of FIXED_SMALL or FIXED_LARGE; where beta_tilde is 0, at t = 0, the
     latter (and both of FIXED_LARGE) hold the value of t = 1.
@@ -150,7 +156,7 @@ def derive_tables(tables: Mapping[str, Array], var_type: ModelVarType) -> dict[s
 
 
 def p_rows(tables: Mapping[str, Array], mean_type: ModelMeanType, var_type: ModelVarType) -> Tensor:
-    """Tabulate p_sample: float64 rows [T, K] of float32 values, row t for timestep t."""
+    """Tabulate p_sample: float64 rows [T, K] of float32 values, row t for timestep t; of attributes and the derived."""
     a, b = _x0_coefficients(tables, mean_type)
     noisy = torch.ones(len(a), device="cpu")
     noisy[0] = 0.0
@@ -163,10 +169,10 @@ def p_rows(tables: Mapping[str, Array], mean_type: ModelMeanType, var_type: Mode
         columns["h1"] = 0.5 * noisy
     elif var_type is ModelVarType.LEARNED_RANGE:
         # log sigma^2 = f log beta + (1 - f) log beta_tilde with f = (v + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
-        low, high = f32(tables["posterior_log_variance_clipped"]).double(), f32(np.log(tables["betas"])).double()
+        low, high = (f32(tables[name]).double() for name in ("posterior_log_variance_clipped", "log_betas"))
         columns |= {"h0": 0.25 * (high + low) * noisy, "h1": 0.25 * (high - low) * noisy}
     else:
-        columns["sigma"] = (0.5 * f32(derive_tables(tables, var_type)["model_log_variance"])).exp() * noisy
+        columns["sigma"] = (0.5 * f32(tables["model_log_variance"])).exp() * noisy
     return make_rows(len(a), 1.0, **columns)
 
 
@@ -203,8 +209,7 @@ def _x0_coefficients(tables: Mapping[str, Array], mean_type: ModelMeanType) -> t
     if mean_type is ModelMeanType.EPSILON:
         return f32(tables["sqrt_recip_alphas_cumprod"]), -f32(tables["sqrt_recipm1_alphas_cumprod"])
     if mean_type is ModelMeanType.PREVIOUS_X:
-        coef1, coef2 = tables["posterior_mean_coef1"], tables["posterior_mean_coef2"]
-        return -f32(coef2 / coef1), f32(1.0 / coef1)
+        return -f32(tables["coef2_over_coef1"]), f32(tables["recip_coef1"])
     ones = torch.ones(len(tables["betas"]), device="cpu")
     return torch.zeros_like(ones), ones
 
