@@ -5,12 +5,7 @@ Change the import, or wrap the object that create_gaussian_diffusion returned:
     from fastddpm.integrations.openai import SpacedDiffusion, space_timesteps
     diffusion = fastddpm.integrations.openai.accelerate(diffusion)
 
-Reproduced, since images depend on it: float64 tables rounded where they meet a tensor, a z drawn at every step and
-thrown away at t = 0 and where eta = 0, timesteps accumulated and rounded to even by space_timesteps, the stand-ins for
-the variance at t = 0. Changed on purpose: tables are read-only, a process of one timestep works (IndexError in the
-originals), cond_fn needs no model_kwargs, callers of the progressive loops are not left under no_grad, and timesteps
-outside the process, or none in a section, are refused. Of improved-diffusion alone: arguments after denoised_fn go by
-keyword, because guided-diffusion put cond_fn there.
+docs/drop-in.md lists what is reproduced because images depend on it, what is changed on purpose, and what is missing.
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ from torch import Tensor
 
 from fastddpm.integrations.openai.losses import TrainingLosses
 from fastddpm.integrations.openai.process import Kwargs, Model
-from fastddpm.integrations.openai.steps import Step, StepRunner
+from fastddpm.integrations.openai.steps import Call, StepRunner
 from fastddpm.integrations.shared import NoiseSource, Seeding, check_options, require
 from fastddpm.sampling.options import SamplerArguments
 
@@ -76,7 +71,7 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
     ) -> dict[str, Tensor]:
         """Draw x_{t-1} ~ p_theta(x_{t-1} | x_t) as "sample"; also return "pred_xstart"   (Ho et al. 2020, eq. 11)."""
         source = NoiseSource.resolve(len(x), **seeding)
-        return self._step(model, x, t, Step("p", clip_denoised, denoised_fn, cond_fn, model_kwargs), source)
+        return self._step(Call("p", source, model, clip_denoised, denoised_fn, cond_fn, model_kwargs), x, t)
 
     def p_sample_loop(
         self,
@@ -92,9 +87,9 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         **seeding: Unpack[Seeding],
     ) -> Tensor:
         """Draw x_0 by T steps of p_sample; `progress` shows a bar, `device` defaults to the model's."""
-        step = Step("p", clip_denoised, denoised_fn, cond_fn, model_kwargs)
         source = NoiseSource.resolve(shape[0], **seeding)
-        return self._loop(model, shape, noise, step, device, progress, source)
+        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs, 0.0)
+        return self._loop(Call("p", source, model, *step, shape, noise, device, progress))
 
     def p_sample_loop_progressive(
         self,
@@ -110,9 +105,9 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         **seeding: Unpack[Seeding],
     ) -> Iterator[dict[str, Tensor]]:
         """Yield p_sample's result of each step of p_sample_loop."""
-        step = Step("p", clip_denoised, denoised_fn, cond_fn, model_kwargs)
         source = NoiseSource.resolve(shape[0], **seeding)
-        return self._progressive(model, shape, noise, step, device, progress, source)
+        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs, 0.0)
+        return self._progressive(Call("p", source, model, *step, shape, noise, device, progress))
 
     def ddim_sample(
         self,
@@ -128,7 +123,7 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
     ) -> dict[str, Tensor]:
         """Draw x_{t-1} by DDIM as "sample"; also return "pred_xstart"   (Song et al. 2021, eq. 12)."""
         source = NoiseSource.resolve(len(x), **seeding)
-        return self._step(model, x, t, Step("ddim", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta), source)
+        return self._step(Call("ddim", source, model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta), x, t)
 
     def ddim_reverse_sample(
         self,
@@ -142,8 +137,7 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
     ) -> dict[str, Tensor]:
         """Go from x_t to x_{t+1} along the deterministic DDIM path, from data towards noise; eta must be 0."""
         require(eta == 0.0, f"ddim_reverse_sample follows the deterministic path only: eta must be 0, got {eta}")
-        step = Step("reverse", clip_denoised, denoised_fn, None, model_kwargs)
-        return self._step(model, x, t, step, NoiseSource())
+        return self._step(Call("reverse", NoiseSource(), model, clip_denoised, denoised_fn, None, model_kwargs), x, t)
 
     def ddim_sample_loop(
         self,
@@ -160,9 +154,9 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         **seeding: Unpack[Seeding],
     ) -> Tensor:
         """Draw x_0 by T steps of ddim_sample; `progress` shows a bar, `device` defaults to the model's."""
-        step = Step("ddim", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
         source = NoiseSource.resolve(shape[0], **seeding)
-        return self._loop(model, shape, noise, step, device, progress, source)
+        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
+        return self._loop(Call("ddim", source, model, *step, shape, noise, device, progress))
 
     def ddim_sample_loop_progressive(
         self,
@@ -179,9 +173,9 @@ class GaussianDiffusion(StepRunner, TrainingLosses):
         **seeding: Unpack[Seeding],
     ) -> Iterator[dict[str, Tensor]]:
         """Yield ddim_sample's result of each step of ddim_sample_loop."""
-        step = Step("ddim", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
         source = NoiseSource.resolve(shape[0], **seeding)
-        return self._progressive(model, shape, noise, step, device, progress, source)
+        step = (clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
+        return self._progressive(Call("ddim", source, model, *step, shape, noise, device, progress))
 
 
 class SpacedDiffusion(GaussianDiffusion):
