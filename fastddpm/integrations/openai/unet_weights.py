@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,15 @@ _GROUPS, _NORM_EPS = 32, 1e-5
 # Networks trained with rescaled timesteps are given numbers from 0 to 1000.
 _RESCALED_T = 1000
 
-_RESNET = {
+_INSIDE = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
     "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
+    "norm": "group_norm",
+    "proj_out": "to_out.0",
 }
 _OUTSIDE = {
     "time_embed.0": "time_embedding.linear_1",
@@ -45,6 +48,7 @@ _OUTSIDE = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 _BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)|(middle_block)\.(\d+)\.(.+)")
 
 
@@ -105,28 +109,22 @@ def diffusion_of(flags: OpenAIFlags, *, learned: bool) -> DiffusionConfig:
             f"with diffusion_steps = {T} it matters whether the network was trained with rescale_timesteps "
             "(improved-diffusion's default: yes, guided-diffusion's: no); say which"
         )
-    variance = "learned_range" if learned else "fixed_small" if flags.sigma_small else "fixed_large"
-    prediction = "x_0" if flags.predict_xstart else "epsilon"
-    schedule = "linear_rescaled" if name == "linear" else name
-    if T == _RESCALED_T or not flags.rescale_timesteps:
-        if name == "linear" and T == _RESCALED_T:
-            # The same numbers under the name that diffusers knows.
-            schedule = "linear"
-        return DiffusionConfig(
-            beta_schedule=schedule, num_timesteps=T, prediction_type=prediction, variance_type=variance
-        )
-    if T % _RESCALED_T:
-        raise ValueError(
-            f"a network with rescale_timesteps and diffusion_steps = {T} is given fractions of timesteps, which this "
-            "format cannot say; use it through fastddpm.integrations.openai"
-        )
-    kept = torch.arange(0, T, T // _RESCALED_T, device="cpu")
-    betas = Schedule(named_betas(schedule, T)).respaced(kept).betas
+    # At T = 1000 "linear" is the same numbers, under the name that diffusers knows.
+    schedule = "linear_rescaled" if name == "linear" and T != _RESCALED_T else name
+    process: dict[str, Any] = {"beta_schedule": schedule, "num_timesteps": T}
+    if T != _RESCALED_T and flags.rescale_timesteps:
+        if T % _RESCALED_T:
+            raise ValueError(
+                f"a network with rescale_timesteps and diffusion_steps = {T} is given fractions of timesteps, which "
+                "this format cannot say; use it through fastddpm.integrations.openai"
+            )
+        kept = torch.arange(0, T, T // _RESCALED_T, device="cpu")
+        betas = Schedule(named_betas(schedule, T)).respaced(kept).betas
+        process = {"trained_betas": tuple(betas.tolist()), "num_timesteps": _RESCALED_T}
     return DiffusionConfig(
-        num_timesteps=_RESCALED_T,
-        trained_betas=tuple(betas.tolist()),
-        prediction_type=prediction,
-        variance_type=variance,
+        **process,
+        prediction_type="x_0" if flags.predict_xstart else "epsilon",
+        variance_type="learned_range" if learned else "fixed_small" if flags.sigma_small else "fixed_large",
     )
 
 
@@ -218,30 +216,25 @@ def _rename(name: str, tensor: Tensor, config: UNetConfig, flags: OpenAIFlags) -
     if layer in _OUTSIDE:
         return {f"{_OUTSIDE[layer]}.{kind}": tensor}
     match = _BLOCK.fullmatch(layer)
+    unknown = ValueError(f"unknown parameter {name!r}: not a UNetModel of improved-diffusion or guided-diffusion")
     if match is None:
-        raise ValueError(f"unknown parameter {name!r}: not a UNetModel of improved-diffusion or guided-diffusion")
+        raise unknown
+    part = match[4] or match[7]
     if match[5]:
-        place = {"0": "mid_block.resnets.0", "1": "mid_block.attentions.0", "2": "mid_block.resnets.1"}.get(
-            match[6], "?"
-        )
-        part = match[7]
+        place = f"mid_block.{_MIDDLE.get(match[6], '?')}"
     else:
-        way, index, part = match[1], int(match[2]), match[4]
-        down = way == "input_blocks"
+        down, index = match[1] == "input_blocks", int(match[2])
         level, j = divmod(index - 1 if down else index, config.layers_per_block + 1)
         block = f"{'down' if down else 'up'}_blocks.{level}"
         if part in ("op", "conv"):
             return {f"{block}.{'downsamplers' if down else 'upsamplers'}.0.conv.{kind}": tensor}
         place = f"{block}.{'resnets' if match[3] == '0' else 'attentions'}.{j}"
-    if part in _RESNET:
-        return {f"{place}.{_RESNET[part]}.{kind}": tensor}
-    if part == "norm":
-        return {f"{place}.group_norm.{kind}": tensor}
-    if part == "proj_out":
-        return {f"{place}.to_out.0.{kind}": tensor.flatten(1) if kind == "weight" else tensor}
     if part == "qkv":
         return {f"{place}.to_{q}.{kind}": rows for q, rows in _split_qkv(tensor, config, flags).items()}
-    raise ValueError(f"unknown parameter {name!r}: not a UNetModel of improved-diffusion or guided-diffusion")
+    if part not in _INSIDE:
+        raise unknown
+    # Attention is made of 1x1 convolutions there.
+    return {f"{place}.{_INSIDE[part]}.{kind}": tensor.flatten(1) if part == "proj_out" and kind == "weight" else tensor}
 
 
 def _split_qkv(tensor: Tensor, config: UNetConfig, flags: OpenAIFlags) -> dict[str, Tensor]:
