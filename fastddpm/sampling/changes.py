@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastddpm.sampling.network import Model
+Model = Callable[..., Any]
 
 _WORDS = 1024
 _SUM_BYTES = 8 * _WORDS

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastddpm.checks import number, one_of
 from fastddpm.sampling import network
+from fastddpm.sampling.edits import as_tensor
 from fastddpm.sampling.guidance import shift_of
 from fastddpm.tables.table import Table
 
@@ -100,7 +101,7 @@ def resolve_labels(class_labels: Labels | None, B: int, num_labels: int | None) 
     """
     if class_labels is None:
         return None
-    labels = class_labels if isinstance(class_labels, Tensor) else torch.as_tensor(class_labels, device="cpu")
+    labels = as_tensor(class_labels)
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() > 1:
         raise ValueError(
             f"class_labels must be integers, one per sample or one for all; got {labels.dtype} "
@@ -132,6 +133,21 @@ def labels_for(model: network.Model, seeds: Sequence[int], class_labels: Labels 
     if len(labels) != len(seeds):
         raise ValueError(f"class_labels holds {len(labels)} labels for {len(seeds)} seeds")
     return labels
+
+
+def rows_of(name: str, value: Any, indices: list[int], n: int) -> Any:
+    """Return what a batch is given of an argument for n samples: its rows, or all where it has no row for each sample.
+
+    Raises:
+        ValueError: it has as many rows as the batch and not as the samples, so that every batch would repeat them.
+    """
+    if isinstance(value, Mapping):
+        return {key: rows_of(key, part, indices, n) for key, part in value.items()}
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if len(value) == len(indices) > 1 and len(value) != n:
+        raise ValueError(f"{name!r} has {len(value)} rows, as a batch has, for {n} samples; give a row for each")
+    return value[indices] if len(value) == n else value
 
 
 def check_kwargs(model_kwargs: Mapping[str, Any] | None, null_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -171,7 +187,7 @@ def with_null_half(
             "condition; pass them, or guidance=1.0"
         )
     if labels is not None and null_class is None and not null_kwargs:
-        raise ValueError("guidance needs the label that means 'no class': pass Sampler(..., null_class=)")
+        raise ValueError("guidance needs the label that means 'no class': pass null_class=")
     if labels is not None:
         labels = torch.cat([labels, labels if null_class is None else torch.full_like(labels, null_class)])
     doubled = dict(kwargs)

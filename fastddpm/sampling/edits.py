@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastddpm.tables.table import Table
+
+
+def as_tensor(data: Any) -> Tensor:
+    """Return a tensor as it is, and an array or list of numbers as one on the CPU."""
+    return data if isinstance(data, Tensor) else torch.as_tensor(data, device="cpu")
 
 
 def _samples(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:

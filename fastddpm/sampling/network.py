@@ -16,6 +16,7 @@ from torch.func import functional_call
 from fastddpm.errors import BackendUnavailable
 from fastddpm.machine.building import Want, Wish
 from fastddpm.machine.torch_compile import compile_call
+from fastddpm.sampling.changes import Model, modules_of
 from fastddpm.sampling.kept import KeptNetwork
 from fastddpm.schedules.diffusion import LEARNED, DiffusionConfig
 from fastddpm.unet.forms import is_plain
@@ -23,8 +24,6 @@ from fastddpm.unet.inference import UNetForms
 from fastddpm.unet.unet import UNet
 
 logger = logging.getLogger("fastddpm")
-
-Model = Callable[..., Any]
 
 # Compiled codes that are kept for other batch sizes than those of the steps in use.
 MAX_NETWORKS = 8
@@ -107,12 +106,22 @@ def shape_of(model: Model, diffusion: DiffusionConfig | None = None) -> tuple[in
     return (min(channels, out), height, width)
 
 
-def diffusion_of(model: Model) -> DiffusionConfig:
-    """Return `model.diffusion`, else Ho et al.'s, saying so at INFO."""
-    config = getattr(model, "diffusion", None)
+def diffusion_of(model: Model, given: DiffusionConfig | None = None) -> DiffusionConfig:
+    """Return what is given, else `model.diffusion`, else Ho et al.'s, saying so at INFO.
+
+    Raises:
+        TypeError: it is no `DiffusionConfig`.
+    """
+    config = getattr(model, "diffusion", None) if given is None else given
     if config is None:
         logger.info("the model names no diffusion: taking Ho et al.'s (linear betas, 1000 timesteps, epsilon)")
         return DiffusionConfig()
+    if not isinstance(config, DiffusionConfig):
+        raise TypeError(
+            f"{'model.diffusion' if given is None else 'diffusion'} must be a DiffusionConfig, got "
+            f"{type(config).__name__}; pass diffusion=DiffusionConfig(...), or what "
+            "DiffusionConfig.from_scheduler_config reads from a diffusers scheduler's config"
+        )
     return config
 
 
@@ -184,6 +193,8 @@ def sampling_networks(
     Raises:
         BackendUnavailable: the model is no plain `UNet`, and a package was given, or fused normalisation asked for.
     """
+    if any(module.training for module in modules_of(model)):
+        logger.warning("the model is in training mode: dropout and batch statistics act; call model.eval() to sample")
     device = timesteps.device.type
     if fused and not (device == "cuda" and isinstance(model, UNet) and is_plain(model)):
         raise BackendUnavailable(

@@ -23,6 +23,7 @@ from fastddpm.machine.devices import resolve_device
 from fastddpm.ops.operators import DTYPES, use_triton
 from fastddpm.sampling.changes import modules_of
 from fastddpm.sampling.network import Model, device_of, dtype_of, null_class_of, num_labels_of
+from fastddpm.tables.table import Table
 
 logger = logging.getLogger("fastddpm")
 
@@ -119,16 +120,25 @@ class Options:
         return (autocast, torch.are_deterministic_algorithms_enabled(), *precision)
 
 
-def resolve_options(model: Model, shape: Sequence[int], steps: int, **given: Unpack[SamplerArguments]) -> Options:
+def resolve_options(model: Model, table: Table, shape: Sequence[int], **given: Unpack[SamplerArguments]) -> Options:
     """Check the arguments of `Sampler` and decide what they leave open.
 
     Args:
         given: all of them, as in `Sampler`.
 
     Raises:
+        TypeError: the model cannot be called, or the table is none.
         ValueError: an option is unknown, or does not fit the device.
         BackendUnavailable: what was asked for cannot run there.
     """
+    if isinstance(model, type) or not callable(model):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"the model must be a module or function, called as model(x, t); got {what}")
+    if not isinstance(table, Table):
+        raise TypeError(
+            f"table must be one of fastddpm.ddpm_table, ddim_table, ...; got {type(table).__name__}; "
+            "fastddpm.sample takes samplers by name"
+        )
     compile, compiled, null_class = given["compile"], given["compiled"], given["null_class"]
     if compile is False and compiled is not None:
         raise ValueError(f"compile=False and compiled={os.fspath(compiled)!r} contradict each other; leave out one")
@@ -139,8 +149,6 @@ def resolve_options(model: Model, shape: Sequence[int], steps: int, **given: Unp
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}; pass dtype=torch.float32")
     note_emulation(dtype, device)
     one_of("norm", given["norm"], ("torch", "fused"))
-    if isinstance(model, nn.Module) and model.training:
-        logger.warning("the model is in training mode, so its dropout is active; call model.eval() to sample")
     if device.type == "cpu":
         keep_freed_memory()
     return Options(
@@ -150,7 +158,7 @@ def resolve_options(model: Model, shape: Sequence[int], steps: int, **given: Unp
         convert_to=given["dtype"],
         backend=given["backend"],
         uses_triton=use_triton(given["backend"], device),
-        want=decide_compile(compile, device, model, sizes, given["samples_ahead"] * steps),
+        want=decide_compile(compile, device, model, sizes, given["samples_ahead"] * len(table)),
         strict_compile=compile is True,
         compiled=None if compiled is None else Path(compiled),
         uses_graph=decide_graph(given["cuda_graph"], device, model),

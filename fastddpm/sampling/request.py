@@ -25,7 +25,7 @@ from fastddpm.sampling.conditions import (
     split_kwargs,
     with_null_half,
 )
-from fastddpm.sampling.edits import for_batch, resolve_init, resolve_known
+from fastddpm.sampling.edits import as_tensor, for_batch, resolve_init, resolve_known
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
 
@@ -156,7 +156,7 @@ def refuse_unknown(function: str, given: Mapping[str, Any], known: Iterable[str]
     """Raise TypeError for a keyword argument that a function does not have, and name the nearest one that it has."""
     for name in given.keys() - known:
         near = nearest(name, known)
-        hint = "" if near is None else f"; did you mean {near!r}?"
+        hint = f"; did you mean {near!r}?" if near else "; see model_kwargs and sampler_options"
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
@@ -194,6 +194,7 @@ def resolve_request(
         )
     stochastic = is_stochastic(table)
     source = _only_source(seeds, seed, generator, noise)
+    x_T, init, mask, known = (None if data is None else as_tensor(data) for data in (x_T, init, mask, known))
     if x_T is not None and tuple(x_T.shape[1:]) != shape:
         raise ValueError(f"x_T must have shape [B, {', '.join(map(str, shape))}], got {list(x_T.shape)}")
     if init is not None:
@@ -233,8 +234,7 @@ def resolve_request(
     if is_guided(guidance.w):
         labels, kwargs = with_null_half(labels, kwargs, B, options.null_class, null_kwargs or {})
     draw = draw if stochastic else None
-    seeded = source == "seeds"
-    return Request(seed_of, sample_id, x_T, init, pair, draw, labels, guidance, kwargs, seeded, x0_out)
+    return Request(seed_of, sample_id, x_T, init, pair, draw, labels, guidance, kwargs, source == "seeds", x0_out)
 
 
 def is_stochastic(table: Table) -> bool:
@@ -252,11 +252,11 @@ def _only_source(seeds: Any, seed: Any, generator: Any, noise: Any) -> str | Non
     return "seeds" if names[0] == "seed" else names[0]
 
 
-def given_batch(generator: Any, noise: Any, x_T: Any, batch_size: int | None, class_labels: Any) -> int:
+def given_batch(generator: Any, noise: Any, x_T: Any, batch_size: Any, class_labels: Any, default: Any = None) -> int:
     """Return B where there are no seeds: from the first of the arguments that has one entry per sample.
 
     Raises:
-        ValueError: none has.
+        ValueError: none has, and there is no default.
     """
     if isinstance(generator, Sequence):
         return len(generator)
@@ -265,12 +265,12 @@ def given_batch(generator: Any, noise: Any, x_T: Any, batch_size: int | None, cl
     if x_T is not None:
         return len(x_T)
     if batch_size is not None:
-        return batch_size
+        return integer("batch_size", batch_size, 0)
     if class_labels is not None and np.ndim(class_labels) == 1:
         return len(class_labels)
-    raise ValueError(
-        "how many samples? pass batch_size= (or x_T=, a list of class_labels, or one generator per sample)"
-    )
+    if default is not None:
+        return default
+    raise ValueError("how many samples? pass batch_size= (or x_T=, a list of class_labels, one generator per sample)")
 
 
 def _drawer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -20,8 +20,8 @@ from fastddpm.machine.devices import resolve_device
 from fastddpm.machine.ranks import refuse_other_calls
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import network as net
-from fastddpm.sampling.conditions import Labels, Weight, is_guided, labels_for
-from fastddpm.sampling.edits import as_mask, for_batch
+from fastddpm.sampling.conditions import Labels, Weight, is_guided, labels_for, rows_of
+from fastddpm.sampling.edits import as_mask, as_tensor, for_batch
 from fastddpm.sampling.options import SamplerArguments, check_shape
 from fastddpm.sampling.request import Conditions, Generators, Noise, RequestArguments, given_batch, refuse_unknown
 from fastddpm.sampling.sampler import Sampler, StepResult
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 # Elements of x_t per batch when the caller names no batch size: 16 images of 32x32 on a CPU, whose caches are then
 # full; enough to keep the largest GPU busy.
 _ELEMENTS_PER_BATCH = {"cpu": 2**14, "cuda": 2**20}
+
+# Arguments that are samples, or as large as these.
+_EDITS = {"x_T", "init", "known", "mask"}
 
 
 class SampleArguments(SamplerArguments, Conditions, total=False):
@@ -72,13 +75,14 @@ def sample(
         model: a module or callable that keeps `Sampler`'s model contract; or what `fastddpm.load` takes: the name of a
             shipped model ("digits") or a directory.
         shape: one sample's shape, (C, H, W) or (D,); default from the model's config.
-        seeds: one seed per sample; an int is one sample. Default 0, or 0, 1, ... for the rows of `x_T` or `init`.
+        seeds: one seed per sample; an int is one sample. Default 0, 1, ... for as many as `x_T`, `init`, `batch_size`
+            or `class_labels` say, the first of them that is given; else one sample.
         steps: steps per sample; default those of "fast" (8, or 10 with guidance), else all timesteps of the diffusion.
         sampler: the name of a sampler, see `fastddpm.tables.names`; "fast" brings its own number of steps.
         class_labels: one label per sample or one for all. By default a class-conditional model draws class
             seed % number of classes; pass its null class for samples of no class.
-        batch_size: the most samples per batch; default by size and device. Batches are made equally large. With
-            `generator` or `noise` it is the number of samples, where nothing else tells.
+        batch_size: the most samples per batch; default by size and device. Batches are made equally large. Without
+            `seeds` it is the number of samples, where `x_T` and `init` do not tell.
         generator: a torch.Generator, or one per sample, instead of seeds; see `Sampler.sample`.
         noise: z of every step instead of seeds, with `x_T`; see `Sampler.sample`.
         callback: called after each step of each batch, see `Sampler.sample`.
@@ -107,7 +111,7 @@ def sample(
         raise ValueError(f"noise comes from one source, got seeds and {'generator' if noise is None else 'noise'}")
     if drawn and process_group is not None:
         raise ValueError("processes share the batches of seeds=; a generator or noise draws one batch")
-    n = given_batch(generator, noise, start, batch_size, class_labels) if drawn else 1 if start is None else len(start)
+    n = given_batch(generator, noise, start, batch_size, class_labels, default=None if drawn else 1)
     run = plan_run(
         model,
         shape,
@@ -203,13 +207,8 @@ class Run:
         return self.sampler.sample(callback=after, **self._arguments(indices))[: len(batch)]
 
     def _arguments(self, indices: list[int]) -> RequestArguments:
-        def rows(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {name: rows(part) for name, part in value.items()}
-            given = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.seeds)
-            return value[indices] if given else value
-
-        arguments: dict[str, Any] = {**rows(self.conditions), "seeds": [self.seeds[i] for i in indices]}
+        arguments: dict[str, Any] = rows_of("conditions", self.conditions, indices, len(self.seeds))
+        arguments["seeds"] = [self.seeds[i] for i in indices]
         if self.labels is not None:
             arguments["class_labels"] = [self.labels[i] for i in indices]
         return cast(RequestArguments, arguments)
@@ -235,21 +234,21 @@ def plan_run(
     seeds = list(seeds)
     resolve_seeds(seeds=seeds)
     known = SamplerArguments.__annotations__
-    conditions = cast(
-        Conditions, {name: value for name, value in options.items() if name in Conditions.__annotations__}
-    )
+    conditions: Any = {name: value for name, value in options.items() if name in Conditions.__annotations__}
     how = cast(SamplerArguments, {name: value for name, value in options.items() if name in known})
     strength, guidance = options.get("strength", 1.0), conditions.get("guidance", 1.0)
-    x_T, init = conditions.get("x_T"), conditions.get("init")
-    for name, data in (("x_T", x_T), ("init", init), ("known", conditions.get("known"))):
-        if data is not None:
-            for_batch(name, data, len(seeds))
-    if strength != 1.0 and x_T is None and init is None:
+    if strength != 1.0 and conditions.get("x_T") is None and conditions.get("init") is None:
         raise ValueError(f"strength={strength} begins part-way: pass init= too, or x_T= at the level of that step")
-    diffusion = diffusion or net.diffusion_of(model)
+    diffusion = net.diffusion_of(model, diffusion)
     shape = net.shape_of(model, diffusion) if shape is None else check_shape(shape)
-    if (mask := conditions.get("mask")) is not None:
-        conditions["mask"] = as_mask(mask, (len(seeds), *shape))
+    for name in conditions.keys() & _EDITS:
+        if conditions[name] is not None:
+            data = conditions[name] = as_tensor(conditions[name])
+            # One of another shape is refused, with advice, where it is used.
+            if tuple(data.shape[1:]) == shape:
+                for_batch(name, data, len(seeds))
+    if conditions.get("mask") is not None:
+        conditions["mask"] = as_mask(conditions["mask"], (len(seeds), *shape))
     steps = None if steps is None else integer("steps", steps, 1)
     if isinstance(guidance, Tensor):  # one weight per row of the table, not per sample
         conditions["guidance"] = guidance.tolist()

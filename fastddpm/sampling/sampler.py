@@ -59,6 +59,7 @@ class Sampler:
             activation after them; no GPU has timed it, and the default, "torch", leaves them to torch.compile.
 
     Raises:
+        TypeError: the model cannot be called, or the table is none.
         ValueError: an option is unknown, or does not fit the device.
         BackendUnavailable: backend="triton", and the kernels cannot run there.
     """
@@ -85,8 +86,8 @@ class Sampler:
         self.model, self.table = model, table
         self.options = resolve_options(
             model,
+            table,
             shape,
-            len(table),
             device=device,
             dtype=dtype,
             compile=compile,

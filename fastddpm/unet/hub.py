@@ -44,11 +44,11 @@ def snapshot(name: str, revision: str | None = None) -> Path:
     by_hand = f"hf download {repository}{f' --revision {revision}' if revision else ''} --local-dir DIR"
     try:
         from huggingface_hub import snapshot_download
-    except ImportError as error:
+    except ImportError:
         raise ImportError(
             f"{name}: there is no such folder, and models of the Hugging Face Hub need huggingface_hub: "
             f"pip install 'fastddpm[hub]'; or download it elsewhere ({by_hand}) and load DIR"
-        ) from error
+        ) from None
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS))
     except Exception as error:
@@ -56,4 +56,4 @@ def snapshot(name: str, revision: str | None = None) -> Path:
         raise FileNotFoundError(
             f"{name}: there is no such folder, and the Hugging Face Hub's cache has no such model nor could it be "
             f"downloaded ({type(error).__name__}: {reason}); download it elsewhere ({by_hand}) and load DIR"
-        ) from error
+        ) from None

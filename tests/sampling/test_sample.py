@@ -191,6 +191,62 @@ def test_numpy_integers_are_integers() -> None:
     assert torch.equal(got, fastddpm.sample(model, (2,), seeds=[3], steps=4, class_labels=1))
 
 
+def test_without_seeds_as_many_are_drawn_as_other_arguments_say() -> None:
+    model = Toy().eval()
+    three = fastddpm.sample(model, (2,), seeds=range(3), steps=2)
+    assert torch.equal(fastddpm.sample(model, (2,), steps=2, batch_size=3), three)
+    assert torch.equal(fastddpm.sample(model, (2,), steps=2, class_labels=[0, 0, 0]), three)
+    assert torch.equal(fastddpm.sample(model, (2,), steps=2), three[:1])
+
+
+def test_arrays_of_numpy_are_taken_as_tensors() -> None:
+    model = Toy().eval()
+    table = samplers.make_table("ddpm", CONFIG, steps=3)
+    edits = {"init": torch.full((3, 2), 0.5), "known": torch.full((3, 2), 0.25), "mask": torch.tensor([0, 1])}
+    for given in ({"x_T": edits["init"]}, edits):
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in given.items()}
+        call: dict[str, Any] = {"seeds": range(3), **given}
+        expected = Sampler(model, table, (2,), compile=False).sample(**call)
+        assert torch.equal(Sampler(model, table, (2,), compile=False).sample(**{**call, **arrays}), expected)
+        how: dict[str, Any] = {"steps": 3, "sampler": "ddpm", "diffusion": CONFIG, "batch_size": 2}
+        assert torch.equal(fastddpm.sample(model, (2,), **how, **{**call, **arrays}), expected)
+
+
+def test_rows_of_one_batch_are_not_repeated_for_the_others() -> None:
+    def shifted(x: torch.Tensor, t: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return x + shift
+
+    call: dict[str, Any] = {"seeds": range(4), "steps": 2, "batch_size": 2}
+    with pytest.raises(ValueError, match=r"'shift' has 2 rows.* for 4 samples"):
+        fastddpm.sample(shifted, (2,), **call, model_kwargs={"shift": torch.ones(2, 1)})
+    one = fastddpm.sample(shifted, (2,), **call, model_kwargs={"shift": torch.ones(1, 1)})
+    assert torch.equal(one, fastddpm.sample(shifted, (2,), **call, model_kwargs={"shift": torch.ones(4, 1)}))
+
+
+def test_an_image_that_is_no_batch_is_told_its_shape() -> None:
+    with pytest.raises(ValueError, match=r"init must be .* \[B, 3, 2, 2\].*image\[None\]"):
+        fastddpm.sample(Toy().eval(), (3, 2, 2), seeds=[0], steps=2, init=torch.zeros(3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (Toy, {}, "got the class Toy"),
+        (Toy().state_dict(), {}, "got OrderedDict"),
+        (Toy().eval(), {"diffusion": {"num_timesteps": 10}}, r"got dict.*from_scheduler_config"),
+        (Toy().eval(), {"eta": 1.0}, "'eta'; see model_kwargs and sampler_options"),
+    ],
+)
+def test_sample_refuses_other_kinds_of_things(model: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fastddpm.sample(model, (2,), seeds=[0], steps=2, **arguments)
+
+
+def test_sampler_takes_a_table_not_a_name() -> None:
+    with pytest.raises(TypeError, match=r"got str; fastddpm\.sample takes samplers by name"):
+        Sampler(Toy().eval(), "ddpm", (2,))  # type: ignore[arg-type]
+
+
 def test_unknown_keyword_is_named_by_the_function_that_was_called() -> None:
     with pytest.raises(TypeError, match=r"^sample\(\) got an unexpected .* 'sedes'; did you mean 'seeds'"):
         fastddpm.sample(Toy().eval(), (2,), sedes=[1])  # type: ignore[call-arg]

@@ -959,6 +959,14 @@ def test_fork_after_cuda_was_used_is_a_clear_error(monkeypatch: pytest.MonkeyPat
         sampler(device="cuda")
 
 
-def test_training_mode_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
-    sampler(Pointwise())
+@pytest.mark.parametrize("behind_a_function", [False, True])
+def test_training_mode_is_pointed_out_when_a_run_begins(
+    behind_a_function: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = Pointwise().eval()
+    s = sampler((lambda x, t: network(x, t)) if behind_a_function else network)
+    s.sample(seeds=[0])
+    assert "training mode" not in caplog.text
+    network.train()
+    s.sample(seeds=[0])
     assert "training mode" in caplog.text
