@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import zipfile
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from fastddpm.checks import integer
 from fastddpm.files.atomic import write_files
+
+logger = logging.getLogger("fastddpm")
 
 # Grey, RGB and RGBA.
 _PNG_CHANNELS = (1, 3, 4)
@@ -65,7 +68,8 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | No
     """Write images side by side as one PNG, atomically.
 
     Args:
-        images: [N, C, H, W], N >= 1, with 1, 3 or 4 channels: uint8, or floating point in [-1, 1] as samples are.
+        images: [N, C, H, W], N >= 1, with 1, 3 or 4 channels: uint8, or floating point in [-1, 1] as samples are; NaN
+            is drawn black, with a warning.
         path: the file; a complete one is replaced.
         columns: images per row; default the square root of N, rounded up.
         scale: each pixel becomes a square of this side.
@@ -75,6 +79,8 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | No
         OSError: the file cannot be written; a previous file is intact.
     """
     scale = integer("scale", scale, 1)
+    if images.isnan().any():
+        logger.warning("%s: NaN is drawn black; sample(..., check_finite=True) names the step that made it", path)
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     enlarged = pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1) if pixels.dim() == 4 else pixels
     save_png(path, make_grid(enlarged, columns))

@@ -15,16 +15,23 @@ def as_tensor(data: Any) -> Tensor:
     return data if isinstance(data, Tensor) else torch.as_tensor(data, device="cpu")
 
 
-def _samples(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _samples(name: str, x: Tensor, table: Table, shape: tuple[int, ...]) -> Tensor:
     """Return data as samples [B, *shape].
 
     Raises:
-        ValueError: the shape is another, or the values are no floating-point numbers.
+        ValueError: the shape is another, or the values are no floating-point numbers, or far from where x_0 is clipped.
     """
     if tuple(x.shape[1:]) != shape or not x.is_floating_point():
         raise ValueError(
             f"{name} must be floating point of shape [B, {', '.join(map(str, shape))}], got {x.dtype} of shape "
             f"{list(x.shape)}; an image becomes one by image[None], and uint8 goes to [-1, 1] by x / 127.5 - 1"
+        )
+    bound = float(table.column("hi").max())
+    # Twice as far is more than a solver's or a filter's overshoot.
+    if (x.abs() > 2 * bound).any():
+        raise ValueError(
+            f"{name} reaches {float(x.abs().max()):g}, and x_0 is clipped to {bound:g}: data are in the range of what "
+            "the network was trained on; 0 to 255 goes to [-1, 1] by x / 127.5 - 1"
         )
     return x
 
@@ -55,7 +62,7 @@ def resolve_init(table: Table, shape: tuple[int, ...], init: Tensor, x_T: Tensor
     if x_T is not None:
         raise ValueError("init= and x_T= are two starts; give x_T alone, which may be a noised init of your own")
     refuse_without_levels("init", table)
-    return _samples("init", init, shape)
+    return _samples("init", init, table, shape)
 
 
 def resolve_known(
@@ -79,7 +86,7 @@ def resolve_known(
     if source != "seeds":
         raise ValueError("mask= noises the known data by seeds; pass seeds=, or seed= with sample_ids=")
     refuse_without_levels("mask", table)
-    return for_batch("known", _samples("known", known, size[1:]), size[0]), as_mask(mask, size)
+    return for_batch("known", _samples("known", known, table, size[1:]), size[0]), as_mask(mask, size)
 
 
 def as_mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -31,6 +31,13 @@ def test_to_uint8_maps_the_ends_and_what_lies_beyond() -> None:
     assert images.to_uint8(x).tolist() == [0, 255, 0, 255, 128, 255, 0, 0]
 
 
+def test_save_grid_says_that_an_image_is_nan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images.save_grid(torch.full((1, 1, 2, 2), -1.0), tmp_path / "black.png")
+    assert caplog.text == ""
+    images.save_grid(torch.full((1, 1, 2, 2), float("nan")), tmp_path / "nan.png")
+    assert "NaN is drawn black" in caplog.text
+
+
 def test_make_grid_places_every_image() -> None:
     batch = torch.arange(1, 6, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 1, 2, 3)
     grid = images.make_grid(batch, columns=2, gap=1)

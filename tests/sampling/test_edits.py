@@ -102,6 +102,13 @@ def test_init_that_does_not_fit_is_refused() -> None:
         sampler.sample(seeds=[1, 2], init=X_0[0])
     with pytest.raises(ValueError, match=r"init must be floating.*uint8.*x / 127.5 - 1"):
         sampler.sample(seeds=[1, 2], init=X_0.to(torch.uint8))
+    bytes_as_floats = 127.5 * (X_0.clamp(-1, 1) + 1)
+    with pytest.raises(ValueError, match=r"init reaches 2.*clipped to 1: .*x / 127.5 - 1"):
+        sampler.sample(seeds=[1, 2], init=bytes_as_floats)
+    with pytest.raises(ValueError, match="known reaches 2"):
+        sampler.sample(seeds=[1, 2], known=bytes_as_floats, mask=MASKS["half"])
+    unclipped = Sampler(Pointwise().eval(), ddpm_table(SCHEDULE, steps=2, clip_range=None), SHAPE, compile=False)
+    assert unclipped.sample(seeds=[1, 2], init=bytes_as_floats).shape == (2, *SHAPE)
     with pytest.raises(ValueError, match="init holds 2 samples, and 3 are drawn"):
         sampler.sample(seed=1, batch_size=3, init=X_0)
     with pytest.raises(ValueError, match="init= and x_T= are two starts"):
