@@ -6,7 +6,7 @@ timed is the same, and so is what the gate follows.
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections import deque
 from typing import Any
 
@@ -62,39 +62,32 @@ def _reduce_overhead(case: Case) -> Prepared:
 
 
 def _record_pipeline(case: Case, pipe: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Run with the scheduler's step under observation, then draw the generator's numbers once more."""
-    recorder, step = Recorder(case), pipe.scheduler.step
-    first = True
+    """Draw the generator's numbers, then run with the scheduler's step under observation."""
+    recorder, step = _drawn(case, torch.Generator(case.device).manual_seed(1), dtype), pipe.scheduler.step
 
-    def observed(output: Tensor, t: Any, x: Tensor, **kwargs: Any) -> Any:
-        nonlocal first
-        if first:
-            recorder.state(x)
-            first = False
-        result = step(output, t, x, **kwargs)
+    # DDIMPipeline looks the parameters of `step` up.
+    @functools.wraps(step)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
         recorder.state(result.prev_sample)
         return result
 
-    # DDIMPipeline looks the parameters of `step` up.
-    observed.__signature__ = importlib.import_module("inspect").signature(step)  # type: ignore[attr-defined]
     pipe.scheduler.step = observed
     try:
         diffusers.images(case, pipe, 1)
     finally:
         del pipe.scheduler.step
-    _redraw(case, recorder, torch.Generator(case.device).manual_seed(1), dtype)
     found = recorder.found()
     return found if dtype == torch.float32 else {**found, "16-bit state": torch.ones(())}
 
 
-def _redraw(
-    case: Case, recorder: Recorder, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-) -> None:
-    """Note the z that a loop has drawn after its x_T, from a generator in the state that it began with."""
-    for i in range(case.steps if case.sampler == "ddpm" else 0):
-        z = torch.randn(case.full_shape, generator=generator, device=case.device, dtype=dtype)
-        if i:
-            recorder.noise(z)
+def _drawn(case: Case, generator: torch.Generator | None, dtype: torch.dtype = torch.float32) -> Recorder:
+    """Note the x_T and z that a loop draws from a generator in this state, torch's own if None."""
+    recorder = Recorder(case)
+    for i in range(case.steps if case.sampler == "ddpm" else 1):
+        numbers = torch.randn(case.full_shape, generator=generator, device=case.device, dtype=dtype)
+        (recorder.noise if i else recorder.state)(numbers)
+    return recorder
 
 
 def _lucidrains(case: Case) -> Prepared:
@@ -102,13 +95,11 @@ def _lucidrains(case: Case) -> Prepared:
     diffusion = lucidrains.diffusion(case, networks.labelled(case), case.steps, "sigmoid")
 
     def evaluate() -> dict[str, Tensor]:
-        recorder = Recorder(case)
         torch.manual_seed(1)
-        x = lucidrains.sample_loop(diffusion, case, return_all_timesteps=True)
-        for i in range(case.steps + 1):
-            recorder.state(x[:, i])
+        recorder = _drawn(case, None)
         torch.manual_seed(1)
-        _redraw(case, recorder)
+        for x in lucidrains.sample_loop(diffusion, case, return_all_timesteps=True)[:, 1:].unbind(1):
+            recorder.state(x)
         return {**recorder.found(), "betas": diffusion.betas.double().cpu()}
 
     return Prepared(lambda: lucidrains.sample_loop(diffusion, case), evaluate)

@@ -86,10 +86,6 @@ def not_installed(needs: Mapping[str, str]) -> str | None:
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
 
-def _everywhere(case: Case) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Provider:
     """An implementation of what is measured.
@@ -109,7 +105,7 @@ class Provider:
     dtype: str = "float32"
     needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     compiled: bool = False
-    skips: Callable[[Case], str | None] = _everywhere
+    skips: Callable[[Case], str | None] = lambda case: None
     tolerance: float | None = None
     sweep: bool = False
 

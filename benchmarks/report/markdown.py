@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,12 +26,9 @@ def render(results: Results) -> str:
         if rows:
             parts.append(f"## {find(name).title}")
             parts += [case_section(case_rows) for case_rows in by_case(rows)]
-    if results.get("step_counts"):
-        parts.append(step_counts_section(results["step_counts"]))
-    if results.get("cuda"):
-        parts.append(cuda_section(results["cuda"]))
-    if results.get("offline"):
-        parts.append(offline_section(results["offline"]))
+    for name, section in (("step_counts", step_counts_section), ("cuda", cuda_section), ("offline", offline_section)):
+        if results.get(name):
+            parts.append(section(results[name]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -83,11 +81,8 @@ def warnings(results: Results) -> list[str]:
 
 
 def by_case(rows: Iterable[Row]) -> list[list[Row]]:
-    """Group rows by case, in order."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["id"], []).append(row)
-    return list(groups.values())
+    """Group rows by case, which follow each other."""
+    return [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["id"])]
 
 
 def case_section(rows: Sequence[Row]) -> str:
@@ -168,17 +163,12 @@ def optional(value: float | None, form: str) -> str:
 
 def table(columns: Columns) -> str:
     """A Markdown table, its cells padded; the first column to the left, the others to the right."""
-    widths = [max(map(len, (name, *cells))) for name, cells in columns]
-    count = len(columns[0][1])
-    lines = [[name for name, _ in columns], *([cells[i] for _, cells in columns] for i in range(count))]
-    padded = [
-        "|"
-        + "|".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
-        + "|"
-        for line in lines
-    ]
-    rule = "|" + "|".join("-" * w if k == 0 else "-" * (w - 1) + ":" for k, w in enumerate(widths)) + "|"
-    return "\n".join([padded[0], rule, *padded[1:]])
+    padded = []
+    for k, (name, cells) in enumerate(columns):
+        width, align = max(map(len, (name, *cells))), str.rjust if k else str.ljust
+        rule = "-" * (width - 1) + (":" if k else "-")
+        padded.append([align(name, width), rule, *(align(cell, width) for cell in cells)])
+    return "\n".join(f"|{'|'.join(line)}|" for line in zip(*padded, strict=True))
 
 
 def step_counts_section(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.diagnostics import compile_offline as offline
-from fastddpm.diagnostics.step_cases import StepCase, inputs
+from fastddpm.diagnostics.step_cases import StepCase, arrange, inputs
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops.twins import Flags
 
@@ -67,10 +67,7 @@ class Variant:
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype = FP32, layout: str = "contiguous") -> Tensor:
     """A tensor without data; ``layout`` as in `StepCase`."""
-    if layout == "channels_last":
-        return tensor((shape[0], *shape[2:], shape[1]), dtype).movedim(-1, 1)
-    shift = int(layout == "shifted")
-    return torch.empty(math.prod(shape) + shift, dtype=dtype, device="meta")[shift:].view(shape)
+    return arrange(torch.empty(shape, dtype=dtype, device="meta"), layout)
 
 
 def counter(batch: int) -> Counter:

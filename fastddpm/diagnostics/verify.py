@@ -82,7 +82,6 @@ def check_step(device: torch.device) -> str:
 def check_kernels(device: torch.device) -> str:
     """Each kernel gives its twin's bits: every setting alone and in pairs, every dtype and noise source."""
     _require_triton(device)
-    count = 0
     # Triton's interpreter, the only way to run the kernels on a CPU, truncates to bfloat16 instead of rounding.
     dtypes = [d for d in DTYPES if d != torch.bfloat16 or device.type != "cpu"]
     cases = list(_step_cases(dtypes))
@@ -96,22 +95,21 @@ def check_kernels(device: torch.device) -> str:
         for name in ("out", "x0_out", "low_out", "history"):
             expected = twin[name]
             assert expected is None or same_bits(expected, kernel[name]), f"p_sample {case}: {name} differs"
-        count += 1
-    for shape, dtype in itertools.product(SHAPES, dtypes):
+    draws = list(itertools.product(SHAPES, dtypes))
+    for shape, dtype in draws:
         x_0, rows = _normal(5, (3, *shape), device).to(dtype), q_rows(Schedule.linear()).to(device)
         t, counter = torch.tensor([0, 500, 999], device=device), _counter(3, device)
         results = [ops.q_sample(x_0, rows, t, counter, return_eps=True, backend=b) for b in ("torch", "triton")]
         assert all(map(same_bits, *results)), f"q_sample {shape} {dtype} differs"
-        count += 1
-    return f"{count} cases"
+    return f"{len(cases) + len(draws)} cases"
 
 
 def check_loss(device: torch.device) -> str:
     """The loss kernel gives its twin's gradient to the bit, and its sum to rounding (the order of adding differs)."""
     _require_triton(device)
-    count = 0
     t, counter = torch.tensor([0, 500, 999], device=device), _counter(3, device)
-    for target, shape in itertools.product(("epsilon", "x_0", "v"), SHAPES):
+    cases = list(itertools.product(("epsilon", "x_0", "v"), SHAPES))
+    for target, shape in cases:
         rows, x_0 = loss_rows(Schedule.linear(), target).to(device), _normal(6, (3, *shape), device)
         results = []
         for backend in ("torch", "triton"):
@@ -122,8 +120,7 @@ def check_loss(device: torch.device) -> str:
         (twin, twin_gradient), (fused, gradient) = results
         assert same_bits(twin_gradient, gradient), f"ddpm_loss {target} {shape}: the gradient differs"
         assert torch.allclose(twin, fused, rtol=1e-6, atol=0), f"ddpm_loss {target} {shape}: {fused} for {twin}"
-        count += 1
-    return f"{count} cases"
+    return f"{len(cases)} cases"
 
 
 def check_group_norm(device: torch.device) -> str:
@@ -285,9 +282,6 @@ def _compilations() -> Iterator[list[str]]:
         raise Skip(f"Triton {triton.__version__} has no knobs.runtime.jit_post_compile_hook")
     if type(triton.jit(_elementwise)).__name__ == "InterpretedFunction":
         raise Skip("Triton's interpreter compiles nothing")
-    previous = runtime.jit_post_compile_hook
-    runtime.jit_post_compile_hook = note
-    try:
+    with runtime.scope():
+        runtime.jit_post_compile_hook = note
         yield names
-    finally:
-        runtime.jit_post_compile_hook = previous
