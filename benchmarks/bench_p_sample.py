@@ -81,10 +81,8 @@ def _fastddpm(case: Case, *, draw: str = "counter", low: torch.dtype | None = No
 
 def cases(device: str, smoke: bool) -> list[Case]:
     """Small images, a batch of them, and a batch far outside the caches."""
-    if smoke:
-        return [Case("p_sample", 2, (3, 32, 32), device=device)]
-    sizes = [(1, (3, 32, 32)), (16, (3, 32, 32)), (64 if device == "cpu" else 128, (3, 256, 256))]
-    return [Case("p_sample", batch, shape, device=device) for batch, shape in sizes]
+    alone = [] if smoke else [Case("p_sample", 1, (3, 32, 32), device=device)]
+    return alone + inputs.two_sizes("p_sample", device, smoke)
 
 
 def check(case: Case, provider: Provider, found: dict[str, Tensor]) -> Check:

@@ -13,24 +13,16 @@ runs more often than once. The walk takes the costliest path from the entry to a
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastddpm.diagnostics.sass import SassError, SassInstruction, access_width, instruction_class, parse
 
 _JUMPS = ("BRA", "UBRA")
 _INDIRECT = ("BRX", "BRXU", "JMX", "JMXU", "JMP", "RET")
-
-
-@dataclass
-class Block:
-    """Instructions that run one after the other, and the blocks that may follow."""
-
-    instructions: list[SassInstruction]
-    following: list[int] = field(default_factory=list)
-    leaves: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,13 +61,14 @@ def walk(listing: str, kernel: str, trips: Sequence[int] = ()) -> Walk:
         SassError: for an indirect branch, or where every path meets a subroutine or a loop without a number.
     """
     instructions, labels = parse(listing, kernel)
-    blocks = split_blocks(instructions, labels)
-    graph = _Graph(blocks, trips)
+    blocks = _blocks(instructions, labels)
+    flow = [(start, f) for start, block in blocks.items() for f in _following(block[-1], start + len(block), labels)]
+    graph = _Graph(blocks, [(start, f) for start, f in flow if f in blocks], trips)
     executed: Counter[int] = graph.costliest_path()
     classes: Counter[str] = Counter()
     accesses: Counter[tuple[str, int]] = Counter()
     for start, times in executed.items():
-        for instruction in blocks[start].instructions:
+        for instruction in blocks[start]:
             classes[instruction_class(instruction)] += times
             if instruction.stem in ("LDG", "STG", "LD", "ST", "LDS", "STS", "LDL", "STL"):
                 accesses[instruction.stem, access_width(instruction)] += times
@@ -89,43 +82,36 @@ def walk(listing: str, kernel: str, trips: Sequence[int] = ()) -> Walk:
     )
 
 
-def split_blocks(instructions: list[SassInstruction], labels: Mapping[str, int]) -> dict[int, Block]:
-    """Basic blocks by the index of their first instruction."""
+def _blocks(instructions: list[SassInstruction], labels: Mapping[str, int]) -> dict[int, list[SassInstruction]]:
+    """Instructions that run one after the other, by the index of the first."""
     targets = {labels[i.target] for i in instructions if i.stem in _JUMPS and i.target and i.target in labels}
     ends = {n + 1 for n, i in enumerate(instructions) if i.stem in (*_JUMPS, *_INDIRECT, "EXIT")}
     starts = sorted(n for n in {0} | targets | ends if n < len(instructions))
-    blocks = {}
-    for start, stop in zip(starts, [*starts[1:], len(instructions)], strict=True):
-        block = Block(instructions[start:stop])
-        _connect(block, stop, labels, len(instructions))
-        blocks[start] = block
-    return blocks
+    return {start: instructions[start:stop] for start, stop in itertools.pairwise([*starts, len(instructions)])}
 
 
-def _connect(block: Block, stop: int, labels: Mapping[str, int], count: int) -> None:
-    """Find the blocks that follow, from the block's last instruction."""
-    last = block.instructions[-1]
+def _following(last: SassInstruction, stop: int, labels: Mapping[str, int]) -> Iterator[int]:
+    """Where the blocks begin that may follow one; ``stop`` is the index after its last instruction."""
     if last.stem in _INDIRECT or (last.stem in _JUMPS and last.target not in labels):
         raise SassError(f"indirect branch at {last.address:#x}: {last.opcode} {last.operands}")
+    if last.stem in _JUMPS:
+        yield labels[str(last.target)]
     # A uniform branch names its predicate among the operands: BRA.U UP0, `(.L_x_1).
     conditional = last.guard is not None or "," in last.operands.split("`")[0]
-    if last.stem in _JUMPS:
-        assert last.target is not None
-        block.following.append(labels[last.target])
-    block.leaves = last.stem == "EXIT"
-    falls_through = conditional or last.stem not in (*_JUMPS, "EXIT")
-    if falls_through and stop < count and stop not in block.following:
-        block.following.append(stop)
+    if conditional or last.stem not in (*_JUMPS, "EXIT"):
+        yield stop
 
 
 class _Graph:
     """Loops, rare blocks and the costliest path of a kernel's blocks."""
 
-    def __init__(self, blocks: dict[int, Block], trips: Sequence[int]) -> None:
+    def __init__(
+        self, blocks: Mapping[int, list[SassInstruction]], flow: Iterable[tuple[int, int]], trips: Sequence[int]
+    ) -> None:
         import networkx
 
         self._nx, self._blocks = networkx, blocks
-        whole = networkx.DiGraph((start, f) for start, block in blocks.items() for f in block.following)
+        whole = networkx.DiGraph(flow)
         whole.add_node(0)
         self._flow = whole.subgraph({0} | networkx.descendants(whole, 0))
         self.loops = self._find_loops(self._flow, 0)
@@ -158,14 +144,14 @@ class _Graph:
         """Blocks to avoid, and why."""
         reasons = {}
         for start, block in self._blocks.items():
-            for instruction in block.instructions:
+            for instruction in block:
                 if instruction.stem == "CALL":
                     reasons[start] = f"call of {instruction.target or 'a subroutine'}"
                 elif instruction.stem in ("LDL", "STL"):
                     reasons[start] = "local memory"
         for header, body in self.loops.items():
             if header not in self._trips:
-                address = self._blocks[header].instructions[0].address
+                address = self._blocks[header][0].address
                 reasons.update(dict.fromkeys(body, f"loop at {address:#x}"))
         return reasons
 
@@ -174,7 +160,7 @@ class _Graph:
         flow = self._flow.copy()
         flow.remove_nodes_from(self.rare)
         content = {start: Counter([start]) for start in flow}
-        leaving = {start for start in flow if self._blocks[start].leaves}
+        leaving = {start for start in flow if self._blocks[start][-1].stem == "EXIT"}
         for header in sorted(self._trips, key=lambda h: len(self.loops[h])):
             self._collapse(header, flow, content, leaving)
         best = self._longest(0, leaving, flow, content)
@@ -185,7 +171,7 @@ class _Graph:
 
     def _stores(self, starts: Iterable[int]) -> bool:
         """Whether any of these blocks writes global memory: a thread with work to do does."""
-        return any(i.stem in ("STG", "ST") for start in starts for i in self._blocks[start].instructions)
+        return any(i.stem in ("STG", "ST") for start in starts for i in self._blocks[start])
 
     def _collapse(self, header: int, flow: Any, content: dict[int, Counter[int]], leaving: set[int]) -> None:
         """Replace a loop by one block that holds its costliest round as often as it runs."""
@@ -214,4 +200,4 @@ class _Graph:
         return max((best[end] for end in ends if end in best), key=self._cost, default=None)
 
     def _cost(self, path: Counter[int]) -> int:
-        return sum(times * len(self._blocks[start].instructions) for start, times in path.items())
+        return sum(times * len(self._blocks[start]) for start, times in path.items())
