@@ -37,7 +37,7 @@ def structure(model: Model) -> tuple[Any, ...]:
 
 def _parts(module: nn.Module) -> Iterator[Any]:
     yield type(module)
-    yield type(module).forward
+    yield getattr(type(module), "forward", None)  # a script's has none
     yield module.training
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         yield from hooks.values()

@@ -193,7 +193,8 @@ def sampling_networks(
     Raises:
         BackendUnavailable: the model is no plain `UNet`, and a package was given, or fused normalisation asked for.
     """
-    if any(module.training for module in modules_of(model)):
+    # A wrapper around a model in evaluation mode is new, and so in training mode, itself.
+    if any(module.training for module in modules_of(model) if not module._modules):
         logger.warning("the model is in training mode: dropout and batch statistics act; call model.eval() to sample")
     device = timesteps.device.type
     if fused and not (device == "cuda" and isinstance(model, UNet) and is_plain(model)):

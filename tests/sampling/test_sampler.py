@@ -967,6 +967,20 @@ def test_training_mode_is_pointed_out_when_a_run_begins(
     s = sampler((lambda x, t: network(x, t)) if behind_a_function else network)
     s.sample(seeds=[0])
     assert "training mode" not in caplog.text
+    sampler(nn.DataParallel(network)).sample(seeds=[0])
+    assert "training mode" not in caplog.text
     network.train()
     s.sample(seeds=[0])
     assert "training mode" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_scripts_are_sampled() -> None:
+    network = Pointwise().eval()
+    script = torch.jit.trace(network, (torch.zeros(2, *SHAPE), torch.zeros(2, dtype=torch.int64)))
+    s = sampler(script)
+    assert torch.equal(s.sample(seeds=[1, 2]), sampler(network).sample(seeds=[1, 2]))
+    with torch.no_grad():
+        for weight in script.parameters():
+            weight.mul_(2)
+    assert torch.equal(s.sample(seeds=[1, 2]), sampler(script).sample(seeds=[1, 2]))
