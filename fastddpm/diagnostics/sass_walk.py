@@ -32,17 +32,13 @@ class Walk:
     Attributes:
         executed: instructions on the costliest path.
         classes: the same, by class.
-        listed: instructions in the kernel's listing, padding left out.
         avoided: what rare paths were left out, and why; empty for straight-line arithmetic.
-        loops: number of loops on the path.
         accesses: (opcode stem, bytes) of the path's loads and stores, with how often each runs.
     """
 
     executed: int
     classes: Mapping[str, int]
-    listed: int
     avoided: tuple[str, ...]
-    loops: int
     accesses: Mapping[tuple[str, int], int]
 
     def widths(self, stem: str) -> dict[int, int]:
@@ -75,9 +71,7 @@ def walk(listing: str, kernel: str, trips: Sequence[int] = ()) -> Walk:
     return Walk(
         executed=sum(classes.values()),
         classes=dict(classes),
-        listed=len(instructions),
         avoided=tuple(sorted(set(graph.rare.values()))),
-        loops=sum(header in executed for header in graph.loops),
         accesses=dict(accesses),
     )
 
