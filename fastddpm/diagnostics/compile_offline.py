@@ -33,7 +33,6 @@ class Compiled:
     Attributes:
         arch: "sm_90" or "gfx942".
         binary: cubin, or the code object.
-        shared: bytes of shared memory per program.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Compiled:
     assembly: str
     binary: bytes
     threads: int
-    shared: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,6 @@ def compile_kernel(
         assembly=compiled.asm[kind[0]],
         binary=compiled.asm[kind[1]],
         threads=compiled.metadata.num_warps * target.warp_size,
-        shared=compiled.metadata.shared,
     )
 
 

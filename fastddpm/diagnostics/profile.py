@@ -90,9 +90,7 @@ def breakdown(profiled: profile, top: int = 8) -> Breakdown:
         raise ValueError("the profile holds no sampling steps; were they replayed from a CUDA graph?")
 
     def part(name: str, label: str) -> Part:
-        event = found.get(name)
-        if event is None:
-            return Part(label, 0, 0.0, 0.0)
+        event = found[name]
         return Part(label, event.count, event.cpu_time_total / 1e3, event.device_time_total / 1e3)
 
     total, step = part(SAMPLE, "whole loop"), part(STEP, "step")
