@@ -161,12 +161,12 @@ class DownBlock(nn.Module):
     downsamplers: nn.ModuleList | None
 
     def __init__(
-        self, in_channels: int, out_channels: int, config: UNetConfig, *, layers: int, attention: bool, downsample: bool
+        self, in_channels: int, out_channels: int, config: UNetConfig, *, attention: bool, downsample: bool
     ) -> None:
         super().__init__()
-        widths = [in_channels] + [out_channels] * (layers - 1)
+        widths = [in_channels] + [out_channels] * (config.layers_per_block - 1)
         self.resnets = nn.ModuleList(ResnetBlock(width, out_channels, config) for width in widths)
-        self.attentions = _attentions(out_channels, config, layers) if attention else None
+        self.attentions = _attentions(out_channels, config, len(widths)) if attention else None
         self.downsamplers = nn.ModuleList([Downsample(out_channels, config.downsample_padding)]) if downsample else None
 
     def forward(self, x: Tensor, time: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -190,11 +190,8 @@ class MidBlock(nn.Module):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        channels, scale, groups = (
-            config.block_out_channels[-1],
-            config.mid_block_scale_factor,
-            config.attn_norm_num_groups,
-        )
+        channels, scale = config.block_out_channels[-1], config.mid_block_scale_factor
+        groups = config.attn_norm_num_groups
         if groups is None and config.resnet_time_scale_shift == "default":
             groups = config.norm_num_groups
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, config, scale) for _ in range(2))
@@ -209,26 +206,21 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks that each take one skip connection, attention where asked, then upsampling."""
+    """Residual blocks that each take one skip connection, attention where asked, then upsampling.
+
+    The skip connections have the block's own width but for the last, which comes from the level above.
+    """
 
     attentions: nn.ModuleList | None
     upsamplers: nn.ModuleList | None
 
     def __init__(
-        self,
-        in_channels: int,
-        skip_channels: Sequence[int],
-        out_channels: int,
-        config: UNetConfig,
-        *,
-        attention: bool,
-        upsample: bool,
+        self, in_channels: int, above: int, out_channels: int, config: UNetConfig, *, attention: bool, upsample: bool
     ) -> None:
         super().__init__()
-        widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
-        self.resnets = nn.ModuleList(
-            ResnetBlock(width + skip, out_channels, config) for width, skip in zip(widths, skip_channels, strict=True)
-        )
+        own = [out_channels] * config.layers_per_block
+        widths = [x + skip for x, skip in zip([in_channels, *own], [*own, above], strict=True)]
+        self.resnets = nn.ModuleList(ResnetBlock(width, out_channels, config) for width in widths)
         self.attentions = _attentions(out_channels, config, len(widths)) if attention else None
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if upsample else None
 

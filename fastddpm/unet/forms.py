@@ -7,6 +7,7 @@ pixels are convolved before they are upsampled, and 3x3 convolutions with enough
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -96,11 +97,15 @@ def inference_form(unet: UNet) -> UNet:
     """Return a copy for inference with one projection for q, k and v, which shares all other weights."""
     tensors = [*unet.parameters(), *unet.buffers()]
     form = copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors})
-    for parent in list(form.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Attention):
-                setattr(parent, name, MergedAttention(child))
+    _replace(form, lambda layer: MergedAttention(layer) if isinstance(layer, Attention) else layer)
     return form
+
+
+def _replace(form: nn.Module, made: Callable[[nn.Module], nn.Module]) -> None:
+    """Put what is made of it in the place of each layer of a network."""
+    for parent in list(form.modules()):
+        for name, layer in parent.named_children():
+            setattr(parent, name, made(layer))
 
 
 class PackedConv2d(nn.Module):
@@ -122,12 +127,15 @@ class PackedConv2d(nn.Module):
 
 def use_channels_last(form: UNet, *, pack: bool = False) -> None:
     """Give the convolutions of a network from `inference_form` channels-last weights of their own, or packed ones."""
-    for parent in list(form.modules()):
-        for name, child in parent.named_children():
-            if pack and isinstance(child, nn.Conv2d) and packs(child.weight):
-                setattr(parent, name, PackedConv2d(child))
-            elif isinstance(child, nn.Conv2d):
-                child.weight = _constant(child.weight.contiguous(memory_format=torch.channels_last))
+
+    def made(layer: nn.Module) -> nn.Module:
+        if isinstance(layer, nn.Conv2d):
+            if pack and packs(layer.weight):
+                return PackedConv2d(layer)
+            layer.weight = _constant(layer.weight.contiguous(memory_format=torch.channels_last))
+        return layer
+
+    _replace(form, made)
 
 
 def packs(weight: Tensor) -> bool:
@@ -141,12 +149,13 @@ def packs(weight: Tensor) -> bool:
 
 def use_channels_last_norms(form: UNet) -> None:
     """Replace the normalisations of a network from `inference_form` by `ChannelsLastGroupNorm`."""
-    for parent in list(form.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.GroupNorm):
-                setattr(parent, name, ChannelsLastGroupNorm(child))
-            elif isinstance(child, ResnetBlock):
-                setattr(parent, name, ShiftedResnetBlock(child))
+
+    def made(layer: nn.Module) -> nn.Module:
+        if isinstance(layer, nn.GroupNorm):
+            return ChannelsLastGroupNorm(layer)
+        return ShiftedResnetBlock(layer) if isinstance(layer, ResnetBlock) else layer
+
+    _replace(form, made)
 
 
 def use_winograd(form: UNet, batch: int, height: int, width: int) -> None:
@@ -170,10 +179,7 @@ def use_winograd(form: UNet, batch: int, height: int, width: int) -> None:
 
 def use_subpixels(form: UNet) -> None:
     """Replace what upsampling a network from `inference_form` has left by `SubpixelUpsample`."""
-    for parent in list(form.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Upsample):
-                setattr(parent, name, SubpixelUpsample(child.conv))
+    _replace(form, lambda layer: SubpixelUpsample(layer.conv) if isinstance(layer, Upsample) else layer)
 
 
 def _pays(conv: nn.Conv2d, batch: int, height: int, width: int) -> bool:

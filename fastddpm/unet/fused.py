@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastddpm.ops.group_norm import group_norm
-from fastddpm.unet.blocks import Attention, DownBlock, ResnetBlock, UpBlock
+from fastddpm.unet.blocks import Attention, DownBlock, MidBlock, ResnetBlock, UpBlock
 from fastddpm.unet.unet import UNet
 
 
@@ -82,11 +82,7 @@ def denoise(unet: UNet, x: Tensor, time: Sequence[Tensor]) -> Tensor:
             (down,) = block.downsamplers
             h = _conv(down.conv, functional.pad(h.value, (0, 1, 0, 1)) if down.pad_after else h.value)  # type: ignore[arg-type]
             skips.append(h)
-    first, last = unet.mid_block.resnets
-    h = _resnet(first, h, next(times))  # type: ignore[arg-type]
-    if unet.mid_block.attentions is not None:
-        h = _attend(unet.mid_block.attentions[0], h)  # type: ignore[arg-type]
-    h = _resnet(last, h, next(times))  # type: ignore[arg-type]
+    *_, h = _layers(unet.mid_block, h, times)
     for block in unet.up_blocks:
         assert isinstance(block, UpBlock)
         *_, h = _layers(block, h, times, skips)
@@ -97,12 +93,12 @@ def denoise(unet: UNet, x: Tensor, time: Sequence[Tensor]) -> Tensor:
 
 
 def _layers(
-    block: DownBlock | UpBlock, h: Sum, times: Iterator[Tensor], skips: list[Sum] | None = None
+    block: DownBlock | MidBlock | UpBlock, h: Sum, times: Iterator[Tensor], skips: list[Sum] | None = None
 ) -> Iterator[Sum]:
-    """The output of each residual block, and of the attention behind it."""
+    """The output of each residual block, and of the attention behind it, which the last of a middle block lacks."""
     for i, resnet in enumerate(block.resnets):
         h = _resnet(resnet, h, next(times), None if skips is None else skips.pop())  # type: ignore[arg-type]
-        if block.attentions is not None:
+        if block.attentions is not None and i < len(block.attentions):
             h = _attend(block.attentions[i], h)  # type: ignore[arg-type]
         yield h
 

@@ -25,7 +25,6 @@ from fastddpm.machine import packages
 from fastddpm.machine.building import Job, Want, Wish, build
 from fastddpm.machine.torch_compile import compile_call
 from fastddpm.unet import fused
-from fastddpm.unet.blocks import timestep_embedding
 from fastddpm.unet.forms import inference_form, use_channels_last, use_channels_last_norms, use_subpixels, use_winograd
 from fastddpm.unet.unet import UNet, beside
 
@@ -193,7 +192,8 @@ class UNetInference:
     def load(self, class_labels: Tensor | None) -> None:
         """Compute every block's time projection for all rows and the labels of the next run."""
         self._denoise = None
-        labels = self._in_use(class_labels)
+        labels = self._forms.unet.labels(class_labels, self._slot)
+        labels = torch.zeros_like(self._slot) if labels is None else labels.clone()
         if self._labels is not None and torch.equal(labels, self._labels):
             return
         unique, slot = labels.unique(return_inverse=True)
@@ -222,18 +222,6 @@ class UNetInference:
         if not compiled:
             self._forms.insist(False)
         return compiled
-
-    def _in_use(self, class_labels: Tensor | None) -> Tensor:
-        config = self._forms.unet.config
-        if config.num_class_embeds is None:
-            if class_labels is not None:
-                raise ValueError("class_labels given to a network without classes (num_class_embeds is None)")
-            return torch.zeros_like(self._slot)
-        if class_labels is not None:
-            return class_labels.clone()
-        if config.null_class is None:
-            raise ValueError(f"this network has {config.num_class_embeds} classes and no null class: pass class_labels")
-        return torch.full_like(self._slot, config.null_class)
 
 
 def slice_rows(x: Tensor, channels: int) -> int:
@@ -281,10 +269,7 @@ def time_table(unet: UNet, timesteps: Tensor, labels: Tensor) -> Tensor:
     def linear(layer: nn.Linear, x: Tensor) -> Tensor:
         return functional.linear(x, layer.weight.float(), layer.bias.float())
 
-    config, embedding = unet.config, unet.time_embedding
-    emb = timestep_embedding(
-        timesteps, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
-    )
+    embedding, emb = unet.time_embedding, unet.sinusoids(timesteps)
     temb = linear(embedding.linear_2, functional.silu(linear(embedding.linear_1, emb)))[:, None]  # [R, 1, D]
     if unet.class_embedding is not None:
         temb = temb + unet.class_embedding.weight.float()[labels]

@@ -72,19 +72,14 @@ def load_folder(folder: Path, unet_folder: Path, paths: Sequence[Path]) -> UNet:
     config, digest = read_config(unet_folder / CONFIG, folder)
     if not paths:
         pickles = [path for path in sorted(unet_folder.iterdir()) if path.suffix.lower() in _PICKLES]
-        raise (
-            ValueError(_no_pickle(pickles[0]))
-            if pickles
-            else FileNotFoundError(f"{unet_folder}: no {WEIGHTS} beside {CONFIG}")
-        )
+        if pickles:
+            raise ValueError(_no_pickle(pickles[0]))
+        raise FileNotFoundError(f"{unet_folder}: no {WEIGHTS} beside {CONFIG}")
+    files: list[TensorFile] = []
     for path in paths:
         refuse_escape(path, folder)
-    files: list[TensorFile] = [
-        SafetensorsFile(path, digest if len(paths) == 1 else None)
-        if path.suffix == ".safetensors"
-        else Checkpoint(path)
-        for path in paths
-    ]
+        safe, whole = path.suffix == ".safetensors", digest if len(paths) == 1 else None
+        files.append(SafetensorsFile(path, whole) if safe else Checkpoint(path))
     file = files[0] if len(files) == 1 else Shards(unet_folder, files)
     model = build_unet(config, file, {name: name for name in file.tensors})
     model.diffusion = _read_diffusion(folder)
@@ -103,7 +98,7 @@ def build_unet(config: UNetConfig, file: TensorFile, places: Mapping[str, str]) 
     Raises:
         ValueError: the tensors are not those of this architecture, or cannot be read.
     """
-    modern = {_modern_name(name): place for name, place in places.items()}
+    modern = {_OLD_NAME.sub(lambda m: m[1] + _OLD_ATTENTION[m[2]], name): place for name, place in places.items()}
     if len(modern) < len(places):
         raise ValueError(f"{file.path}: two tensors stand for the same parameter under an old and a new name")
     # On the meta device, so that no memory is taken for a configuration before its weights are seen to be there.
@@ -236,7 +231,3 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(printable(f"{path}: {error}", 400 + len(str(path)))) from error
-
-
-def _modern_name(name: str) -> str:
-    return _OLD_NAME.sub(lambda match: match[1] + _OLD_ATTENTION[match[2]], name)

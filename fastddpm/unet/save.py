@@ -57,22 +57,17 @@ def save_pretrained(
     if (folder / ("unet" if flat else CONFIG)).exists():
         raise ValueError(f"{folder} holds a model in the other layout than {layout!r}; save to another folder")
     content = _weights_bytes(unet, dtype)
-    unet_folder = folder if flat else folder / "unet"
+    digest = hashlib.sha256(content).hexdigest()
+    config = {(f"_{key}" if key in EXTRA_KEYS else key): value for key, value in unet.config.to_dict().items()}
+    unet_folder, scheduler_folder = (folder, folder) if flat else (folder / "unet", folder / "scheduler")
     files = {
         unet_folder / WEIGHTS: content,
-        (folder if flat else folder / "scheduler") / SCHEDULER: to_json(
-            (unet.diffusion or DiffusionConfig()).to_scheduler_config()
-        ),
-        unet_folder / CONFIG: to_json(_file_config(unet.config, hashlib.sha256(content).hexdigest())),
+        scheduler_folder / SCHEDULER: to_json((unet.diffusion or DiffusionConfig()).to_scheduler_config()),
+        unet_folder / CONFIG: to_json({"_class_name": MODEL_CLASS, "_weights_sha256": digest, **config}),
     }
     if not flat:
-        files[folder / INDEX] = to_json(
-            {
-                "_class_name": "DDPMPipeline",
-                "scheduler": ["diffusers", "DDPMScheduler"],
-                "unet": ["diffusers", MODEL_CLASS],
-            }
-        )
+        parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", MODEL_CLASS]}
+        files[folder / INDEX] = to_json({"_class_name": "DDPMPipeline", **parts})
     write_files(files)
     (unet_folder / OLD_WEIGHTS).unlink(missing_ok=True)
 
@@ -87,8 +82,3 @@ def _weights_bytes(model: nn.Module, dtype: torch.dtype | None) -> bytes:
             raise ValueError(f"{name} is not finite in {stored.dtype}; nothing was written")
         tensors[name] = stored
     return save(tensors, metadata={"format": "pt"})
-
-
-def _file_config(config: UNetConfig, digest: str) -> dict[str, Any]:
-    values = {(f"_{key}" if key in EXTRA_KEYS else key): value for key, value in config.to_dict().items()}
-    return {"_class_name": MODEL_CLASS, "_weights_sha256": digest, **values}

@@ -61,9 +61,7 @@ class UNet(nn.Module):
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], config.temb_channels)
-        self.class_embedding = (
-            _embedding(config.num_class_embeds, config.temb_channels) if config.num_class_embeds else None
-        )
+        self.class_embedding = _embedding(config.num_class_embeds, config.temb_channels)
         self.down_blocks = _down_path(config)
         self.mid_block = MidBlock(config)
         self.up_blocks = _up_path(config)
@@ -106,13 +104,16 @@ class UNet(nn.Module):
         Raises:
             ValueError, TypeError: see `forward`.
         """
+        labels = self.labels(class_labels, t)
+        temb = self.time_embedding(self.sinusoids(t).to(self.dtype))
+        return temb if self.class_embedding is None else temb + self.class_embedding(labels)
+
+    def sinusoids(self, t: Tensor) -> Tensor:
+        """Return the timesteps' sines and cosines, see `blocks.timestep_embedding`."""
         config = self.config
-        labels = self._labels(class_labels, t)
-        emb = timestep_embedding(
+        return timestep_embedding(
             t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
-        temb = self.time_embedding(emb.to(self.dtype))
-        return temb if self.class_embedding is None else temb + self.class_embedding(labels)
 
     def project_time(self, temb: Tensor) -> list[Tensor]:
         """Every residual block's projection of the embedding, in the order of `resnets()`; independent of x."""
@@ -187,7 +188,8 @@ class UNet(nn.Module):
         if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x is {x.dtype} and the weights are {self.dtype}; convert one of them with .to()")
 
-    def _labels(self, class_labels: Tensor | None, t: Tensor) -> Tensor | None:
+    def labels(self, class_labels: Tensor | None, t: Tensor) -> Tensor | None:
+        """Return one label for each of t [B], the null class where none are given; None where there are no classes."""
         config = self.config
         if config.num_class_embeds is None:
             if class_labels is not None:
@@ -204,16 +206,10 @@ class UNet(nn.Module):
         return torch.full_like(t, config.null_class, dtype=torch.int64)
 
     def _zero_residual_branches(self) -> None:
-        last = [self.conv_out]
-        for module in self.modules():
-            if isinstance(module, ResnetBlock):
-                last.append(module.conv2)
-            elif isinstance(module, Attention):
-                last.append(module.to_out[0])  # type: ignore[arg-type]
-        for layer in last:
-            nn.init.zeros_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        projections = [module.to_out for module in self.modules() if isinstance(module, Attention)]
+        for layer in (self.conv_out, *(resnet.conv2 for resnet in self.resnets()), *projections):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
 
 def beside(x: Tensor, condition: Tensor | None) -> Tensor:
@@ -232,7 +228,9 @@ def beside(x: Tensor, condition: Tensor | None) -> Tensor:
     return torch.cat([x, condition.to(x.dtype, memory_format=layout)], dim=1)
 
 
-def _embedding(rows: int, width: int) -> nn.Embedding:
+def _embedding(rows: int | None, width: int) -> nn.Embedding | None:
+    if rows is None:
+        return None
     weight = torch.empty(rows, width)
     # Drawing on the meta device, as nn.Embedding does by itself, imports torch._dynamo, which takes seconds.
     return nn.Embedding(rows, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
@@ -240,36 +238,22 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
 
 def _down_path(config: UNetConfig) -> nn.ModuleList:
     widths = config.block_out_channels
+    attends = [kind == "AttnDownBlock2D" for kind in config.down_block_types]
+    last = len(widths) - 1
     return nn.ModuleList(
-        DownBlock(
-            widths[max(i - 1, 0)],
-            widths[i],
-            config,
-            layers=config.layers_per_block,
-            attention=kind == "AttnDownBlock2D",
-            downsample=i < len(widths) - 1,
-        )
-        for i, kind in enumerate(config.down_block_types)
+        DownBlock(widths[max(i - 1, 0)], widths[i], config, attention=attends[i], downsample=i < last)
+        for i in range(len(widths))
     )
 
 
 def _up_path(config: UNetConfig) -> nn.ModuleList:
     widths = config.block_out_channels[::-1]
-    blocks = []
-    for i, kind in enumerate(config.up_block_types):
-        below = widths[max(i - 1, 0)]
-        above = widths[min(i + 1, len(widths) - 1)]
-        blocks.append(
-            UpBlock(
-                below,
-                [widths[i]] * config.layers_per_block + [above],
-                widths[i],
-                config,
-                attention=kind == "AttnUpBlock2D",
-                upsample=i < len(widths) - 1,
-            )
-        )
-    return nn.ModuleList(blocks)
+    attends = [kind == "AttnUpBlock2D" for kind in config.up_block_types]
+    below, above, last = (widths[0], *widths), (*widths[1:], widths[-1]), len(widths) - 1
+    return nn.ModuleList(
+        UpBlock(below[i], above[i], widths[i], config, attention=attends[i], upsample=i < last)
+        for i in range(len(widths))
+    )
 
 
 def _per_sample(value: Tensor, batch: int, name: str) -> Tensor:

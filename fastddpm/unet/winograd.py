@@ -27,46 +27,46 @@ _G = (
 )
 
 
-class WinogradConv2d(nn.Module):
-    """A 3x3 convolution with stride 1 and padding 1, of images whose sizes are multiples of 4; float32.
-
-    Args:
-        conv: the convolution whose weights are transformed (in float64, rounded once).
-    """
+class _Winograd(nn.Module):
+    """A convolution whose filter is transformed (in float64, rounded once) for the points that its outputs need."""
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, points: Sequence[int]) -> None:
         super().__init__()
-        _hold(self, conv, _transform_filter(conv.weight, range(6)))
+        self.register_buffer("weight", _transform_filter(conv.weight, points), persistent=False)
+        self.register_buffer("bias", conv.bias, persistent=False)
+
+    def finish(self, tiles: Tensor, transform: Transform) -> Tensor:
+        """Transformed tiles -> [B, C_out, H, W], channels last."""
+        return (_multiply(tiles, self.weight, transform) + self.bias).permute(0, 3, 1, 2)
+
+
+class WinogradConv2d(_Winograd):
+    """A 3x3 convolution with stride 1 and padding 1, of images whose sizes are multiples of 4; float32."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv, range(6))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, H, W], channels last."""
-        tiles = _cut(x, 6, TILE, _transform_input)
-        y = _multiply(tiles, self.weight, _transform_output)
-        return (y + self.bias).permute(0, 3, 1, 2)
+        return self.finish(_cut(x, 6, TILE, _transform_input), _transform_output)
 
 
-class WinogradUpsample(nn.Module):
+class WinogradUpsample(_Winograd):
     """Nearest upsampling by 2 and the 3x3 convolution behind it, of images whose sizes are multiples of 2; float32.
 
     The 6 inputs of an upsampled tile are 4 pixels, b and c twice, for which the third of the six products is zero:
     25 products are left of 36.
     """
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        _hold(self, conv, _transform_filter(conv.weight, (0, 1, 3, 4, 5)))
+        super().__init__(conv, (0, 1, 3, 4, 5))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, 2H, 2W], channels last."""
-        tiles = _cut(x, 4, TILE // 2, _transform_upsampled)
-        y = _multiply(tiles, self.weight, _transform_upsampled_output)
-        return (y + self.bias).permute(0, 3, 1, 2)
+        return self.finish(_cut(x, 4, TILE // 2, _transform_upsampled), _transform_upsampled_output)
 
 
 def fits(conv: nn.Conv2d) -> bool:
@@ -78,11 +78,6 @@ def fits(conv: nn.Conv2d) -> bool:
         and conv.bias is not None
         and conv.weight.dtype == torch.float32
     )
-
-
-def _hold(module: nn.Module, conv: nn.Conv2d, weight: Tensor) -> None:
-    module.register_buffer("weight", weight, persistent=False)
-    module.register_buffer("bias", conv.bias, persistent=False)
 
 
 def _transform_filter(weight: Tensor, kept: Sequence[int]) -> Tensor:
