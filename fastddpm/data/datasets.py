@@ -13,8 +13,6 @@ from torch import Tensor
 
 Split = Literal["train", "test"]
 
-BUILT_IN = ("mnist", "digits8x8")
-
 # Four of five images train; the rest are held out for the classifier and for evaluation.
 _TRAIN_FRACTION = 0.8
 _SPLIT_KEY = 0x5EED
@@ -104,6 +102,9 @@ def digits8x8(split: Split = "train") -> Dataset:
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     return _split("digits8x8", images, digits.target, split)
+
+
+BUILT_IN = {"mnist": mnist, "digits8x8": digits8x8}
 
 
 def _split(name: str, images: np.ndarray, labels: np.ndarray, split: Split) -> Dataset:

@@ -90,15 +90,11 @@ def _named(
 
 def _fitted(pixels: np.ndarray, side: int) -> np.ndarray:
     """Crop [H, W] or [H, W, 3] to a centred square and resize it, in its own depth."""
-    if pixels.dtype != np.uint8:
-        image = Image.fromarray(pixels.astype(np.float32))
-        # Lanczos overshoots at edges, beyond black and white.
-        return np.asarray(_fit(image, side)).clip(pixels.min(), pixels.max())
-    return np.asarray(_fit(Image.fromarray(pixels), side))
-
-
-def _fit(image: Image.Image, side: int) -> Image.Image:
-    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    plain = pixels.dtype == np.uint8
+    image = Image.fromarray(pixels if plain else pixels.astype(np.float32))
+    fitted = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+    # Lanczos overshoots at edges, beyond black and white.
+    return fitted if plain else fitted.clip(pixels.min(), pixels.max())
 
 
 def _classes(folder: Path, paths: list[Path]) -> tuple[torch.Tensor | None, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastddpm.data.array_file import array_file
-from fastddpm.data.datasets import BUILT_IN, Dataset, digits8x8, mnist
+from fastddpm.data.datasets import BUILT_IN, Dataset
 from fastddpm.data.folder import image_folder
 
 
@@ -36,7 +36,7 @@ def load_data(
             its values or axes mean.
     """
     if source in BUILT_IN:
-        data = mnist("train") if source == "mnist" else digits8x8("train")
+        data = BUILT_IN[source]("train")
     else:
         path = Path(source)
         if path.is_dir():

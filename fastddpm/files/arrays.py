@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -18,42 +18,25 @@ from fastddpm.checks import printable
 from fastddpm.files.outside import regular_size
 
 MAX_DATA_BYTES = 8 << 30
+# Images and what belongs to them.
+IMAGES = {"images": ("images", "arr_0"), "labels": ("labels", "arr_1"), "condition": ("condition",)}
 # What NumPy and zipfile raise on damaged, encrypted or exotic files.
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read images, and what belongs to them, from a .npz file, or the one array of a .npy file.
+def read_arrays(path: Path, names: Mapping[str, Sequence[str]] = IMAGES) -> dict[str, np.ndarray]:
+    """Read the arrays of a .npz file that are wanted, or the one of a .npy file.
+
+    Args:
+        names: what is wanted, each by the names that it may have in the file. The first must be there, or be the
+            file's only array.
 
     Returns:
-        ``images`` (or ``arr_0``, or the only one), and ``labels`` (or ``arr_1``) and ``condition`` where there are any:
-        of whatever shape and values.
+        What there is of it, of whatever shape and values.
 
     Raises:
-        ValueError: it is no regular file, damaged, holds objects or declares too much.
+        ValueError: it is no regular file, damaged, holds objects, declares too much, or lacks the first array.
     """
-    return _read(path, {"images": ("images", "arr_0"), "labels": ("labels", "arr_1"), "condition": ("condition",)})
-
-
-def read_named(path: Path, name: str) -> np.ndarray:
-    """Read one array from a .npz file, by its name or because it is the only one; or that of a .npy file.
-
-    Raises:
-        ValueError: it is no regular file, damaged, holds objects, declares too much, or has no such array.
-    """
-    return _read(path, {name: (name,)})[name]
-
-
-def check_bytes(name: str, n_bytes: int) -> None:
-    """Refuse what would not fit into memory, and name it."""
-    if n_bytes > MAX_DATA_BYTES:
-        raise ValueError(
-            f"{name}: needs {n_bytes} bytes in memory, more than {MAX_DATA_BYTES}; use fewer or smaller images"
-        )
-
-
-def _read(path: Path, names: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
-    """Read arrays by any of their names; a file's only array is the first, which must be there."""
     size, first = regular_size(path), next(iter(names))
     try:
         if path.suffix != ".npz":
@@ -75,15 +58,20 @@ def _read(path: Path, names: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndar
         raise ValueError(printable(f"{path}: not a usable array file: {error}")) from error
 
 
+def check_bytes(name: str, n_bytes: int) -> None:
+    """Refuse what would not fit into memory, and name it."""
+    if n_bytes > MAX_DATA_BYTES:
+        raise ValueError(
+            f"{name}: needs {n_bytes} bytes in memory, more than {MAX_DATA_BYTES}; use fewer or smaller images"
+        )
+
+
 def _read_array(stream: IO[bytes], size: int, name: str) -> np.ndarray:
     """Read one .npy stream of ``size`` bytes after comparing that size with what its header declares."""
-    version = np.lib.format.read_magic(stream)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(
-        version
-    )
-    if read_header is None:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if (version := np.lib.format.read_magic(stream)) not in readers:
         raise ValueError(f"{name}: .npy version {version} is not supported")
-    shape, fortran_order, dtype = read_header(stream)
+    shape, fortran_order, dtype = readers[version](stream)
     if dtype.hasobject or dtype.kind not in "uif":
         raise ValueError(f"{name}: holds {dtype}, not numbers")
     declared = math.prod(shape) * dtype.itemsize

@@ -29,22 +29,25 @@ def to_uint8(x: Tensor) -> Tensor:
     """Map [-1, 1] to 0..255: round(255 clamp(x / 2 + 1/2, 0, 1)), halves to even, as diffusers' pipelines do.
 
     Args:
-        x: floating point, any shape; NaN becomes 0.
+        x: floating point, any shape; NaN becomes 0, and uint8 is kept.
 
     Returns:
         uint8, same shape.
     """
+    if x.dtype == torch.uint8:
+        return x
     scaled = (x.to(torch.float32) / 2 + 0.5).clamp(0, 1).nan_to_num(0.0) * 255
     return scaled.round().to(torch.uint8)
 
 
-def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """Lay images out row by row on a dark ground.
+def make_grid(images: Tensor, columns: int | None = None, gap: int = 2, ground: int = 0) -> Tensor:
+    """Lay images out row by row.
 
     Args:
         images: uint8 [N, C, H, W], N >= 1.
         columns: images per row; default the square root of N, rounded up.
         gap: pixels between images and around them.
+        ground: their value.
 
     Returns:
         uint8 [C, rows * (H + gap) + gap, columns * (W + gap) + gap].
@@ -57,7 +60,8 @@ def make_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tenso
     N, C, H, W = images.shape
     columns = min(N, columns or math.ceil(math.sqrt(N)))
     rows = math.ceil(N / columns)
-    grid = torch.zeros(C, rows * (H + gap) + gap, columns * (W + gap) + gap, dtype=torch.uint8, device="cpu")
+    size = (C, rows * (H + gap) + gap, columns * (W + gap) + gap)
+    grid = torch.full(size, ground, dtype=torch.uint8, device="cpu")
     for i, image in enumerate(images.cpu()):
         top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         grid[:, top : top + H, left : left + W] = image
@@ -81,7 +85,7 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | No
     scale = integer("scale", scale, 1)
     if images.isnan().any():
         logger.warning("%s: NaN is drawn black; sample(..., check_finite=True) names the step that made it", path)
-    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    pixels = to_uint8(images)
     enlarged = pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1) if pixels.dim() == 4 else pixels
     save_png(path, make_grid(enlarged, columns))
 

@@ -92,7 +92,7 @@ def _put(target: Any, key: Any, value: Any) -> None:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: Any = None) -> StoredTensor:
-    if not isinstance(storage, Storage) or not _are_sizes((offset,)) or not _are_sizes(shape) or not _are_sizes(stride):
+    if not isinstance(storage, Storage) or not all(map(are_sizes, ((offset,), shape, stride))):
         raise ValueError("a tensor that is no view of a storage")
     dtype = storage.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or len(shape) != len(stride):
@@ -105,8 +105,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtyp
     return StoredTensor(storage, offset, tuple(shape), tuple(stride), dtype)
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, tuple) and all(type(value) is int and value >= 0 for value in values)
+def are_sizes(values: Any, kind: Any = tuple) -> bool:
+    """Tell whether a value is a tuple (or another ``kind`` of sequence) of integers from 0."""
+    return isinstance(values, kind) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _untyped_tensor(
@@ -184,7 +185,7 @@ class _Records(_Unpickler):
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or any(pid[5:]):
             raise ValueError("a storage in another form than torch's")
         _, dtype, key, _, length = pid[:5]
-        if not isinstance(dtype, torch.dtype) or not isinstance(key, str | int) or not _are_sizes((length,)):
+        if not isinstance(dtype, torch.dtype) or not isinstance(key, str | int) or not are_sizes((length,)):
             raise ValueError(f"a storage of {shown(dtype)} with {shown(length)} numbers")
         storage = Storage(dtype, str(key), length)
         if self.storages.setdefault(storage.key, storage) != storage:

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastddpm.checks import shown
 from fastddpm.files.atomic import write_files
-from fastddpm.files.safejson import read_object
+from fastddpm.files.safejson import read_object, to_json
 
 logger = logging.getLogger("fastddpm")
 
@@ -105,7 +105,7 @@ class RunFolder:
         for path in [*stale, *leftovers]:
             path.unlink(missing_ok=True)
         content = {"format": self.kind, "config_hash": config_hash(config), "config": config, **more}
-        write_files({self.manifest: (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()})
+        write_files({self.manifest: to_json(content)})
 
     def refuse_unless_free(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a run that would harm, or could not tell apart, what the folder holds.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,19 +18,18 @@ from fastddpm.files.outside import regular_size
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 
-# What decides the nesting depth: brackets, and the quotes and escapes that say whether a bracket is in a string.
-_STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+# To its closing quote, or to the end of a text that lacks it.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 def read_object(
-    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH, infinities: bool = False
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, infinities: bool = False
 ) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
         path: a regular file, UTF-8.
         max_bytes: larger files are refused unread.
-        max_depth: deeper nesting is refused unparsed.
         infinities: allow Infinity and -Infinity, which are Python's and not JSON's; the caller refuses them where they
             mean nothing.
 
@@ -43,18 +44,15 @@ def read_object(
         content = stream.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(f"{path}: more than {max_bytes} bytes, the most a file of this kind has")
-    return parse_object(content, source=str(path), max_depth=max_depth, infinities=infinities)
+    return parse_object(content, source=str(path), infinities=infinities)
 
 
-def parse_object(
-    content: bytes, *, source: str, max_depth: int = MAX_DEPTH, infinities: bool = False
-) -> dict[str, Any]:
+def parse_object(content: bytes, *, source: str, infinities: bool = False) -> dict[str, Any]:
     """Parse UTF-8 JSON whose top level is an object; the caller has bounded its length.
 
     Args:
         content: the text.
         source: what it is, for messages.
-        max_depth: deeper nesting is refused unparsed (the parser recurses, and the stack is not ours).
         infinities: allow Infinity and -Infinity.
 
     Raises:
@@ -63,7 +61,7 @@ def parse_object(
     """
     try:
         text = content.decode("utf-8")
-        _check_depth(text, max_depth)
+        _check_depth(text)
         value = json.loads(
             text,
             object_pairs_hook=_unique_keys,
@@ -86,27 +84,17 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _check_depth(text: str, max_depth: int) -> None:
-    depth, in_string = 0, False
-    for match in _STRUCTURE.finditer(text):
-        token = match.group()
-        if token == '"':
-            in_string = not in_string
-        elif in_string or token[0] == "\\":
-            continue
-        elif token in "[{":
-            depth += 1
-            if depth > max_depth:
-                raise ValueError(f"nested deeper than {max_depth} levels")
-        else:
-            depth -= 1
+def _check_depth(text: str) -> None:
+    """Refuse deep nesting unparsed: the parser recurses, and the stack is not ours."""
+    brackets = re.finditer(r"[\[\]{}]", _STRING.sub("", text))
+    if any(depth > MAX_DEPTH for depth in itertools.accumulate(1 if b[0] in "[{" else -1 for b in brackets)):
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"key {twice[:80]!r} is given twice")
     return result
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastddpm.checks import printable, shown
-from fastddpm.files.arrays import read_named
+from fastddpm.files.arrays import read_arrays
 from fastddpm.files.outside import regular_size
-from fastddpm.files.pickles import Storage, StoredTensor
+from fastddpm.files.pickles import Storage, StoredTensor, are_sizes
 from fastddpm.files.safejson import parse_object
 
 # The largest networks of this family have some 1,500 tensors and headers of 200 kB, a training checkpoint five times
@@ -107,21 +107,18 @@ class Shards:
     """
 
     def __init__(self, path: Path, files: Sequence[TensorFile]) -> None:
-        self.path = path
-        self._files = {name: file for file in files for name in file.tensors}
+        self.path, self._files = path, files
         self.tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
         if len(self.tensors) < sum(len(file.tensors) for file in files):
             raise ValueError(f"{path}: two of its {len(files)} files hold a tensor of the same name")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors as float32 copies on the CPU; ValueError where one of the files cannot be read."""
-        names = list(names)
-        files = {id(self._files[name]): self._files[name] for name in names}
-        return {
-            name: tensor
-            for file in files.values()
-            for name, tensor in file.read(name for name in names if self._files[name] is file).items()
-        }
+        wanted = set(names)
+        read: dict[str, Tensor] = {}
+        for file in self._files:
+            read |= file.read(wanted & file.tensors.keys())
+        return read
 
 
 def read_tensors(
@@ -169,7 +166,7 @@ def read_numbers(path: Path, name: str) -> Tensor:
             raise ValueError(f"{path}: no tensor called {name} among {list(map(shown, file.tensors))[:8]}")
         numbers = file.read([found])[found]
     else:
-        numbers = torch.from_numpy(read_named(path, name).astype(np.float32))
+        numbers = torch.from_numpy(read_arrays(path, {name: (name,)})[name].astype(np.float32))
     if not numbers.isfinite().all():
         raise ValueError(f"{path}: {name} holds NaN or infinity")
     return numbers
@@ -225,7 +222,7 @@ def _checked_entry(path: Path, name: str, entry: Any, data_bytes: int) -> Stored
     dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{where}: dtype {shown(dtype)} is not one of {', '.join(_DTYPES)}")
-    if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(offsets) or len(offsets) != 2:
+    if not are_sizes(shape, list) or len(shape) > 8 or not are_sizes(offsets, list) or len(offsets) != 2:
         raise ValueError(f"{where}: shape {shown(shape)} or data_offsets {shown(offsets)} is no list of sizes")
     begin, end = offsets
     count = math.prod(shape)
@@ -237,10 +234,6 @@ def _checked_entry(path: Path, name: str, entry: Any, data_bytes: int) -> Stored
         )
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return StoredTensor(Storage(_DTYPES[dtype], name, count), 0, tuple(shape), stride, _DTYPES[dtype])
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def _check_match(path: Path, found: Mapping[str, Any], expected: Mapping[str, torch.Size]) -> None:

@@ -103,7 +103,7 @@ def train_points(
     seed: int = 0,
     device: torch.device | str = "cpu",
     backend: str = "auto",
-    progress: bool | Callable[[int, float], None] = True,
+    progress: bool = True,
 ) -> PointMLP:
     """Train a `PointMLP` by Algorithm 1 of Ho et al. 2020: L_simple, AdamW, the learning rate falling to 0 as a cosine.
 
@@ -114,7 +114,7 @@ def train_points(
         diffusion: schedule and T; predicts epsilon.
         batch: points per step, drawn with replacement.
         seed: of weights, batches, timesteps and noise.
-        progress: show a bar with the loss on stderr; or what is called with step and loss after each step.
+        progress: show a bar with the loss on stderr.
 
     Returns:
         The trained network, in eval mode.
@@ -131,26 +131,18 @@ def train_points(
         model = PointMLP(diffusion, x_0.shape[1]).to(device)
     data, schedule = x_0.to(device), diffusion.schedule()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    bar = tqdm(range(steps), unit="step", desc="training", disable=progress is not True)
+    bar = tqdm(range(steps), unit="step", desc="training", disable=not progress)
     for n in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * n / steps))
-        k = _draw_batch(len(data), batch, seed, n)
+        k = np.random.Generator(np.random.Philox(key=[seed % 2**64, n])).integers(0, len(data), batch)
         # Timesteps and noise go by the place in the batch, as a point may come twice.
-        loss = ddpm_loss(model, data[k.to(device)], schedule, seed=seed, step=n, backend=backend)
+        loss = ddpm_loss(model, data[torch.from_numpy(k).to(device)], schedule, seed=seed, step=n, backend=backend)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if n % _LOSS_EVERY == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
-        if callable(progress):
-            progress(n, loss.item())
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the loss is {loss.item()} after {steps} steps; use a smaller learning rate")
     return model.eval()
-
-
-def _draw_batch(n_points: int, batch: int, seed: int, n: int) -> Tensor:
-    """Return the points of step n, int64 [batch]."""
-    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, n]))
-    return torch.from_numpy(generator.integers(0, n_points, batch))

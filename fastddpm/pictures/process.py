@@ -39,13 +39,8 @@ class Process:
     t: tuple[int, ...]
 
     @classmethod
-    def of(cls, schedule: Schedule) -> Process:
-        """Name the states of a schedule 0..T."""
-        return cls(schedule, tuple(range(schedule.num_timesteps + 1)))
-
-    @classmethod
-    def visiting(cls, schedule: Schedule, timesteps: Tensor) -> Process:
-        """Visit only `timesteps` (0-based, as a table names them); the states keep the names of the whole process."""
+    def of(cls, schedule: Schedule, timesteps: Tensor) -> Process:
+        """Visit `timesteps` (0-based, as a table names them); the states keep the names of the whole process, 0..T."""
         return cls(schedule.respaced(timesteps), (0, *(t + 1 for t in sorted(timesteps.tolist()))))
 
     @property
@@ -86,12 +81,9 @@ def marginal(x_0: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
         alpha_bar: in [0, 1].
     """
     x = x_0.cpu().double()
-    mean = x.mean(dim=0)
-    centred = x - mean
-    covariance = centred.T @ centred / len(x)
-    return math.sqrt(alpha_bar) * mean, alpha_bar * covariance + (1.0 - alpha_bar) * torch.eye(
-        x.shape[1], device="cpu"
-    ).double()
+    identity = torch.eye(x.shape[1], dtype=torch.float64, device="cpu")
+    covariance = alpha_bar * x.T.cov(correction=0) + (1.0 - alpha_bar) * identity
+    return math.sqrt(alpha_bar) * x.mean(dim=0), covariance
 
 
 def forward_walk(

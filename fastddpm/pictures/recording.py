@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastddpm.checks import integer
@@ -22,9 +22,7 @@ from fastddpm.sampling.conditions import labels_for
 from fastddpm.sampling.network import Model, diffusion_of, shape_of
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.schedules.diffusion import DiffusionConfig
-from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.by_name import make_table
-from fastddpm.tables.ddpm import ddpm_table
 from fastddpm.unet.load import load
 
 # Points of a built-in set that the network is trained on: enough that their own scatter is far below a sample's.
@@ -110,7 +108,7 @@ def record(settings: RecordingSettings, progress: bool = False) -> tuple[Recordi
     with warnings.catch_warnings():
         # The picture itself says whether the process ends Gaussian.
         warnings.filterwarnings("ignore", "the schedule does not end near a Gaussian", UserWarning)
-        return _record_points(settings, x_0, progress) if x_0.dim() == 2 else _record_images(settings, x_0)
+        return _walk(settings, x_0, *_denoiser(settings, x_0, progress))
 
 
 def load_x_0(settings: RecordingSettings) -> Tensor:
@@ -120,45 +118,41 @@ def load_x_0(settings: RecordingSettings) -> Tensor:
         return points.draw(name, _n_points(settings) if settings.exact else N_TRAIN, settings.seed)
     if name not in data.BUILT_IN:
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            return _all_x_0(image_file(path, resolution=MAX_SIDE))
+            return data.as_floats(image_file(path, resolution=MAX_SIDE).images)
         if not path.is_dir():
             array = points.read_array(path)
             if array.ndim == 2:
                 return points.standardised(array, name)
-    return _all_x_0(load_data(name))
-
-
-def _all_x_0(images: data.Dataset) -> Tensor:
-    return images.x_0(torch.arange(len(images), device="cpu"))
+    return data.as_floats(load_data(name).images)
 
 
 def _n_points(settings: RecordingSettings) -> int:
     return 2000 if settings.shown is None else settings.shown
 
 
-def _record_points(settings: RecordingSettings, x_0: Tensor, progress: bool) -> tuple[Recording, Sampler]:
+def _denoiser(settings: RecordingSettings, x_0: Tensor, progress: bool) -> tuple[Model, DiffusionConfig, str]:
+    """Return what predicts the reverse process, the process that it is for, and its name in the picture."""
+    of_points, shape = x_0.dim() == 2, tuple(x_0.shape[1:])
     if settings.model is not None:
-        raise ValueError(
-            f"--model goes with images, and {settings.data} are points; their network is trained on the spot"
-        )
-    diffusion = point_diffusion(x_0, settings.schedule, settings.steps)
-    model: Model
-    if settings.exact:
-        model, name = ExactDenoiser(x_0, diffusion.schedule(), settings.device), r"exact $\epsilon^*$"
-    else:
-        model = train_points(
-            x_0,
-            diffusion,
-            steps=settings.train_steps,
-            seed=settings.seed,
-            device=settings.device,
-            backend=settings.backend,
-            progress=progress,
-        )
-        name = "small MLP"
-    sampler = point_sampler(model, diffusion, device=settings.device, backend=settings.backend)
-    recording = _walk(settings, x_0, x_0[: _n_points(settings)], Process.of(diffusion.schedule()), sampler, name)
-    return recording, sampler
+        if of_points:
+            raise ValueError(
+                f"--model goes with images, and {settings.data} are points; their network is trained on the spot"
+            )
+        model = load(settings.model)
+        if shape_of(model) != shape:
+            raise ValueError(
+                f"model {settings.model} makes images {list(shape_of(model))} and {settings.data} holds {list(shape)}; "
+                "choose data of the model's shape"
+            )
+        return model, diffusion_of(model), f"model {_label(settings.model)}"
+    diffusion = DiffusionConfig(beta_schedule=settings.schedule, num_timesteps=settings.steps)
+    if of_points:
+        diffusion = point_diffusion(x_0, settings.schedule, settings.steps)
+    if settings.exact or not of_points:
+        return ExactDenoiser(x_0, diffusion.schedule(), settings.device), diffusion, r"exact $\epsilon^*$"
+    where: Any = {"device": settings.device, "backend": settings.backend}
+    trained = train_points(x_0, diffusion, steps=settings.train_steps, seed=settings.seed, progress=progress, **where)
+    return trained, diffusion, "small MLP"
 
 
 def point_diffusion(x_0: Tensor, schedule: str, steps: int) -> DiffusionConfig:
@@ -175,58 +169,28 @@ def point_diffusion(x_0: Tensor, schedule: str, steps: int) -> DiffusionConfig:
     )
 
 
-def point_sampler(model: Model, diffusion: DiffusionConfig, *, device: str = "cpu", backend: str = "auto") -> Sampler:
-    """Return the ancestral sampler of points, all T steps."""
-    table = ddpm_table(diffusion.schedule(), variance_type=diffusion.variance_type, clip_range=diffusion.clip_range)
-    return Sampler(model, table, (2,), device=device, backend=backend, compile=False)
-
-
-def _record_images(settings: RecordingSettings, x_0: Tensor) -> tuple[Recording, Sampler]:
-    shown = x_0[_picked(len(x_0), 2 if settings.shown is None else settings.shown, settings.seed)]
-    if settings.model is not None:
-        return _record_model(settings, x_0, shown)
-    schedule = Schedule.named(settings.schedule, settings.steps)
-    exact = ExactDenoiser(x_0, schedule, settings.device)
-    table = ddpm_table(schedule)
-    sampler = Sampler(
-        exact, table, tuple(x_0.shape[1:]), device=settings.device, backend=settings.backend, compile=False
-    )
-    return _walk(settings, x_0, shown, Process.of(schedule), sampler, r"exact $\epsilon^*$"), sampler
-
-
-def _record_model(settings: RecordingSettings, x_0: Tensor, shown: Tensor) -> tuple[Recording, Sampler]:
-    model = load(settings.model or "")
-    shape = shape_of(model)
-    if shape != tuple(x_0.shape[1:]):
-        raise ValueError(
-            f"model {settings.model} makes images {list(shape)} and {settings.data} holds {list(x_0.shape[1:])}; "
-            "choose data of the model's shape"
-        )
-    diffusion = diffusion_of(model)
-    table = make_table("ddpm", diffusion, steps=settings.steps)
-    process = Process.visiting(diffusion.schedule(), table.timesteps)
-    sampler = Sampler(model, table, shape, device=settings.device, backend=settings.backend, compile=False)
-    return _walk(settings, x_0, shown, process, sampler, f"model {_label(str(settings.model))}"), sampler
-
-
 def _label(source: str) -> str:
     """Name a source as it is written in the picture: without its folder, and with no sign of mathtext."""
     return Path(source).name.replace("$", r"\$")
 
 
-def _picked(n: int, count: int, seed: int) -> Tensor:
-    """Choose `count` of n images, the same for the same seed."""
-    generator = np.random.Generator(np.random.Philox(key=seed % 2**64))
-    return torch.from_numpy(generator.permutation(n)[:count])
+def _shown(settings: RecordingSettings, x_0: Tensor) -> Tensor:
+    """Return the points or images that are drawn, the same for the same seed."""
+    if x_0.dim() == 2:
+        return x_0[: _n_points(settings)]
+    generator = np.random.Generator(np.random.Philox(key=settings.seed % 2**64))
+    return x_0[generator.permutation(len(x_0))[: 2 if settings.shown is None else settings.shown]]
 
 
 def _walk(
-    settings: RecordingSettings, x_0: Tensor, shown: Tensor, process: Process, sampler: Sampler, model: str
-) -> Recording:
+    settings: RecordingSettings, x_0: Tensor, model: Model, diffusion: DiffusionConfig, name: str
+) -> tuple[Recording, Sampler]:
+    seed, device, backend = settings.seed, settings.device, settings.backend
+    table = make_table("ddpm", diffusion, steps=settings.steps)
+    sampler = Sampler(model, table, tuple(x_0.shape[1:]), device=device, backend=backend, compile=False)
+    process, shown = Process.of(diffusion.schedule(), table.timesteps), _shown(settings, x_0)
     indices = spread(process.steps, settings.states)
-    forward = forward_walk(
-        shown.to(settings.device), process.schedule, indices, seed=settings.seed, backend=settings.backend
-    )
-    labels = labels_for(sampler.model, range(len(shown)), None)
-    reverse, x0_estimates = reverse_walk(sampler, len(shown), indices, seed=settings.seed, class_labels=labels)
-    return Recording(_label(settings.data), process, indices, x_0, forward, reverse, x0_estimates, model)
+    forward = forward_walk(shown.to(device), process.schedule, indices, seed=seed, backend=backend)
+    labels = labels_for(model, range(len(shown)), None)
+    reverse, x0_estimates = reverse_walk(sampler, len(shown), indices, seed=seed, class_labels=labels)
+    return Recording(_label(settings.data), process, indices, x_0, forward, reverse, x0_estimates, name), sampler

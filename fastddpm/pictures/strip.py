@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastddpm.files.figures import INK, MUTED, new_figure
-from fastddpm.files.images import to_uint8
+from fastddpm.files.images import make_grid, to_uint8
 from fastddpm.pictures.process import GAUSSIAN_END, Process, marginal
 from fastddpm.pictures.recording import Recording, spread
 
@@ -202,10 +202,9 @@ def colours(points: Tensor) -> np.ndarray:
 
 def mosaic(states: Tensor) -> np.ndarray:
     """Stack images [m, C, H, W] in [-1, 1] above each other, uint8 [m (H + gap) - gap, W] or [..., W, 3]."""
-    pixels = to_uint8(states).permute(0, 2, 3, 1).numpy()
-    gap = max(1, pixels.shape[1] // 24)
-    padded = np.pad(pixels, ((0, 0), (0, gap), (0, 0), (0, 0)), constant_values=255)
-    stacked = padded.reshape(-1, *padded.shape[2:])[:-gap]
+    gap = max(1, states.shape[2] // 24)
+    grid = make_grid(to_uint8(states), columns=1, gap=gap, ground=255)
+    stacked = grid[:, gap:-gap, gap:-gap].permute(1, 2, 0).numpy()
     return stacked[:, :, 0] if stacked.shape[2] == 1 else stacked
 
 
@@ -218,18 +217,13 @@ def _verdict(process: Process) -> str:
     return rf"does NOT end Gaussian: ${name} = {alpha_bar} \geq {bound}$"
 
 
-def _verdict_colour(process: Process) -> str:
-    """Return green for a process that ends Gaussian, else red."""
-    return GOOD if process.ends_gaussian() else BAD
-
-
 def _footer(figure: Any, recording: Recording, width: float) -> None:
     process = recording.process
     text = _verdict(process)
     if width >= _ONE_LINE:
         L_T = number(process.prior_term(recording.x_0))
         text += rf",   $\mathrm{{KL}}(q(x_T|x_0)\,\|\,\mathcal{{N}}(0, I)) = {L_T}$ nats"
-    _text(figure, width - 0.1, 0.34, text, ha="right", size=16, color=_verdict_colour(process))
+    _text(figure, width - 0.1, 0.34, text, ha="right", size=16, color=GOOD if process.ends_gaussian() else BAD)
     if is_points(recording):
         _legend(figure, 0.34 if width >= _ONE_LINE else 0.72)
 

@@ -35,11 +35,7 @@ FORMAT = "fastddpm-training-1"
 
 _MODEL = (CONFIG, SCHEDULER, WEIGHTS, OLD_WEIGHTS)
 # All that a run writes: whatever else the user keeps in its folder stays.
-WRITTEN = (
-    *(LOG, PLOT, SAMPLES, "events.out.tfevents.*", CHECKPOINT),
-    *_MODEL,
-    *(f"{RAW}/{name}" for name in _MODEL),
-)
+WRITTEN = (LOG, PLOT, SAMPLES, "events.out.tfevents.*", CHECKPOINT, *_MODEL, *(f"{RAW}/{name}" for name in _MODEL))
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,9 @@ def open_run(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[TrainingRun]
             made; overwrite would remove the model to start from; the network does not suit the images; or this rank's
             data, settings or folder are not those of rank 0.
     """
-    _check_kept(config)
+    for name, path in (("init", config.init), ("model", config.model)):
+        if config.overwrite and path is not None and Path(path).resolve().is_relative_to(Path(config.out).resolve()):
+            raise ValueError(f"--overwrite would remove --{name} {path}; give another --outdir")
     config.resolved_device()
     trained = None if config.init is None else load(config.init)
     unet = None if trained is None else trained.config
@@ -163,12 +161,6 @@ def open_run(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[TrainingRun]
 def run_folder(out: Path) -> RunFolder:
     """Name the files of a training run in a folder."""
     return RunFolder(out, WRITTEN, manifest=SETTINGS, kind=FORMAT)
-
-
-def _check_kept(config: TrainConfig) -> None:
-    for name, path in (("init", config.init), ("model", config.model)):
-        if config.overwrite and path is not None and Path(path).resolve().is_relative_to(Path(config.out).resolve()):
-            raise ValueError(f"--overwrite would remove --{name} {path}; give another --outdir")
 
 
 def read_settings(out: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.seeds import resolve_seeds
+from fastddpm.sampling.network import Model, unwrap
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.tables.table import q_rows
 from fastddpm.training.bound import BITS, Bound, prior_term
-
-Model = Callable[..., Any]
 
 
 class BitsPerDim(NamedTuple):
@@ -95,8 +94,7 @@ def bits_per_dim(
             counter = noise.counter((key, ids), s, noise.STREAM_TRAIN, x.device)
             x_t = ops.q_sample(x, rows, t, counter, backend=backend)
             assert isinstance(x_t, Tensor)
-            output: Any = model(x_t, t, **kwargs)
-            total += (high - low) * bound.terms(getattr(output, "sample", output), x, x_t, t)
+            total += (high - low) * bound.terms(unwrap(model(x_t, t, **kwargs)), x, x_t, t)
         sums.append(total)
         if progress is not None:
             progress(start + len(x))

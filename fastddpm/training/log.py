@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import torch
@@ -31,7 +30,7 @@ GRID_STEPS, GRID_SIDE = 100, 64
 
 
 class TrainLog:
-    """Progress bar and log file of one run; a context manager.
+    """Progress bar and log file of one run; close it.
 
     Args:
         out: its folder; lines of its log that lie beyond ``start`` are dropped.
@@ -50,11 +49,9 @@ class TrainLog:
         write_files({out / LOG: kept.encode()})
         self._file: IO[str] = (out / LOG).open("a")
 
-    def __enter__(self) -> TrainLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._progress.__exit__(kind, error, tb)
+    def close(self) -> None:
+        """End the progress bar, and close the files."""
+        self._progress.__exit__(None, None, None)
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._file.close()
@@ -142,9 +139,8 @@ def _save_grid(path: Path, model: UNet, data: Dataset) -> None:
     count = 4 * columns
     labels = [i % columns for i in range(count)] if classes else None
     T = model.diffusion.num_timesteps if model.diffusion else 1000
-    given = (
-        {} if data.condition is None else {"condition": data.condition[torch.arange(count, device="cpu") % len(data)]}
-    )
+    k = torch.arange(count, device="cpu") % len(data)
+    given = {} if data.condition is None else {"condition": data.condition[k]}
     steps = min(GRID_STEPS, T)
     x_0 = sample(model, seeds=range(count), steps=steps, class_labels=labels, model_kwargs=given, compile=False)
     if not has_image_shape(data.shape):

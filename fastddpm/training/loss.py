@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +13,12 @@ from fastddpm import ops
 from fastddpm.checks import one_of
 from fastddpm.noise import v1 as noise
 from fastddpm.noise.seeds import as_word, resolve_seeds
+from fastddpm.sampling.network import Model, unwrap
 from fastddpm.schedules.diffusion import LEARNED
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.tables.table import loss_rows, q_rows
 from fastddpm.training.bound import BITS, Bound
 from fastddpm.training.config import VLB_WEIGHT
-
-Model = Callable[..., Any]
-
-
-class _Tables(NamedTuple):
-    q_rows: Tensor
-    loss_rows: Tensor
-    bound: Bound | None
 
 
 @lru_cache(maxsize=16)
@@ -36,12 +29,12 @@ def _tables(
     weighting: str,
     gamma: float | None,
     device: torch.device,
-) -> _Tables:
-    rows = loss_rows(schedule, prediction_type, weighting, gamma)
-    bound = None
+) -> tuple[Tensor, Tensor, Bound | None]:
+    """Return the rows of x_t, those of the loss, and the bound where the variance is learned."""
+    rows, bound = loss_rows(schedule, prediction_type, weighting, gamma), None
     if variance_type is not None:
         bound = Bound.of(schedule, prediction_type, variance_type, clip_range=None).to(device, torch.float32)
-    return _Tables(q_rows(schedule).to(device), rows.to(device), bound)
+    return q_rows(schedule).to(device), rows.to(device), bound
 
 
 def ddpm_loss(
@@ -95,26 +88,25 @@ def ddpm_loss(
     one_of("reduction", reduction, ("mean", "none"))
     one_of("trained variance_type", variance_type, (*LEARNED, None))
     device = x_0.device
-    tables = _tables(schedule, prediction_type, variance_type, weighting, gamma, device)
+    rows_x_t, rows_loss, bound = _tables(schedule, prediction_type, variance_type, weighting, gamma, device)
     key, ids = resolve_seeds(seed=seed, sample_ids=sample_ids, batch=len(x_0))
     if t is None:
         t = noise.timesteps(len(x_0), schedule.num_timesteps, seed, step, ids)
     t = t.to(device)
     counter = noise.counter((key, ids), as_word(step, "step"), noise.STREAM_TRAIN, device)
-    x_t = ops.q_sample(x_0, tables.q_rows, t, counter, backend=backend)
+    x_t = ops.q_sample(x_0, rows_x_t, t, counter, backend=backend)
     assert isinstance(x_t, Tensor)
-    output: Any = model(x_t, t, **model_kwargs)
-    output = getattr(output, "sample", output)
+    output = unwrap(model(x_t, t, **model_kwargs))
     loss = ops.ddpm_loss(
         output,
-        tables.loss_rows,
+        rows_loss,
         t,
         None if prediction_type == "x_0" else counter,
         None if prediction_type == "epsilon" else x_0,
         learned=variance_type is not None,
         backend=backend,
     )
-    if tables.bound is not None:
-        term = tables.bound.terms(output, x_0, x_t, t, fixed_mean=True)
+    if bound is not None:
+        term = bound.terms(output, x_0, x_t, t, fixed_mean=True)
         loss = loss + vlb_weight * schedule.num_timesteps * BITS * term
     return loss.mean() if reduction == "mean" else loss

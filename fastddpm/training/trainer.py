@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from fastddpm.errors import FastDDPMError
 from fastddpm.machine.interrupts import interruptible
 from fastddpm.machine.ranks import ALONE, Ranks, join_ranks
 from fastddpm.noise import v1 as noise
+from fastddpm.sampling.network import Model
 from fastddpm.schedules.schedule import Schedule
 from fastddpm.training.checkpoint import load_checkpoint, save_checkpoint
 from fastddpm.training.config import TrainConfig
@@ -36,8 +36,6 @@ from fastddpm.training.log import TrainLog
 from fastddpm.training.loss import ddpm_loss
 from fastddpm.training.shards import gathered, shard
 from fastddpm.unet.unet import UNet
-
-Model = Callable[..., Any]
 
 
 class DivergenceError(FastDDPMError):
@@ -70,7 +68,8 @@ class Trainer:
         """
         config, ranks = self.config, self.ranks
         k = batch_indices(config.seed, n, len(self.data), config.batch)
-        _seed_dropout(config.seed, n, ranks.rank)
+        # For dropout.
+        torch.manual_seed((config.seed * 0x9E3779B97F4A7C15 + n + ranks.rank * 0xD1B54A32D192ED03) % 2**63)
         loss = 0.0
         net = self.net if isinstance(self.net, DistributedDataParallel) else None
         parts = k.tensor_split(ranks.world)[ranks.rank].chunk(config.accumulate)
@@ -101,7 +100,7 @@ class Trainer:
         if condition is not None:
             condition = drop(condition[k], 0.0, config.class_dropout, config.seed, k, n).to(device)
         if config.flip:
-            mirrored = _flipped(config.seed, k, n).to(device)[:, None, None, None]
+            mirrored = (_uniform(config.seed, k, n)[:, 1] < 0.5).to(device)[:, None, None, None]
             x_0 = torch.where(mirrored, x_0.flip(3), x_0)
             condition = None if condition is None else torch.where(mirrored, condition.flip(3), condition)
         options = config.loss_options() | ({} if condition is None else {"condition": condition})
@@ -113,14 +112,7 @@ class Trainer:
             labels = labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return ddpm_loss(
-                self.net,
-                x_0,
-                self.schedule,
-                seed=config.seed,
-                step=n,
-                sample_ids=k,
-                class_labels=labels,
-                **options,
+                self.net, x_0, self.schedule, seed=config.seed, step=n, sample_ids=k, class_labels=labels, **options
             )
 
 
@@ -145,18 +137,10 @@ def drop(given: Tensor, null: float, p: float, seed: int, k: Tensor, n: int) -> 
     return torch.where(dropped.reshape(-1, *(1,) * (given.dim() - 1)), null, given)
 
 
-def _flipped(seed: int, k: Tensor, n: int) -> Tensor:
-    return _uniform(seed, k, n)[:, 1] < 0.5
-
-
 def _uniform(seed: int, k: Tensor, n: int) -> Tensor:
     """Two numbers in [0, 1] for each image, [B, 2] float64, from the part of stream 3 that no timestep uses."""
     z = noise.normals(torch.tensor([seed], device="cpu"), k, torch.tensor([n], device="cpu"), noise.STREAM_TIMESTEPS, 8)
     return torch.special.ndtr(z[:, 4:6].double())
-
-
-def _seed_dropout(seed: int, n: int, rank: int) -> None:
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + n + rank * 0xD1B54A32D192ED03) % 2**63)
 
 
 @dataclass(frozen=True)
@@ -175,8 +159,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     torchrun started train the network together.
 
     Raises:
-        FileExistsError: the folder holds a run and neither resume nor overwrite was asked for.
-        ValueError: a setting or the data are unusable, or resume finds a run of other settings.
+        FileExistsError, NotADirectoryError, BlockingIOError, ValueError: see `open_run`.
         DivergenceError: the loss became infinite or NaN.
     """
     ranks = join_ranks(dataclasses.asdict(config))
@@ -195,7 +178,7 @@ def _train(run: TrainingRun, trainer: Trainer, quiet: bool) -> TrainResult:
     with interruptible() as interrupt, contextlib.ExitStack() as stack:
         log = None
         if ranks.rank == 0:
-            log = stack.enter_context(TrainLog(config, run.out, n, state["log"], quiet=quiet))
+            log = stack.enter_context(contextlib.closing(TrainLog(config, run.out, n, state["log"], quiet=quiet)))
 
         def save() -> None:
             nonlocal saved

@@ -17,7 +17,8 @@ from fastddpm.noise import v1 as noise
 from fastddpm.ops.draw import randn
 from fastddpm.pictures import process as diffuse
 from fastddpm.pictures.process import ExactDenoiser, Process, forward_walk, marginal, reverse_walk
-from fastddpm.pictures.recording import point_diffusion, point_sampler
+from fastddpm.pictures.recording import point_diffusion
+from fastddpm.tables.by_name import make_table
 
 T = 8
 # alpha_bar of eight cosine betas, from Nichol & Dhariwal 2021, eq. 17, with beta clipped at 0.999.
@@ -34,6 +35,10 @@ def roll() -> Tensor:
     return points.draw("swiss-roll", 400)
 
 
+def whole(schedule: Schedule) -> Process:
+    return Process.of(schedule, torch.arange(schedule.num_timesteps))
+
+
 def linear(T: int) -> Schedule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -41,23 +46,23 @@ def linear(T: int) -> Schedule:
 
 
 def test_process_names_states_as_the_paper_does(cosine: Schedule) -> None:
-    process = Process.of(cosine)
+    process = whole(cosine)
     assert process.t == tuple(range(T + 1))
     assert [process.alpha_bar(i) for i in range(T + 1)] == pytest.approx([1.0, *COSINE_8], rel=2e-2)
     assert [process.snr(i) for i in (0, 4)] == [math.inf, pytest.approx(COSINE_8[3] / (1 - COSINE_8[3]), rel=1e-3)]
 
 
 def test_process_visiting_keeps_the_numbers_of_the_whole_process() -> None:
-    whole = Schedule.linear(1000)
-    process = Process.visiting(whole, torch.tensor([999, 500, 3]))
+    schedule = Schedule.linear(1000)
+    process = Process.of(schedule, torch.tensor([999, 500, 3]))
     assert process.t == (0, 4, 501, 1000)
-    expected = [1.0, *whole.alphas_cumprod[[3, 500, 999]].tolist()]
+    expected = [1.0, *schedule.alphas_cumprod[[3, 500, 999]].tolist()]
     assert [process.alpha_bar(i) for i in range(4)] == pytest.approx(expected, rel=1e-12)
 
 
 def test_cosine_ends_gaussian_in_eight_steps_and_linear_does_not(cosine: Schedule) -> None:
-    assert Process.of(cosine).ends_gaussian()
-    assert not Process.of(linear(T)).ends_gaussian()
+    assert whole(cosine).ends_gaussian()
+    assert not whole(linear(T)).ends_gaussian()
 
 
 def test_prior_term_matches_torch_distributions(cosine: Schedule, roll: Tensor) -> None:
@@ -66,7 +71,7 @@ def test_prior_term_matches_torch_distributions(cosine: Schedule, roll: Tensor) 
         q = torch.distributions.Normal(alpha_bar.sqrt() * roll.double(), (1 - alpha_bar).sqrt())
         standard = torch.distributions.Normal(torch.zeros(2).double(), torch.ones(2).double())
         expected = torch.distributions.kl_divergence(q, standard).sum(dim=1).mean()
-        assert Process.of(schedule).prior_term(roll) == pytest.approx(float(expected), rel=1e-9)
+        assert whole(schedule).prior_term(roll) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_marginal_matches_the_moments_of_the_mixture(roll: Tensor) -> None:
@@ -92,7 +97,7 @@ def test_forward_walk_reaches_the_exact_marginals(cosine: Schedule) -> None:
     n = 20_000
     x_0 = points.draw("two-moons", n)
     for i, x_t in zip((2, 5, 8), forward_walk(x_0, cosine, (2, 5, 8)).double(), strict=True):
-        mean, covariance = marginal(x_0, Process.of(cosine).alpha_bar(i))
+        mean, covariance = marginal(x_0, whole(cosine).alpha_bar(i))
         assert ((x_t.mean(dim=0) - mean).abs() <= 5 * (covariance.diagonal() / n).sqrt()).all()
         products = (x_t - mean)[:, :, None] * (x_t - mean)[:, None, :]
         standard_error = products.std(dim=0) / math.sqrt(n)
@@ -143,7 +148,8 @@ def test_reverse_walk_takes_the_sampler_s_steps(cosine: Schedule, roll: Tensor) 
 def test_exact_reverse_process_returns_to_the_data() -> None:
     data = torch.tensor([[1.0, 0.5], [-1.0, 0.5], [0.0, -1.2]])
     schedule = Schedule.cosine(60)
-    sampler = point_sampler(ExactDenoiser(data, schedule), point_diffusion(data, "cosine", 60))
+    table = make_table("ddpm", point_diffusion(data, "cosine", 60), steps=60)
+    sampler = Sampler(ExactDenoiser(data, schedule), table, (2,), device="cpu", compile=False)
     distances = torch.cdist(reverse_walk(sampler, 200, (0, 60))[0][0], data)
     assert float(distances.min(dim=1).values.max()) < 1e-2
     # Each point is as likely as the others: 200/3 +- 5 sqrt(200 * 2/9).

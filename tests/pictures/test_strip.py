@@ -27,6 +27,10 @@ def cosine() -> Schedule:
     return Schedule.cosine(T)
 
 
+def whole(schedule: Schedule) -> Process:
+    return Process.of(schedule, torch.arange(schedule.num_timesteps))
+
+
 def linear(T: int) -> Schedule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -35,7 +39,7 @@ def linear(T: int) -> Schedule:
 
 def small_recording(schedule: Schedule) -> Recording:
     x_0 = points.draw("swiss-roll", 30)
-    process = Process.of(schedule)
+    process = whole(schedule)
     indices = spread(process.steps, 9)
     forward = forward_walk(x_0, schedule, indices)
     return Recording("swiss-roll", process, indices, x_0, forward, forward, forward, "MLP")
@@ -125,7 +129,7 @@ def test_gif_goes_there_and_back_and_rests_at_the_ends() -> None:
 
 def test_gif_of_images_shows_x_0_beneath(monkeypatch: pytest.MonkeyPatch) -> None:
     x_0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
-    process = Process.of(Schedule.cosine(2))
+    process = whole(Schedule.cosine(2))
     forward = forward_walk(x_0, process.schedule, range(3))
     recorded = Recording("a.png", process, (0, 1, 2), x_0, forward, forward, -forward, "model")
     shown: list[list[np.ndarray]] = []
