@@ -1,4 +1,4 @@
-"""The ``fastddpm`` command: one module per subcommand, each with ``add_parser(subparsers)`` and ``run(args)``."""
+"""The ``fastddpm`` command: one module per subcommand, with help texts, ``add_options(parser)`` and ``run(args)``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,22 @@ from fastddpm import __version__
 from fastddpm.checks import printable
 from fastddpm.machine.interrupts import Stopped
 
-COMMANDS = (
-    *("sample", "train", "eval", "steps", "tune", "diffuse", "convert", "inspect", "verify", "bench", "profile"),
-    *("compile", "cache", "env"),
-)
+COMMANDS = {
+    "sample": "draw images",
+    "train": "train a model",
+    "eval": "measure samples",
+    "steps": "how many network calls a model needs",
+    "tune": "fit a sampler of few steps to a model",
+    "diffuse": "draw the forward and reverse process",
+    "convert": "convert a model",
+    "inspect": "compile every kernel without a GPU and print what it costs",
+    "verify": "check the promises on this machine",
+    "bench": "measure against the alternatives",
+    "profile": "show where a sampling loop's time goes",
+    "compile": "compile a network ahead of time",
+    "cache": "list or remove compiled networks",
+    "env": "show versions, devices and the backend in use",
+}
 
 COMPLETION = """shell completion:
   pip install 'fastddpm[complete]'
@@ -55,14 +67,11 @@ def _name() -> str:
 
 
 def _print_line(source: str, level: str, message: object) -> None:
-    line = f"{_name() if source == 'fastddpm' else source}: {level}: {printable(message)}"
-    if "tqdm" in sys.modules:
-        # Above the progress bar, if there is one.
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        tqdm.write(line, file=sys.stderr)
-    else:
-        _say(line)
+    line = f"{_name() if source == 'fastddpm' else source}: {level}: {printable(message)}\n"
+    # Above the progress bar, if there is one, and in one piece.
+    tqdm.write(line, file=sys.stderr, end="")
 
 
 def _say(line: str) -> None:
@@ -102,13 +111,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastddpm", description="Sample denoising diffusion models, fast.", epilog=COMPLETION)
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
-    for name in COMMANDS:
+    for name, purpose in COMMANDS.items():
         module = importlib.import_module(f"fastddpm.cli.{name}")
-        module.add_parser(subparsers)
-    for command in subparsers.choices.values():
-        command.add_argument(
-            "--verbose", action="store_true", default=False, help="print what is decided and why (logger fastddpm)"
-        )
+        texts = {"description": module.DESCRIPTION, "epilog": module.EPILOG, "usage": getattr(module, "USAGE", None)}
+        command = subparsers.add_parser(name, help=purpose, **texts)
+        module.add_options(command)
+        said = "print what is decided and why (logger fastddpm)"
+        command.add_argument("--verbose", action="store_true", default=False, help=said)
     return parser
 
 

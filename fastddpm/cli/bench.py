@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.checks import one_of
-from fastddpm.cli.parser import add_outdir, examples, positive
+from fastddpm.cli.parser import add_shared, examples, positive
 
 # No benchmark: what is counted rather than timed.
 COUNTS = "counts"
@@ -41,33 +41,25 @@ QUICK = {
 }
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "bench", help="measure against the alternatives", description=DESCRIPTION, epilog=EPILOG
-    )
-    parser.add_argument(
-        "only",
-        nargs="*",
-        help="sampling, unet, p_sample, q_sample, randn, training_step, drop_in, settings; counts: operations, "
-        "launches and instructions (default: all)",
-    )
+SUBJECTS = """sampling, unet, p_sample, q_sample, randn, training_step, drop_in, settings; counts: operations, launches
+and instructions (default: all)"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("only", nargs="*", help=SUBJECTS)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--smoke", action="store_true", help="run everything once, tiny: does it work?")
-    length.add_argument(
-        "--quick", action="store_true", help="whole loops and one step, ours and diffusers': planned for eight minutes"
-    )
+    quick = "whole loops and one step, ours and diffusers': planned for eight minutes"
+    length.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--rounds", type=positive, help="interleaved rounds (default: 7)")
-    parser.add_argument("--case", action="append", default=[], help="only cases with these parts, such as cifar10-B16")
-    parser.add_argument(
-        "--provider", action="append", default=[], help="only names that contain this, and the baseline"
-    )
+    parser.add_argument("--case", action="append", help="only cases with these parts, such as cifar10-B16")
+    parser.add_argument("--provider", action="append", help="only names that contain this, and the baseline")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where it is")
-    add_outdir(parser, "bench-results")
-    parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="print two bench.json side by side; measure nothing"
-    )
-    parser.add_argument("--arch", default="sm_90", help="GPU that the offline part compiles for (default: sm_90)")
+    add_shared(parser, "outdir", outdir=Path("bench-results"))
+    compare = "print two bench.json side by side; measure nothing"
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help=compare)
+    parser.add_argument("--arch", default="sm_90", help="GPU that the offline part compiles for")
     parser.add_argument("--no-offline", action="store_true", help="leave the offline part out")
     parser.add_argument("--quiet", action="store_true", help="print the report only")
 

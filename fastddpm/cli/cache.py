@@ -9,22 +9,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastddpm.cli.parser import examples
+from fastddpm.cli.parser import add_shared, examples
 
 _MIB = 1 << 20
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "cache",
-        help="list or remove compiled networks",
-        description="Networks that were compiled for a CPU are kept for later processes, up to 4 GiB, those used "
-        "longest ago removed first. FASTDDPM_CACHE_DIR moves the folder.",
-        epilog=examples("fastddpm cache", "fastddpm cache clear"),
-    )
+DESCRIPTION = """Networks that were compiled for a CPU are kept for later processes, up to 4 GiB, those used longest ago
+removed first. FASTDDPM_CACHE_DIR moves the folder."""
+
+EPILOG = examples("fastddpm cache", "fastddpm cache clear")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     parser.add_argument("action", nargs="?", choices=("list", "clear"), default="list", help="default: list")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_shared(parser, "json")
 
 
 def run(args: argparse.Namespace) -> int:

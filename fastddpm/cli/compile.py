@@ -5,33 +5,28 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
-from fastddpm.cli.parser import add_machine, examples, positive
+from fastddpm.cli.parser import add_shared, examples, positive
 
 DESCRIPTION = """Compile a network for a CPU: into the cache, where every later process finds it, or into a file. A file
 is for machines of the same processor, torch and number of threads that need no compiler then; it holds native code,
 which is run only where --compiled or Sampler(compiled=...) names it."""
 
+EPILOG = examples(
+    "fastddpm compile --model digits --batch 16",
+    "fastddpm compile --model path/to/model --batch 1 --out model.pt2",
+    "fastddpm sample --model path/to/model --batch 1 --compiled model.pt2",
+)
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "compile",
-        help="compile a network ahead of time",
-        description=DESCRIPTION,
-        epilog=examples(
-            "fastddpm compile --model digits --batch 16",
-            "fastddpm compile --model path/to/model --batch 1 --out model.pt2",
-            "fastddpm sample --model path/to/model --batch 1 --compiled model.pt2",
-        ),
-    )
-    parser.add_argument("--model", default="digits", help="name of a shipped model, or a directory (default: digits)")
-    parser.add_argument("--batch", type=positive, default=16, help="images per batch (default: 16)")
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_shared(parser, "model")
+    parser.add_argument("--batch", type=positive, default=16, help="images per batch")
     parser.add_argument("--guided", action="store_true", help="for guidance, which takes two network rows per image")
     parser.add_argument("--shape", type=_shape, metavar="C,H,W", help="of what the network takes (default: its own)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a file, NAME.pt2, instead of the cache")
-    add_machine(parser, "dtype")
+    add_shared(parser, "dtype")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from fastddpm.checks import DTYPES
 from fastddpm.cli.parser import examples
 
+USAGE = "%(prog)s SOURCE DESTINATION [options]"
 DESCRIPTION = """Convert a model of another library: a diffusers folder (DDPMPipeline or UNet2DModel), or a checkpoint
 of OpenAI's improved-diffusion or guided-diffusion, of latent-diffusion, or of Ho et al.'s code in PyTorch. Nothing in a
 checkpoint is executed: files that hold more than tensors are refused. Its networks are found by their parameters'
@@ -17,9 +18,9 @@ names, whatever stands before them, and a moving average is preferred. A network
 
 EPILOG = """denoising-diffusion-pytorch's own Unet is another architecture: sample it through
 fastddpm.integrations.lucidrains. Checkpoints of OpenAI and of Ho et al. do not say how they were trained:
-repeat the flags of the training script, which default to those of improved-diffusion."""
+repeat the flags of the training script, which default to those of improved-diffusion.
 
-EXAMPLES = examples(
+""" + examples(
     "fastddpm convert ddpm-cifar10-32 converted",
     "fastddpm convert ema_0.9999_050000.pt converted --num-heads 4 --image-size 64",
     "fastddpm sample --model converted",
@@ -30,26 +31,15 @@ EXAMPLES = examples(
 _OPTIONS = ("layout", "config", "weights", "prefix", "prediction")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "convert",
-        usage="%(prog)s SOURCE DESTINATION [options]",
-        help="convert a model",
-        description=DESCRIPTION,
-        epilog=f"{EPILOG}\n\n{EXAMPLES}",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     parser.add_argument("source", type=Path, help="a folder, or a .pt, .pth, .ckpt, .bin or .safetensors file")
     parser.add_argument("destination", type=Path, help="a folder that holds no model yet")
     parser.add_argument("--layout", choices=("flat", "pipeline"), default="flat", help="pipeline: as DDPMPipeline's")
     parser.add_argument("--dtype", choices=DTYPES, help="to store (default: float32)")
     parser.add_argument("--config", type=Path, help="config.json, for a .pt with the weights of a UNet2DModel")
-    parser.add_argument(
-        "--weights",
-        choices=("average", "last"),
-        default="average",
-        help="take a moving average of the weights where there is one (default), or the last weights",
-    )
+    weights = "take a moving average of the weights where there is one (default), or the last weights"
+    parser.add_argument("--weights", choices=("average", "last"), default="average", help=weights)
     parser.add_argument("--prefix", help="what stands before the names of the network to take, of several")
     parser.add_argument("--prediction", choices=("epsilon", "x_0", "v"), help="for files that do not say it")
     openai = parser.add_argument_group("what OpenAI's and Ho et al.'s scripts were given in training")
@@ -89,15 +79,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _describe(converted: Any) -> str:
-    diffusion = converted.model.diffusion
-    trained = (
-        "schedule unknown"
-        if diffusion is None
-        else (
-            f"T = {diffusion.num_timesteps}, "
-            f"{'its own betas' if diffusion.trained_betas else diffusion.beta_schedule + ' betas'}, "
-            f"predicts {diffusion.prediction_type}, variance {diffusion.variance_type}"
-        )
-    )
+    trained = "schedule unknown"
+    if diffusion := converted.model.diffusion:
+        betas = "its own betas" if diffusion.trained_betas else f"{diffusion.beta_schedule} betas"
+        trained = f"T = {diffusion.num_timesteps}, {betas}, predicts {diffusion.prediction_type}"
+        trained += f", variance {diffusion.variance_type}"
     count = sum(parameter.numel() for parameter in converted.model.parameters())
     return f"network of {count / 1e6:.1f} M parameters from {converted.kind} ({trained})"

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastddpm.checks import printable
-from fastddpm.cli.parser import add_machine, add_outdir, add_output, examples
+from fastddpm.cli.parser import add_output, add_shared, examples, print_output, refuse_existing
 
 if TYPE_CHECKING:
     from fastddpm.pictures.recording import Recording, RecordingSettings
     from fastddpm.sampling.sampler import Sampler
 
+USAGE = "%(prog)s [--data DATA] [options]"
 DESCRIPTION = """Draw the forward process of data in T steps, panel by panel, with alpha_bar_t and the signal-to-noise
 ratio, and beneath it a reverse process: for points that of a small network trained on the spot, or of the exact
 denoiser of the data (--exact); for images that of the exact denoiser, or of a --model."""
 
-EXAMPLES = examples(
+EPILOG = examples(
     "fastddpm diffuse --data swiss-roll --steps 8",
     "fastddpm diffuse --data two-moons --steps 100 --gif --outdir pictures",
     "fastddpm diffuse --data mnist --model digits",
@@ -33,35 +34,25 @@ an image, an image folder, or a .npy/.npz file of images"""
 GIF_STATES = 51
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "diffuse",
-        usage="%(prog)s [--data DATA] [options]",
-        help="draw the forward and reverse process",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     parser.add_argument("--data", default="swiss-roll", help=DATA_HELP)
     parser.add_argument("--steps", type=int, help="T (default: 8); with --model its network calls (default: 50)")
-    parser.add_argument(
-        "--schedule", help="cosine (default), linear_rescaled, sigmoid_jabri, ... (with --model: its own)"
-    )
+    schedule = "cosine (default), linear_rescaled, sigmoid_jabri, ... (with --model: its own)"
+    parser.add_argument("--schedule", help=schedule)
     reverse = parser.add_mutually_exclusive_group()
     reverse.add_argument("--exact", action="store_true", help="reverse points by the exact denoiser too; no training")
     reverse.add_argument("--model", help="reverse images by a model: the name of a shipped one, or a directory")
-    parser.add_argument("--show", type=int, help="points (default: 2000) or images (default: 2) drawn")
+    shown = "points (default: 2000) or images (default: 2) drawn"
+    parser.add_argument("--show", dest="shown", metavar="SHOW", type=int, help=shown)
     parser.add_argument("--train-steps", type=int, default=4000, help="gradient steps of the points' network")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
-    add_outdir(parser, ".")
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and noise")
+    add_shared(parser, "outdir", outdir=Path())
     parser.add_argument("--out", type=Path, metavar="FILE", help="the PNG itself (default: OUTDIR/diffuse-DATA.png)")
     parser.add_argument("--gif", action="store_true", help="also write an animation, beside the PNG")
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="points: also compare 8 x 10000 samples with data by the sliced Wasserstein distance",
-    )
-    add_machine(parser, "device", "backend")
+    measure = "points: also compare 8 x 10000 samples with data by the sliced Wasserstein distance"
+    parser.add_argument("--measure", action="store_true", help=measure)
+    add_shared(parser, "device", "backend")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that exist")
     add_output(parser, "numbers")
 
@@ -100,19 +91,12 @@ def _settings(args: argparse.Namespace) -> RecordingSettings:
         raise ValueError(f"--measure needs data to draw anew, {', '.join(DATA_SETS)}; got {args.data}")
     if args.measure and args.exact:
         raise ValueError("--measure is for the trained network; --exact returns to the points it was given")
-    return RecordingSettings(
-        data=args.data,
-        steps=args.steps if args.steps is not None else 8 if args.model is None else 50,
-        schedule=args.schedule or "cosine",
-        exact=args.exact,
-        model=args.model,
-        shown=args.show,
-        train_steps=args.train_steps,
-        states=GIF_STATES if args.gif else MAX_PANELS,
-        seed=args.seed,
-        device=str(resolve_device(args.device)),
-        backend=args.backend,
-    )
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(RecordingSettings)}
+    given["states"] = GIF_STATES if args.gif else MAX_PANELS
+    given["device"] = str(resolve_device(args.device))
+    if args.model is not None and args.steps is None:
+        given["steps"] = 50
+    return RecordingSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 def _free_paths(args: argparse.Namespace) -> list[Path]:
@@ -129,9 +113,7 @@ def _free_paths(args: argparse.Namespace) -> list[Path]:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} is no folder that can be written to; choose another --outdir")
     paths = [png, png.with_suffix(".gif")] if args.gif else [png]
-    for path in paths:
-        if path.exists() and not args.overwrite:
-            raise FileExistsError(f"{path} exists already; use --overwrite to replace it, or another --outdir")
+    refuse_existing(args, paths)
     return paths
 
 
@@ -173,18 +155,12 @@ def _report(args: argparse.Namespace, recording: Recording, paths: list[Path], m
         **measured,
         "files": [str(path) for path in paths],
     }
-    if args.json:
-        print(json.dumps(summary))
-        return
-    if args.quiet:
-        return
-    relation = "<" if process.ends_gaussian() else ">="
-    ends = "ends Gaussian" if process.ends_gaussian() else "does not end Gaussian"
+    ends, relation = ("ends", "<") if process.ends_gaussian() else ("does not end", ">=")
     advice = "" if process.ends_gaussian() or args.schedule in (None, "cosine") else "; try --schedule cosine"
-    print(f"T = {process.steps}: {ends}, alpha_bar_T = {alpha_bar:.3g} {relation} 0.001{advice}")
+    lines = [f"T = {process.steps}: {ends} Gaussian, alpha_bar_T = {alpha_bar:.3g} {relation} 0.001{advice}"]
     if measured:
-        print(
+        lines.append(
             f"sliced Wasserstein distance: samples and data {measured['sw_samples']:.4f}, two draws of the data "
             f"{measured['sw_data']:.4f}, ratio {measured['sw_ratio']:.2f}"
         )
-    print(f"wrote {', '.join(map(str, paths))}")
+    print_output(args, summary, "\n".join([*lines, f"wrote {', '.join(map(str, paths))}"]))

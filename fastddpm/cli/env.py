@@ -8,21 +8,18 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from fastddpm.cli.parser import examples
+from fastddpm.cli.parser import add_shared, examples
+
+DESCRIPTION = "Show versions, processor, GPUs, threads, caches, and which backend runs the fused operations."
+EPILOG = examples("fastddpm env", "fastddpm env --json > env.json")
 
 WIDTH = 80
 _LABEL = 29
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "env",
-        help="show versions, devices and the backend in use",
-        description="Show versions, processor, GPUs, threads, caches, and which backend runs the fused operations.",
-        epilog=examples("fastddpm env", "fastddpm env --json > env.json"),
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_shared(parser, "json")
 
 
 def run(args: argparse.Namespace) -> int:

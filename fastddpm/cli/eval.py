@@ -7,22 +7,22 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastddpm.checks import number
 from fastddpm.cli import sampling_options
-from fastddpm.cli.parser import examples, positive
+from fastddpm.cli.parser import add_shared, examples, positive, print_output
 
 if TYPE_CHECKING:
     from fastddpm.data.datasets import Dataset
     from fastddpm.evaluation.classifier import Classifier
-    from fastddpm.evaluation.measures import Measures
     from fastddpm.evaluation.real_images import Reference
     from fastddpm.machine.ranks import Ranks
     from fastddpm.sampling.sample import Run
     from fastddpm.unet.unet import UNet
 
+USAGE = "%(prog)s [--model MODEL] [--data DATA] [options]"
 DESCRIPTION = """Draw samples and measure them beside real images: how often a small classifier sees the digit that was
 asked for, the Frechet distance of its features, how near samples come to training images, and how much they differ.
 For images of your own (--data) also FID, where torch-fidelity and its weights are at hand."""
@@ -42,42 +42,28 @@ batches are kept).
 PICTURED, COLUMNS = 100, 10
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "eval",
-        usage="%(prog)s [--model MODEL] [--data DATA] [options]",
-        help="measure samples",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
-    parser.add_argument(
-        "--samples", type=functools.partial(positive, low=2), default=1000, help="how many (default: 1000)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the first of as many seeds (default: 0)")
-    parser.add_argument(
-        "--guidance",
-        type=_weights,
-        default=[1.0],
-        metavar="W[,W...]",
-        help="weight of classifier-free guidance, or several to compare and plot (default: 1)",
-    )
-    parser.add_argument(
-        "--data", default="mnist", help="mnist (default), digits8x8, or your images: a folder, or a .npy/.npz file"
-    )
-    parser.add_argument("--value-range", metavar="LO,HI", help="values of black and white, of data that do not say it")
-    parser.add_argument("--background", metavar="COLOUR", help="behind transparent pixels of --data")
-    parser.add_argument("--channels", choices=("first", "last"), help="of an array whose shape does not say it")
-    parser.add_argument("--classifier", type=Path, help="one trained on --data (default: the shipped one, of mnist)")
-    parser.add_argument("--bits-per-dim", action="store_true", help="also bound the likelihood of real images")
-    parser.add_argument("--download", action="store_true", help="fetch FID's network if it is missing (96 MB)")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add = parser.add_argument
+    add("--samples", type=functools.partial(positive, low=2), default=1000, help="how many")
+    add_shared(parser, "seed")
+    guidance = "weight of classifier-free guidance, or several to compare and plot"
+    add("--guidance", type=_weights, default="1", metavar="W[,W...]", help=guidance)
+    add("--data", default="mnist", help="mnist (default), digits8x8, or your images: a folder, or a .npy/.npz file")
+    add("--value-range", metavar="LO,HI", help="values of black and white, of data that do not say it")
+    add("--background", metavar="COLOUR", help="behind transparent pixels of --data")
+    add("--channels", choices=("first", "last"), help="of an array whose shape does not say it")
+    add("--classifier", type=Path, help="one trained on --data (default: the shipped one, of mnist)")
+    add("--bits-per-dim", action="store_true", help="also bound the likelihood of real images")
+    add("--download", action="store_true", help="fetch FID's network if it is missing (96 MB)")
     sampling_options.add_options(parser, outdir="eval")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate a model."""
     from fastddpm.data.values import parse_range
-    from fastddpm.evaluation.bits import real_bits
+    from fastddpm.evaluation.classifier import SHIPPED_CLASSIFIER, load_classifier
+    from fastddpm.evaluation.measures import real_bits
     from fastddpm.evaluation.real_images import load_reference
     from fastddpm.evaluation.report import PLOT, REPORT, guidance_plot, text_report
     from fastddpm.files.atomic import write_files
@@ -90,7 +76,11 @@ def run(args: argparse.Namespace) -> int:
     model = load(args.model)
     reading = {"value_range": parse_range(args.value_range), "background": args.background, "channels": args.channels}
     reference = load_reference(args.data, shape_of(model), **reading)
-    classifier = _classifier(args, reference)
+    classifier = None
+    if args.classifier is not None or args.data == "mnist":
+        if reference.held_out is None:
+            raise ValueError(f"--classifier: of {args.data} nothing is held out, so nothing says how good it is")
+        classifier = load_classifier(args.classifier or SHIPPED_CLASSIFIER, len(reference.train.classes))
     planned = sampling_options.plan(args, model, range(args.seed, args.seed + args.samples))
     with RunFolder(args.outdir, ()).locked() if ranks.rank == 0 else contextlib.nullcontext(), ranks.connected():
         results = []
@@ -102,50 +92,47 @@ def run(args: argparse.Namespace) -> int:
         report = {"model": args.model, "data": args.data, "samples": args.samples, "results": results}
         if args.bits_per_dim:
             bits = real_bits(model, reference, args.samples, planned.sampler.device)
-            report["bits_per_dim"] = {name: estimate._asdict() for name, estimate in bits.items()}
+            report["bits_per_dim"] = {name: dataclasses.asdict(estimate) for name, estimate in bits.items()}
         files = {args.outdir / REPORT: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()}
         if len(results) > 1:
             files[args.outdir / PLOT] = guidance_plot(results)
         write_files(files)
-    if args.json:
-        print(json.dumps(report))
-    elif not args.quiet:
-        print(text_report(report))
+    print_output(args, report, text_report(report))
     return 0
 
 
 def _result(
-    args: argparse.Namespace,
-    model: UNet,
-    planned: Run,
-    reference: Reference,
-    classifier: Classifier | None,
-    ranks: Ranks,
+    args: argparse.Namespace, model: UNet, plan: Run, reference: Reference, classifier: Classifier | None, ranks: Ranks
 ) -> dict[str, Any]:
     """Draw the samples of one guidance weight, and measure them; rank 0 writes what is found."""
+    from fastddpm.evaluation.fid import compute_fid, fid_obstacle
     from fastddpm.evaluation.measures import measure
     from fastddpm.evaluation.report import PICTURE, SPEED
     from fastddpm.files.images import save_grid
     from fastddpm.sampling.outputs import Outputs
     from fastddpm.sampling.to_files import begun, draw, images_per_second
 
-    directory = args.outdir / f"guidance-{planned.guidance:g}"
-    outputs = Outputs(directory, "npz", planned.seeds, planned.labels, planned.batches)
+    directory = args.outdir / f"guidance-{plan.guidance:g}"
+    outputs = Outputs(directory, "npz", plan.seeds, plan.labels, plan.batches)
     settings = {"sampler": args.sampler, "classes": None, "resume": args.resume, "overwrite": args.overwrite}
-    with begun(model, planned, outputs, ranks, **settings) as (config, missing):
-        rate = images_per_second(draw(planned, outputs, missing, ranks, quiet=args.quiet))
+    with begun(model, plan, outputs, ranks, **settings) as (config, missing):
+        rate = images_per_second(draw(plan, outputs, missing, ranks, quiet=args.quiet))
         # Of all ranks together, in millionths.
         rate = ranks.add(f"{directory}: images a second", round((rate or 0) * 1e6)) / 1e6
         ranks.wait_for_all()
         if ranks.rank == 0:
             outputs.finish(grid=False)
         ranks.wait_for_all()
-    samples = _samples(outputs.samples_path, planned.labels, model, reference)
+    samples = _samples(outputs.samples_path, plan.labels, model, reference)
     measures = measure(samples, reference, classifier, ranks)
     if ranks.rank:
         return {}
     save_grid(samples.images[:PICTURED], directory / PICTURE, columns=COLUMNS, scale=1)
-    _add_fid(measures, args, samples, reference)
+    if reference.held_out is None:
+        if obstacle := fid_obstacle(download=args.download):
+            measures.notes.append(obstacle)
+        else:
+            measures.fid = compute_fid(samples, reference.train)
     return {"run": config, "images_per_second": _speed(directory / SPEED, rate), **measures.to_json()}
 
 
@@ -158,17 +145,10 @@ def _samples(path: Path, labels: list[int] | None, model: UNet, reference: Refer
     from fastddpm.sampling.network import num_classes_of
     from fastddpm.sampling.outputs import read_x
 
-    images = to_uint8(torch.from_numpy(read_x(path)))
-    if labels is None:
+    images, classes = to_uint8(torch.from_numpy(read_x(path))), reference.train.classes
+    if labels is None or num_classes_of(model) != len(classes):
         return Dataset("samples", images)
-    n = num_classes_of(model) or 0
-    same = len(reference.train.classes) == n
-    return Dataset(
-        "samples",
-        images,
-        torch.tensor(labels),
-        reference.train.classes if same else tuple(f"class {i}" for i in range(n)),
-    )
+    return Dataset("samples", images, torch.tensor(labels), classes)
 
 
 def _speed(path: Path, rate: float) -> float | None:
@@ -181,32 +161,8 @@ def _speed(path: Path, rate: float) -> float | None:
     return read_object(path).get("images_per_second") if path.exists() else None
 
 
-def _classifier(args: argparse.Namespace, reference: Reference) -> Classifier | None:
-    from fastddpm.evaluation.classifier import SHIPPED_CLASSIFIER, load_classifier
-
-    if args.classifier is None and args.data != "mnist":
-        return None
-    if reference.held_out is None:
-        raise ValueError(f"--classifier: of {args.data} nothing is held out, so nothing says how good it is")
-    return load_classifier(args.classifier or SHIPPED_CLASSIFIER, len(reference.train.classes))
-
-
-def _add_fid(measures: Measures, args: argparse.Namespace, samples: Dataset, reference: Reference) -> None:
-    from fastddpm.evaluation.fid import compute_fid, fid_obstacle
-
-    if reference.held_out is not None:
-        return
-    if obstacle := fid_obstacle(download=args.download):
-        measures.notes.append(obstacle)
-    else:
-        measures.fid = compute_fid(samples, reference.train)
-
-
 def _weights(text: str) -> list[float]:
     try:
-        weights = [float(part) for part in text.split(",")]
+        return list(dict.fromkeys(number("weight", float(part)) for part in text.split(",")))
     except ValueError:
-        weights = [math.nan]
-    if not all(map(math.isfinite, weights)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no weight; write 2, or 1,1.5,2")
-    return list(dict.fromkeys(weights))
+        raise argparse.ArgumentTypeError(f"{text!r} is no weight; write 2, or 1,1.5,2") from None

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import textwrap
 from typing import TYPE_CHECKING
 
-from fastddpm.cli.parser import examples, positive
+from fastddpm.cli.parser import add_shared, examples, positive
 
 if TYPE_CHECKING:
     from fastddpm.diagnostics.gpus import Gpu
     from fastddpm.diagnostics.inspect import Report
+
+DESCRIPTION = """Compile every kernel variant, without a GPU, and print registers, spills, access widths, executed
+instructions and bytes per element, and the roofline they imply."""
+
+EPILOG = examples("fastddpm inspect p_sample", "fastddpm inspect --model cifar10 --batch 16")
 
 WIDTH = 80
 _HEADER = f"{'variant':<34}{'regs':>5}{'spill':>6}{'smem':>6}{'bar':>4}{'i/el':>6}{'B/el':>5}{'binds':>8}{'':>6}"
@@ -21,23 +27,15 @@ tensors have left L2, and the time of the instructions as a share of DRAM's. Sec
 tensor, and the size from which DRAM rather than L2 counts."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "inspect",
-        help="compile every kernel without a GPU and print what it costs",
-        description="Compile every kernel variant, without a GPU, and print registers, spills, access widths, executed "
-        "instructions and bytes per element, and the roofline they imply.",
-        epilog=examples("fastddpm inspect p_sample", "fastddpm inspect --model cifar10 --batch 16"),
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     parser.add_argument("--arch", action="append", metavar="ARCH", help="sm_75, sm_80, sm_90 (default), sm_100, ...")
     parser.add_argument("--gpu", metavar="NAME", help="GPU whose data sheet the roofline uses, such as 'H100 SXM'")
     parser.add_argument("kernel", nargs="?", help="only this one: p_sample, q_sample, ddpm_loss, noise or group_norm")
-    parser.add_argument(
-        "--model", help="instead, the kernels of a call of this network: shipped model, directory, or cifar10"
-    )
-    parser.add_argument("--batch", type=positive, default=16, help="of the network's input (default: 16)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    model = "instead, the kernels of a call of this network: shipped model, directory, or cifar10"
+    parser.add_argument("--model", help=model)
+    parser.add_argument("--batch", type=positive, default=16, help="of the network's input")
+    add_shared(parser, "json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,12 +88,8 @@ def _network(args: argparse.Namespace) -> int:
 def render(arch: str, gpu: Gpu | None, reports: list[Report]) -> str:
     """A table of at most 80 columns."""
     lines = _heading(arch, gpu)
-    kernel = None
-    for report in reports:
-        if report.kernel != kernel:
-            kernel = report.kernel
-            lines += ["", kernel, _HEADER.rstrip()]
-        lines += _row(report)
+    for kernel, variants in itertools.groupby(reports, lambda report: report.kernel):
+        lines += ["", kernel, _HEADER.rstrip(), *itertools.chain.from_iterable(map(_row, variants))]
     lines += ["", *textwrap.wrap(_LEGEND, WIDTH)]
     return "\n".join(lines)
 
@@ -112,15 +106,13 @@ def _row(report: Report) -> list[str]:
 
     executed = "-" if report.executed is None else f"{report.executed:.1f}"
     share = "" if report.compute_share is None else f"{report.compute_share:.2f}"
-    line = (
+    lines = [
         f"{report.variant:<34}{report.registers:>5}{report.spills:>6}{report.shared:>6}{report.barriers:>4}"
         f"{executed:>6}{report.bytes_per_element:>5.3g}{report.roof or '-':>8}{share:>6}"
-    )
+    ]
     details = summarise_widths(report.widths)
     if report.l2_elements is not None:
         details += f"; DRAM counts from {report.l2_elements / 1e6:.1f} M elements"
-    remarks = [*report.notes, *(f"left out: {reason}" for reason in report.avoided)]
-    indented = [details, *remarks]
-    return [line] + [
-        part for text in indented for part in textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
-    ]
+    for text in (details, *report.notes, *(f"left out: {reason}" for reason in report.avoided)):
+        lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return lines

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +39,64 @@ class _Formatter(argparse.HelpFormatter):
         fill = super()._fill_text
         return "\n\n".join(part if "\n  " in part else fill(part, width, indent) for part in text.split("\n\n"))
 
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """Add the default, unless it is none or the text speaks of it."""
+        text, default = action.help or "", action.default
+        if "default" in text or any(default is none for none in (None, False, argparse.SUPPRESS)):
+            return text
+        return f"{text} (default: {f'{default:g}' if isinstance(default, float) else default})"
+
+
+# Options that several commands have.
+_SHARED: dict[str, dict[str, Any]] = {
+    "model": {"default": "digits", "help": "shipped model, directory, or id on the Hugging Face Hub"},
+    "guidance": {"type": float, "default": 1.0, "help": "weight of classifier-free guidance"},
+    "seed": {"type": int, "default": 0, "help": "the first of as many seeds"},
+    "device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1"},
+    "dtype": {"choices": DTYPES, "help": "of the network (default: the model's)"},
+    "backend": {"choices": BACKENDS, "default": "auto", "help": "of the fused operations"},
+    "compile": {"choices": tuple(COMPILE), "default": "auto", "help": "torch.compile the network"},
+    "outdir": {"type": Path, "metavar": "DIR", "help": "where to write"},
+    "overwrite": {"action": "store_true", "help": "replace what is in the directory"},
+    "json": {"action": "store_true", "help": "print JSON"},
+}
+
 
 def examples(*commands: str) -> str:
     """Return a paragraph of a help text that shows how a command is used."""
     return "\n  ".join(["examples:", *commands])
 
 
-def add_outdir(parser: argparse.ArgumentParser, default: str | None, *, dest: str = "outdir", old: str = "") -> None:
-    """Add --outdir; ``old`` is a name that it had before."""
-    text = f"where to write{f' (default: {default})' if default else ''}{f'; {old} is its old name' if old else ''}"
-    action = parser.add_argument("--outdir", *([old] if old else []), dest=dest, type=Path, metavar="DIR", help=text)
-    if default is not None:
-        action.default = Path(default)
-
-
-def add_machine(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add options that say where and how to compute: "device", "dtype", "backend", "compile"."""
-    known: dict[str, dict[str, Any]] = {
-        "device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1 (default: auto)"},
-        "dtype": {"choices": DTYPES, "help": "of the network (default: the model's)"},
-        "backend": {"choices": BACKENDS, "default": "auto", "help": "of the fused operations (default: auto)"},
-        "compile": {"choices": tuple(COMPILE), "default": "auto", "help": "torch.compile the network (default: auto)"},
-    }
+def add_shared(parser: argparse._ActionsContainer, *names: str, **defaults: Any) -> None:
+    """Add options that several commands have; ``defaults`` replaces those that they usually have."""
     for name in names:
-        parser.add_argument(f"--{name}", **known[name])
+        parser.add_argument(f"--{name}", **_SHARED[name])
+    parser.set_defaults(**defaults)
 
 
 def add_output(parser: argparse.ArgumentParser, summary: str) -> None:
     """Add --json and --quiet."""
     parser.add_argument("--json", action="store_true", help=f"print the {summary} as JSON")
     parser.add_argument("--quiet", action="store_true", help=f"no progress bar and no {summary}")
+
+
+def print_output(args: argparse.Namespace, summary: Mapping[str, Any], text: str) -> None:
+    """Print what --json and --quiet ask for: a summary as JSON, as text, or nothing."""
+    if args.json:
+        print(json.dumps(summary))
+    elif not args.quiet:
+        print(text)
+
+
+def refuse_existing(args: argparse.Namespace, paths: Iterable[Path]) -> None:
+    """Refuse to replace files unless --overwrite is given.
+
+    Raises:
+        FileExistsError: one exists.
+    """
+    for path in paths:
+        if path.exists() and not args.overwrite:
+            raise FileExistsError(f"{path} exists already; use --overwrite to replace it, or another --outdir")
 
 
 def positive(text: str, low: int = 1) -> int:
@@ -78,3 +108,8 @@ def positive(text: str, low: int = 1) -> int:
     if not text.isdecimal() or int(text) < low:
         raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least {low}")
     return int(text)
+
+
+def positives(text: str, low: int = 1) -> list[int]:
+    """Read such integers between commas, in ascending order."""
+    return sorted({positive(part.strip(), low) for part in text.split(",")})

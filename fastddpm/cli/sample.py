@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli import sampling_options
-from fastddpm.cli.parser import examples, positive
+from fastddpm.cli.parser import add_shared, examples, positive, print_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from fastddpm.sampling.sample import Run
     from fastddpm.unet.unet import UNet
 
+USAGE = "%(prog)s [--model MODEL] [--seeds SEEDS] [options]"
 DESCRIPTION = """Draw one sample per seed. A seed gives the same noise in any batch, on any device and with any number
 of processes. Those that torchrun starts share the work: each draws the next batch when it is free."""
 
@@ -35,53 +35,28 @@ Under torchrun the last process to finish joins the parts and draws the --grid. 
     "torchrun --nproc-per-node 8 -m fastddpm sample --seeds 0-49999 --format npz",
 )
 
+X_T = "the start of each sample, [N, ...], instead of noise from its seed: a .npy, .npz or .safetensors file"
+CLASS = """class, or classes in turn (3 or 0,1,2), or none for the null class; by default a class-conditional model
+draws class seed %% number of classes"""
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "sample",
-        usage="%(prog)s [--model MODEL] [--seeds SEEDS] [options]",
-        help="draw images",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
-    parser.add_argument("--seeds", type=_seeds, help="for example 0-15,20 (default: 0-15, or one per start of --x-T)")
-    parser.add_argument(
-        "--x-T",
-        type=Path,
-        metavar="FILE",
-        help="the start of each sample, [N, ...], instead of noise from its seed: a .npy, .npz or .safetensors file",
-    )
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        type=_classes,
-        help="class, or classes in turn (3 or 0,1,2), or none for the null class; by default a class-conditional "
-        "model draws class seed %% number of classes",
-    )
-    parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (default: 1)")
-    parser.add_argument(
-        "--init-image", type=Path, metavar="FILE", help="begin from this image, noised as far as --strength says"
-    )
-    parser.add_argument(
-        "--strength", type=float, default=1.0, help="share of the steps that is taken, the last ones (default: 1)"
-    )
-    parser.add_argument(
-        "--mask", type=Path, metavar="FILE", help="image that is white where to draw; elsewhere --init-image stays"
-    )
-    parser.add_argument(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        metavar="T",
-        help="timesteps outside of which the weight is 1: 100 800",
-    )
-    parser.add_argument(
-        "--guidance-rescale", type=float, metavar="PHI", help="how far guidance keeps the spread, 0 to 1"
-    )
-    parser.add_argument("--format", choices=("png", "npz"), default="png", help="one PNG per seed, or samples.npz")
-    parser.add_argument("--grid", action="store_true", help="also write grid.png with all images")
-    parser.add_argument("--scale", type=positive, default=1, metavar="N", help="enlarge the grid N times (default: 1)")
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add = parser.add_argument
+    file: Any = {"type": Path, "metavar": "FILE"}
+    add("--seeds", type=_seeds, help="for example 0-15,20 (default: 0-15, or one per start of --x-T)")
+    add("--x-T", **file, help=X_T)
+    add("--class", dest="classes", type=_classes, help=CLASS)
+    add_shared(parser, "guidance")
+    add("--init-image", **file, help="begin from this image, noised as far as --strength says")
+    add("--strength", type=float, default=1.0, help="share of the steps that is taken, the last ones")
+    add("--mask", **file, help="image that is white where to draw; elsewhere --init-image stays")
+    outside = "timesteps outside of which the weight is 1: 100 800"
+    add("--guidance-interval", type=float, nargs=2, metavar="T", help=outside)
+    add("--guidance-rescale", type=float, metavar="PHI", help="how far guidance keeps the spread, 0 to 1")
+    add("--format", choices=("png", "npz"), default="png", help="one PNG per seed, or samples.npz")
+    add("--grid", action="store_true", help="also write grid.png with all images")
+    add("--scale", type=positive, default=1, metavar="N", help="enlarge the grid N times")
     sampling_options.add_options(parser, outdir="samples")
 
 
@@ -159,7 +134,7 @@ def _report(
     from fastddpm.noise.seeds import format_seeds
 
     sampler = planned.sampler
-    summary = {
+    summary: dict[str, Any] = {
         "images": images,
         "steps": len(sampler.table),
         "seconds": round(seconds, 3),
@@ -171,16 +146,14 @@ def _report(
         "seeds": format_seeds(planned.seeds),
         "outdir": str(args.outdir),
     }
-    if args.json:
-        print(json.dumps(summary))
-    elif not args.quiet:
-        speed = "" if rate is None else f"{rate:.3g} images/s, "
-        print(
-            f"{images} images, {summary['steps']} steps, {seconds:.1f} s, {speed}"
-            f"{f'{world} processes, ' if world > 1 else ''}"
-            f"{summary['device']}, {summary['backend']}, {'' if summary['compiled'] else 'not '}compiled, "
-            f"seeds {summary['seeds']}"
-        )
+    text = [
+        *(f"{images} images", f"{summary['steps']} steps", f"{seconds:.1f} s"),
+        *([] if rate is None else [f"{rate:.3g} images/s"]),
+        *([f"{world} processes"] if world > 1 else []),
+        *(summary["device"], summary["backend"], "compiled" if summary["compiled"] else "not compiled"),
+        f"seeds {summary['seeds']}",
+    ]
+    print_output(args, summary, ", ".join(text))
 
 
 def _labels(classes: list[int | None] | None, n: int, null_class: int | None) -> list[int] | None:

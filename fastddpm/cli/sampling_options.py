@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastddpm.cli.parser import COMPILE, add_machine, add_outdir, add_output, positive
+from fastddpm.cli.parser import COMPILE, add_output, add_shared, positive
 from fastddpm.tables.names import NAMES, listing
 
 if TYPE_CHECKING:
@@ -32,28 +32,21 @@ TABLE_OPTIONS = (
 
 def add_options(parser: argparse.ArgumentParser, *, outdir: str) -> None:
     """Add them, ``outdir`` being the default of --outdir."""
-    parser.add_argument(
-        "--model", default="digits", help="shipped model, directory, or id on the Hugging Face Hub (default: digits)"
-    )
+    add_shared(parser, "model")
     parser.add_argument("--steps", type=positive, help="steps per sample (default: fast's own, else all timesteps)")
     parser.add_argument("--batch", type=positive, help="the most samples per batch (default: by size and device)")
-    sampler = parser.add_argument(
-        "--sampler", default="fast", help="one of those below, or another of its names (default: fast)"
-    )
+    sampler = parser.add_argument("--sampler", default="fast", help="one of those below, or another of its names")
     sampler.completer = lambda **_: [entry.name for entry in NAMES]  # type: ignore[attr-defined]  # argcomplete's
     for name, kind, text in TABLE_OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
-    parser.add_argument(
-        "--condition", type=Path, metavar="FILE", help="seen beside x: .npy or .npz, a row per seed or one"
-    )
-    add_outdir(parser, outdir)
-    add_machine(parser, "dtype", "device", "backend", "compile")
-    parser.add_argument(
-        "--compiled", metavar="FILE", help="run the network with a file of `fastddpm compile`: native code, so trust it"
-    )
+    condition = "seen beside x: .npy or .npz, a row per seed or one"
+    parser.add_argument("--condition", type=Path, metavar="FILE", help=condition)
+    add_shared(parser, "outdir", "dtype", "device", "backend", "compile", outdir=Path(outdir))
+    compiled = "run the network with a file of `fastddpm compile`: native code, so trust it"
+    parser.add_argument("--compiled", metavar="FILE", help=compiled)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="complete an interrupted run of the same arguments")
-    existing.add_argument("--overwrite", action="store_true", help="replace what is in the directory")
+    add_shared(existing, "overwrite")
     add_output(parser, "summary")
     parser.add_argument_group("samplers (network calls a step, what for; = other names)", listing())
 
@@ -105,5 +98,6 @@ def plan(
     except TypeError as error:
         for name in given:
             if f"unexpected keyword argument '{name}'" in str(error):
-                raise ValueError(f"--{name}: the sampler {args.sampler} has no such option; leave it out") from None
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option}: the sampler {args.sampler} has no such option; leave it out") from None
         raise

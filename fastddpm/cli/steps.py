@@ -6,49 +6,34 @@ import argparse
 import functools
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-from fastddpm.cli.parser import COMPILE, add_machine, add_outdir, add_output, examples, positive
+from fastddpm.cli import parser as shared
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
+USAGE = "%(prog)s [--model MODEL] [options]"
 DESCRIPTION = """Draw the same samples with few and with many network calls, and print how far apart they are: each
 sampler's error against the number of calls, and the fewest calls within 5 % of the many-step result. An error is a root
 mean square distance over the samples' standard deviation, of pixels and, for the shipped digits, of a classifier's
 features. OUTDIR holds steps.json, and steps.png where matplotlib is installed."""
 
-EXAMPLES = examples(
+EPILOG = shared.examples(
     "fastddpm steps --model digits", "fastddpm steps --model runs/mine --samplers ddim --calls 10,20,50"
 )
 
-FILES = REPORT, PLOT = "steps.json", "steps.png"
+REPORT, PLOT = "steps.json", "steps.png"
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "steps",
-        usage="%(prog)s [--model MODEL] [options]",
-        help="how many network calls a model needs",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-    )
-    several = functools.partial(positive, low=2)
-    parser.add_argument("--model", default="digits", help="name of a shipped model, or a directory (default: digits)")
-    parser.add_argument("--samplers", default="ddim,dpm++2m,unipc3", help="deterministic ones (default: %(default)s)")
-    parser.add_argument("--calls", type=_numbers, default="4,5,6,8,10,15,20,30,50", help="default: %(default)s")
-    parser.add_argument("--many", type=positive, default=200, help="steps of the many-step result (default: 200)")
-    parser.add_argument("--within", type=float, default=5.0, help="per cent of error that is enough (default: 5)")
-    parser.add_argument("--samples", type=several, default=16, help="how many (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="the first of as many seeds (default: 0)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (default: 1)")
-    add_outdir(parser, "steps")
-    add_machine(parser, "dtype", "device", "backend", "compile")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the directory")
-    add_output(parser, "report")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    shared.add_shared(parser, "model")
+    parser.add_argument("--samplers", default="ddim,dpm++2m,unipc3", help="deterministic ones")
+    parser.add_argument("--calls", type=shared.positives, default="4,5,6,8,10,15,20,30,50", help="default: %(default)s")
+    parser.add_argument("--many", type=shared.positive, default=200, help="steps of the many-step result")
+    parser.add_argument("--within", type=float, default=5.0, help="per cent of error that is enough")
+    parser.add_argument("--samples", type=functools.partial(shared.positive, low=2), default=16, help="how many")
+    shared.add_shared(parser, "seed", "guidance", "outdir", "dtype", "device", "backend", "compile", "overwrite")
+    parser.set_defaults(outdir=Path("steps"))
+    shared.add_output(parser, "report")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from fastddpm.checks import number
+    from fastddpm.evaluation.classifier import SHIPPED_CLASSIFIER, load_classifier
     from fastddpm.evaluation.steps import measure_steps, steps_plot, steps_text
     from fastddpm.files.atomic import write_files
     from fastddpm.files.run_folder import RunFolder
@@ -65,12 +51,14 @@ def run(args: argparse.Namespace) -> int:
 
     samplers = _deterministic(args.samplers)
     within = number("--within", args.within, gt=0) / 100
-    model = load(args.model)
+    model, features = load(args.model), None
+    if args.model == "digits":
+        features = torch.no_grad()(load_classifier(SHIPPED_CLASSIFIER).features)
     T = diffusion_of(model).num_timesteps
-    folder = RunFolder(args.outdir, FILES)
-    hidden = args.quiet or not sys.stderr.isatty()
-    with folder.locked(), tqdm(unit="call", desc="drawing", file=sys.stderr, disable=hidden) as bar:
-        folder.refuse_unless_free(resume=False, overwrite=args.overwrite)
+    written, plot = (args.outdir / name for name in (REPORT, PLOT))
+    folder = RunFolder(args.outdir, ())
+    with folder.locked(), tqdm(unit="call", desc="drawing", file=sys.stderr, disable=args.quiet or None) as bar:
+        shared.refuse_existing(args, [written, plot])
         report = measure_steps(
             model,
             samplers=samplers,
@@ -79,33 +67,23 @@ def run(args: argparse.Namespace) -> int:
             seeds=range(args.seed, args.seed + args.samples),
             guidance=args.guidance,
             within=within,
-            features=_features(args.model),
+            features=features,
             progress=bar.update,
             device=args.device,
             dtype=None if args.dtype is None else getattr(torch, args.dtype),
             backend=args.backend,
-            compile=COMPILE[args.compile],
+            compile=shared.COMPILE[args.compile],
         )
         report = {"model": args.model, "samples": args.samples, "guidance": args.guidance, **report}
-        files = {folder.path / REPORT: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()}
+        files = {written: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()}
         try:
-            files[folder.path / PLOT] = steps_plot(report)
+            files[plot] = steps_plot(report)
         except ImportError:
-            (folder.path / PLOT).unlink(missing_ok=True)
+            plot.unlink(missing_ok=True)
         write_files(files)
-    if args.json:
-        print(json.dumps(report))
-    elif not args.quiet:
-        print(f"{args.model}: {args.samples} samples, guidance {args.guidance:g},\n{steps_text(report)}")
+    head = f"{args.model}: {args.samples} samples, guidance {args.guidance:g},"
+    shared.print_output(args, report, f"{head}\n{steps_text(report)}")
     return 0
-
-
-def _features(model: str) -> Callable[[Tensor], Tensor] | None:
-    import torch
-
-    from fastddpm.evaluation.classifier import SHIPPED_CLASSIFIER, load_classifier
-
-    return torch.no_grad()(load_classifier(SHIPPED_CLASSIFIER).features) if model == "digits" else None
 
 
 def _deterministic(text: str) -> list[str]:
@@ -116,7 +94,3 @@ def _deterministic(text: str) -> list[str]:
         if entry.stochastic and entry.name in names:
             raise ValueError(f"--samplers: {entry.name} draws noise; its samples have no solution to compare with")
     return names
-
-
-def _numbers(text: str) -> list[int]:
-    return sorted({positive(part.strip()) for part in text.split(",")})

@@ -13,11 +13,12 @@ from typing import Any
 from fastddpm.cli import parser as shared
 from fastddpm.training.config import TrainConfig
 
+USAGE = "%(prog)s --data DATA --outdir DIR [options]"
 DESCRIPTION = """Train a network by Algorithm 1 of Ho et al. 2020. Ctrl-C ends a run after its current step with a
 checkpoint, and --resume continues it; then options that are not given keep the run's values. Processes that torchrun
 starts share each step's batch, and take the steps that one process takes, but for dropout and the order of sums."""
 
-EXAMPLES = shared.examples(
+EPILOG = shared.examples(
     "fastddpm train --data mnist --outdir runs/digits",
     "fastddpm train --data pictures/ --resolution 32 --flip --outdir runs/pictures",
     "fastddpm train --outdir runs/digits --resume --steps 20000",
@@ -25,16 +26,9 @@ EXAMPLES = shared.examples(
 )
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the parser of ``fastddpm train``; options that are not given keep their stored or default value."""
-    parser = subparsers.add_parser(
-        "train",
-        usage="%(prog)s --data DATA --outdir DIR [options]",
-        help="train a model",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        argument_default=argparse.SUPPRESS,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options; those that are not given keep their stored or default value."""
+    parser.argument_default = argparse.SUPPRESS
     for setting in dataclasses.fields(TrainConfig):
         _add_option(parser, setting)
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no closing line")
@@ -43,7 +37,8 @@ def add_parser(subparsers: Any) -> None:
 def _add_option(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) -> None:
     name, kind, text = f"--{setting.name.replace('_', '-')}", setting.metadata["kind"], setting.metadata["help"]
     if setting.name == "out":
-        shared.add_outdir(parser, None, dest="out", old="--out")
+        text = "where to write; --out is its old name"
+        parser.add_argument("--outdir", "--out", dest="out", metavar="DIR", help=text)
     elif setting.name == "compile":
         # Alone it means "on", and --no-compile "off", as they did before there was a choice.
         parser.add_argument(name, nargs="?", const="on", choices=tuple(shared.COMPILE), help=f"{text} (default: off)")
@@ -68,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k not in ("command", "quiet")}
     if "out" not in given:
         raise ValueError("give --outdir, the folder for checkpoints, log and model")
-    given["out"] = str(args.out)
     if "compile" in given:
         given["compile"] = shared.COMPILE[given["compile"]]
     quiet = "quiet" in args

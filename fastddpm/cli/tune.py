@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from fastddpm.cli.parser import add_output, examples, positive
+from fastddpm.cli.parser import add_output, add_shared, examples, positive, positives, print_output
 
+USAGE = "%(prog)s --model MODEL [options]"
 DESCRIPTION = """Fit noise levels, timesteps and coefficients of few steps to a model, so that their result meets that
 of many steps from the same x_T. The best table so far is written whenever there is a better one, to tuned.json in the
 model's folder, where --sampler tuned finds it; a second run goes on from there."""
 
-EXAMPLES = examples(
+EPILOG = examples(
     "fastddpm tune --model runs/mine --steps 5,8", "fastddpm sample --model runs/mine --sampler tuned --steps 5"
 )
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "tune",
-        usage="%(prog)s --model MODEL [options]",
-        help="fit a sampler of few steps to a model",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     parser.add_argument("--model", required=True, help="directory of a model, or the name of a shipped one")
-    parser.add_argument("--steps", type=_numbers, default="5", help="one number or several (default: 5)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance (default: 1)")
-    parser.add_argument("--minutes", type=float, default=5.0, help="for each number of steps, at most (default: 5)")
-    parser.add_argument(
-        "--samples",
-        type=functools.partial(positive, low=4),
-        default=128,
-        help="how many to fit to; as many are held out (default: 128)",
-    )
+    several, many = functools.partial(positives, low=2), functools.partial(positive, low=4)
+    parser.add_argument("--steps", type=several, default="5", help="one number or several")
+    add_shared(parser, "guidance")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for each number of steps, at most")
+    parser.add_argument("--samples", type=many, default=128, help="how many to fit to; as many are held out")
     parser.add_argument("--out", type=Path, help="another file than the model's own")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add_shared(parser, "device")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, instead of going on from tuned.json")
     add_output(parser, "tables")
 
@@ -78,20 +66,13 @@ def run(args: argparse.Namespace) -> int:
             tqdm.write(line(tuned), file=sys.stderr)
 
     model = model.to(resolve_device(args.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    hidden = args.quiet or not sys.stderr.isatty()
-    with tqdm(unit="call", file=sys.stderr, disable=hidden) as bar:
+    with tqdm(unit="call", file=sys.stderr, disable=args.quiet or None) as bar:
         targets = Targets(model, guidance=guidance, samples=args.samples, progress=bar.update)
         for steps in args.steps:
             bar.set_description(f"{steps} steps")
             tuned = tune(targets, steps, minutes=minutes, start=tables.get((steps, guidance)), found=keep)
             if (steps, guidance) not in tables:
                 keep(tuned)
-    if args.json:
-        print(json.dumps({"file": str(path), "tables": [vars(tables[key]) for key in sorted(tables)]}))
-    elif not args.quiet:
-        print("\n".join([*(line(tables[steps, guidance]) for steps in args.steps), f"in {path}"]))
+    summary = {"file": str(path), "tables": [vars(tables[key]) for key in sorted(tables)]}
+    print_output(args, summary, "\n".join([*(line(tables[steps, guidance]) for steps in args.steps), f"in {path}"]))
     return 0
-
-
-def _numbers(text: str) -> list[int]:
-    return sorted({positive(part.strip(), low=2) for part in text.split(",")})

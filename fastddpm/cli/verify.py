@@ -7,20 +7,17 @@ import json
 import textwrap
 from typing import Any
 
-from fastddpm.cli.parser import add_machine, examples
+from fastddpm.cli.parser import add_shared, examples
+
+DESCRIPTION = """Check noise, kernels and the sampling loop on this machine. Exit status: 0 if nothing failed, 1
+otherwise. What cannot run here is left out, with the reason."""
+
+EPILOG = examples("fastddpm verify", "fastddpm verify --device cuda:1 --json")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Attach the subcommand."""
-    parser = subparsers.add_parser(
-        "verify",
-        help="check the promises on this machine",
-        description="Check noise, kernels and the sampling loop on this machine. Exit status: 0 if nothing failed, "
-        "1 otherwise. What cannot run here is left out, with the reason.",
-        epilog=examples("fastddpm verify", "fastddpm verify --device cuda:1 --json"),
-    )
-    add_machine(parser, "device")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_shared(parser, "device", "json")
 
 
 def run(args: argparse.Namespace) -> int:

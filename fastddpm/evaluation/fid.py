@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ class _Pictures(torch.utils.data.Dataset[Tensor]):
     """Images as torch-fidelity takes them: uint8 [3, H, W]."""
 
     def __init__(self, data: Dataset) -> None:
-        self._images: Any = data.images if data.images.dtype == torch.uint8 else to_uint8(data.images)
+        self._images = to_uint8(data.images)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import copy
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation import frechet
 from fastddpm.evaluation.classifier import Classifier, Predictions, classify
 from fastddpm.evaluation.distances import diversity, nearest_distances
-from fastddpm.evaluation.estimate import Estimate, bootstrapped, proportion, ratio
+from fastddpm.evaluation.estimate import Estimate, bootstrapped, normal, proportion, ratio
 from fastddpm.evaluation.real_images import Reference, comparable, matched, subset
 from fastddpm.machine.ranks import ALONE, Ranks
+from fastddpm.sampling.network import diffusion_of, num_classes_of
+from fastddpm.training.likelihood import bits_per_dim
+from fastddpm.unet.unet import UNet
 
 ACCURACY, FRECHET, NEAREST, DIVERSITY = "accuracy", "frechet", "nearest", "diversity"
 
@@ -22,7 +27,8 @@ ACCURACY, FRECHET, NEAREST, DIVERSITY = "accuracy", "frechet", "nearest", "diver
 NEAR = 0.01
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One number, of samples and of real images.
 
     Attributes:
@@ -49,7 +55,7 @@ class Measures:
             nearest: median distance to the nearest training image.
             diversity: mean distance between two images of a class.
         near: share of samples nearer to a training image than all but `NEAR` of the held-out images are.
-        by_class: accuracy for each class, by its name.
+        accuracy_by_class: for each class, by its name.
         fid: by the standard network.
         notes: what was not measured, and why.
     """
@@ -57,29 +63,14 @@ class Measures:
     compared: int
     rows: dict[str, Row] = field(default_factory=dict)
     near: float = 0.0
-    by_class: dict[str, float] = field(default_factory=dict)
+    accuracy_by_class: dict[str, float] = field(default_factory=dict)
     fid: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON types."""
-        rows = {
-            name: {
-                "samples": row.samples._asdict(),
-                "real": row.real._asdict(),
-                "ratio": None if row.ratio is None else row.ratio._asdict(),
-                "against": row.against,
-            }
-            for name, row in self.rows.items()
-        }
-        return {
-            "compared": self.compared,
-            **rows,
-            "near": self.near,
-            "accuracy_by_class": self.by_class,
-            "fid": self.fid,
-            "notes": self.notes,
-        }
+        values = asdict(self)
+        return values.pop("rows") | values
 
 
 def measure(samples: Dataset, reference: Reference, classifier: Classifier | None, ranks: Ranks = ALONE) -> Measures:
@@ -104,8 +95,7 @@ def measure(samples: Dataset, reference: Reference, classifier: Classifier | Non
             of_held_out.features[chosen[2]].numpy(),
         )
         classes = None if equal[0].labels is None else equal[0].labels.numpy()
-        comparison = frechet.compare(*features, classes=classes)
-        measures.rows[FRECHET] = Row(comparison.samples, comparison.train, comparison.ratio, "training")
+        measures.rows[FRECHET] = Row(*frechet.compare(*features, classes=classes), "training")
     else:
         measures.notes.append("accuracy and Frechet distance; there is no classifier of these images")
     _add_nearest(measures, equal, reference.train, chosen[1], ranks)
@@ -138,7 +128,7 @@ def _add_accuracy(
     right = of_samples.classes.eq(samples.labels)
     for label, name in enumerate(samples.classes):
         if (members := samples.labels.eq(label)).any():
-            measures.by_class[name] = float(right[members].double().mean())
+            measures.accuracy_by_class[name] = float(right[members].double().mean())
 
 
 def _add_nearest(measures: Measures, equal: list[Dataset], train: Dataset, chosen_train: Tensor, ranks: Ranks) -> None:
@@ -151,3 +141,30 @@ def _add_nearest(measures: Measures, equal: list[Dataset], train: Dataset, chose
     a, b = (bootstrapped(values, lambda v: float(np.median(v))) for values in (of_samples, of_real))
     measures.rows[NEAREST] = Row(a, b, ratio(a, b), "held-out")
     measures.near = float((of_samples < np.quantile(of_real, NEAR)).mean())
+
+
+def real_bits(model: UNet, reference: Reference, n: int, device: torch.device) -> dict[str, Estimate]:
+    """Estimate the bound of n images, or as many as there are, of each kind.
+
+    Args:
+        model: the network; a class-conditional one is told the images' classes where it has as many.
+        reference: the images; n of a set are taken at equal distances, which spreads them over its classes.
+        n: how many.
+        device: where to run a copy of the network.
+
+    Returns:
+        "held_out", where there are such images, and "train"; the further apart, the more the model knows by heart.
+    """
+    network = copy.deepcopy(model).to(device)
+    sets = {"held_out": reference.held_out, "train": reference.train}
+    return {name: _bits(network, data, n, device) for name, data in sets.items() if data is not None}
+
+
+def _bits(network: UNet, data: Dataset, n: int, device: torch.device) -> Estimate:
+    n = min(n, len(data))
+    k = torch.arange(n, device="cpu") * len(data) // n
+    x_0, labels = data.x_0(k).to(device), None
+    if data.labels is not None and num_classes_of(network) == len(data.classes):
+        labels = data.labels[k].to(device)
+    found = bits_per_dim(network, x_0, diffusion_of(network), class_labels=labels)
+    return normal(found.mean, found.standard_error)

@@ -11,11 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.data import datasets as data
-from fastddpm.data.datasets import Dataset
+from fastddpm.data.datasets import BUILT_IN, Dataset
 from fastddpm.data.load import load_data
-
-_SPLITS = {"mnist": data.mnist, "digits8x8": data.digits8x8}
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,8 @@ def load_reference(source: str, shape: tuple[int, ...], **options: Any) -> Refer
     Raises:
         ValueError: the source is unusable (see `load_data`), or its images have another shape.
     """
-    if source in _SPLITS:
-        reference = Reference(_SPLITS[source]("train"), _SPLITS[source]("test"))
+    if source in BUILT_IN:
+        reference = Reference(BUILT_IN[source]("train"), BUILT_IN[source]("test"))
     else:
         square = len(shape) == 3 and shape[1] == shape[2] and Path(source).is_dir()
         reference = Reference(load_data(source, resolution=shape[1] if square else None, **options), None)

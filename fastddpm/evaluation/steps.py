@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastddpm.files.figures import new_figure, to_png
 from fastddpm.sampling.network import Model
-from fastddpm.sampling.sample import Run, plan_run
+from fastddpm.sampling.sample import plan_run
 
 # The solver of order 2 whose error after this many calls is far below that of any number of calls that is tried.
 CONVERGED, MANY = "dpm++2m", 200
@@ -58,17 +58,15 @@ def measure_steps(
     def draw(sampler: str, steps: int) -> tuple[Tensor, dict[str, Any]]:
         run = plan_run(model, seeds=seeds, steps=steps, sampler=sampler, guidance=guidance, **options)
         started = time.perf_counter()
-        x = _draw(run, progress)
+        x = torch.cat([run.draw(batch, lambda _: progress(1)) for batch in run.batches]).cpu()
         seconds = (time.perf_counter() - started) / len(seeds)
         return x, {"sampler": sampler, "calls": len(run.sampler.table), "seconds": seconds}
 
     def errors(x: Tensor) -> dict[str, float]:
         found = {"error": relative_distance(x, converged)}
-        return (
-            found
-            if features is None
-            else {**found, "feature_error": relative_distance(features(x), features(converged))}
-        )
+        if features is not None:
+            found["feature_error"] = relative_distance(features(x), features(converged))
+        return found
 
     converged, reference = draw(CONVERGED, many)
     rows = []
@@ -79,10 +77,6 @@ def measure_steps(
     enough = [row for row in rows if max(row["error"], row.get("feature_error", 0.0)) <= within]
     fewest = min(enough, key=lambda row: (row["calls"], row["error"]), default=None)
     return {"many": reference, "within": within, "rows": rows, "enough": fewest}
-
-
-def _draw(run: Run, progress: Callable[[int], None]) -> Tensor:
-    return torch.cat([run.draw(batch, lambda _: progress(1)) for batch in run.batches]).cpu()
 
 
 def relative_distance(x: Tensor, converged: Tensor) -> float:

@@ -72,6 +72,7 @@ class Batch:
     def run(self, table: Table, path: Path | None = None) -> Path:
         """Run a table; with another's path only from the row on where they differ."""
         rows = table.with_guidance(self.guidance).rows.to(self.device)
+        flags: Any = {"clip": table.clip, "learned": table.learned, "guided": self.guidance != 1.0}
         if path is None:
             older = self.x_T.new_zeros(table.history, *self.x_T.shape) if table.history else None
             new = Path(table, [self.x_T], [older], [])
@@ -80,26 +81,16 @@ class Batch:
             changed = told | (table.rows64 != path.table.rows64).any(dim=1)
             if not changed.any():
                 return path
-            row = int(changed.nonzero()[0])
+            first = int(changed.nonzero()[0])
             # Where the timestep is the same, so is the network's output.
-            new = Path(table, path.x[: row + 1], path.history[: row + 1], path.m[: row + 1 - int(told[row])])
+            new = Path(table, path.x[: first + 1], path.history[: first + 1], path.m[: first + 1 - int(told[first])])
         for i in range(len(new.x) - 1, len(table)):
             x, history = new.x[i], new.history[i]
             if i == len(new.m):
                 new.m.append(self._predict(x, float(table.timesteps[i])))
             history = None if history is None else history.clone()
-            x = ops.p_sample(
-                x,
-                new.m[i],
-                rows,
-                torch.tensor([i], device=self.device),
-                None,
-                clip=table.clip,
-                learned=table.learned,
-                guided=self.guidance != 1.0,
-                history=history,
-                out=torch.empty_like(x),
-            )
+            row = torch.tensor([i], device=self.device)
+            x = ops.p_sample(x, new.m[i], rows, row, None, **flags, history=history, out=torch.empty_like(x))
             new.x.append(x)
             new.history.append(history)
         return new

@@ -26,7 +26,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], in
             return body()
 
         monkeypatch.setattr(env, "run", pretend)
-        monkeypatch.setattr(env, "add_parser", lambda subparsers: subparsers.add_parser("env").add_argument("--device"))
+        monkeypatch.setattr(env, "add_options", lambda parser: parser.add_argument("--device"))
         return main(["env", "--device", "auto"])
 
     return run

@@ -43,7 +43,7 @@ def dying(source, target):
     replace(source, target)
 
 atomic.os.replace = dying
-real_images._SPLITS["digits8x8"] = lambda split: array_file(Path(sys.argv[2], split + ".npz"))
+real_images.BUILT_IN["digits8x8"] = lambda split: array_file(Path(sys.argv[2], split + ".npz"))
 if any(main(arguments) for arguments in json.loads(sys.argv[1])):
     sys.exit(1)
 
@@ -104,7 +104,7 @@ def losses(folder: Path) -> list[float]:
 def test_processes_write_what_one_writes_though_one_is_killed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(real_images._SPLITS, "digits8x8", lambda split: array_file(folder / f"{split}.npz"))
+    monkeypatch.setitem(real_images.BUILT_IN, "digits8x8", lambda split: array_file(folder / f"{split}.npz"))
     common = ["--device", "cpu", "--resume", "--outdir"]
     train = [*TRAIN, "--data", str(folder / "train.npz"), "--model", str(folder / "net.json"), *common]
     sample = [*SAMPLE, "--model", str(folder), *common]

@@ -153,8 +153,8 @@ def test_amd_code_is_reported_without_a_walk() -> None:
 
 def parse_arguments(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    return parser.parse_args(["inspect", *arguments])
+    command.add_options(parser)
+    return parser.parse_args([*arguments])
 
 
 @pytest.fixture

@@ -94,15 +94,15 @@ def test_inspect_prints_a_network_before_and_after(
 
     monkeypatch.setattr(network_cost, "network_cost", cost)
     parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    assert command.run(parser.parse_args(["inspect", "--model", "cifar10", "--batch", "4"])) == 0
+    command.add_options(parser)
+    assert command.run(parser.parse_args(["--model", "cifar10", "--batch", "4"])) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("cifar10, batch 4, bfloat16, sm_90:")
     assert lines[-1].split() == ["all", "10", "5.00", "15", "10.00"]
-    assert command.run(parser.parse_args(["inspect", "--model", "cifar10", "--json"])) == 0
+    assert command.run(parser.parse_args(["--model", "cifar10", "--json"])) == 0
     assert '"attention": [3, 32000000]' in capsys.readouterr().out
     with pytest.raises(ValueError, match="no kernel and no --gpu"):
-        command.run(parser.parse_args(["inspect", "p_sample", "--model", "cifar10"]))
+        command.run(parser.parse_args(["p_sample", "--model", "cifar10"]))
 
 
 def test_a_network_without_a_size_is_refused() -> None:

@@ -105,6 +105,6 @@ def test_steps_command_writes_a_report_and_a_curve(
     assert report["many"]["calls"] == 30
     assert (tmp_path / "out" / "steps.png").stat().st_size > 5000
     assert main([*command, *size]) == 1
-    assert "steps.json exists already" in capsys.readouterr().err
+    assert "steps.json exists already; use --overwrite" in capsys.readouterr().err
     assert main([*command, "--samplers", "ddpm", "--overwrite"]) == 1
     assert "--samplers: ddpm draws noise" in capsys.readouterr().err
