@@ -36,6 +36,10 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.close()
 
+    def say(self, note: str) -> None:
+        """Show at once what is being done between two steps; on a terminal only."""
+        self._bar.set_postfix_str(note)
+
     def show(self, done: int, note: str = "") -> None:
         """Show that so many steps are done, and a note on them."""
         if note:

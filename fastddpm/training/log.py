@@ -77,7 +77,9 @@ class TrainLog:
 
     def picture(self, n: int, model: UNet, data: Dataset) -> None:
         """Write a grid of the (averaged) model's samples after n steps, and, with matplotlib, the plot of the loss."""
+        self._progress.say("drawing samples")
         _save_grid(self._out / f"samples-{n:07d}.png", model, data)
+        self._progress.say(self._note)
         plot = loss_plot(list(read_log(self._out)))
         if plot is not None:
             write_files({self._out / PLOT: plot})

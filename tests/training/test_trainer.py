@@ -262,10 +262,14 @@ def test_train_saves_a_model_that_loads_with_its_diffusion(config: TrainConfig) 
     assert not torch.equal(averaged.conv_in.weight, raw.conv_in.weight)
 
 
-def test_train_draws_grids_and_plots(config: TrainConfig) -> None:
+def test_train_draws_grids_and_plots(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from PIL import Image
 
-    train(dataclasses.replace(config, steps=10, sample_every=10, timesteps=50, schedule="cosine"), quiet=True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(dataclasses.replace(config, steps=10, sample_every=10, timesteps=50, schedule="cosine"), quiet=False)
+    assert "drawing samples" in capsys.readouterr().err
     with Image.open(Path(config.out) / "samples-0000010.png") as grid:
         assert grid.size == (10 * (64 + 2) + 2, 4 * (64 + 2) + 2)
     with Image.open(Path(config.out) / "loss.png") as plot:
