@@ -210,6 +210,7 @@ def draw_plot(path: str) -> None:
     """Draw error against calls, a panel for each yardstick, all axes logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure = Figure(figsize=(10.0, 4.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -223,8 +224,12 @@ def draw_plot(path: str) -> None:
                 axes.loglog(CALLS, found, marker=".", label=name, **how)
         axes.set(title=yardstick, xlabel="network calls", ylim=(None, min(3.0, axes.get_ylim()[1])))
         axes.set_xticks(CALLS, [str(calls) for calls in CALLS])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        axes.xaxis.set_minor_locator(NullLocator())
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high < 100 * low else ()))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        axes.grid(which="both", alpha=0.3)
     figure.axes[0].set_ylabel("error")
     figure.legend(*figure.axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
     figure.savefig(path)
