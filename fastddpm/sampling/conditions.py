@@ -14,6 +14,7 @@ from fastddpm.checks import number, one_of
 from fastddpm.sampling import network
 from fastddpm.sampling.edits import as_tensor
 from fastddpm.sampling.guidance import shift_of
+from fastddpm.sampling.options import Options
 from fastddpm.tables.table import Table
 
 Labels = int | Sequence[int] | Tensor
@@ -93,12 +94,8 @@ def _weight(guidance: Weight, interval: Sequence[float] | None, table: Table) ->
     return torch.where((table.timesteps >= low) & (table.timesteps <= high), w, 1.0)
 
 
-def resolve_labels(class_labels: Labels | None, B: int, num_labels: int | None) -> Tensor | None:
-    """Return one label per sample, int64 [B].
-
-    Raises:
-        ValueError: they are no integers, not B, or outside 0 .. num_labels - 1.
-    """
+def _resolve_labels(class_labels: Labels | None, B: int, num_labels: int | None) -> Tensor | None:
+    """Return one label per sample, int64 [B]; raise unless they are integers in 0 .. num_labels - 1."""
     if class_labels is None:
         return None
     labels = as_tensor(class_labels)
@@ -150,37 +147,32 @@ def rows_of(name: str, value: Any, indices: list[int], n: int) -> Any:
     return value[indices] if len(value) == n else value
 
 
-def check_kwargs(model_kwargs: Mapping[str, Any] | None, null_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the model's further arguments.
+def resolve_conditions(
+    options: Options,
+    B: int,
+    guided: bool,
+    class_labels: Labels | None,
+    model_kwargs: Mapping[str, Any] | None,
+    null_kwargs: Mapping[str, Any] | None,
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Return the labels, int64 [B], and the model's further arguments; with guidance those of 2B rows.
+
+    The unconditional half comes second: the null class, and the null of every argument that has one, a value, a tensor
+    that broadcasts to its rows, or a function of its rows. Without a null, tensors of B rows are the same in both.
 
     Raises:
-        ValueError: class_labels is among them, or one has a null and no value.
+        ValueError: one does not fit, or nothing says what the unconditional half is.
     """
-    kwargs = dict(model_kwargs or {})
+    kwargs, null_kwargs, null_class = dict(model_kwargs or {}), null_kwargs or {}, options.null_class
+    if options.self_condition in kwargs:
+        raise ValueError(f"{options.self_condition!r} is given the estimate of x_0; leave it out of model_kwargs")
+    labels = _resolve_labels(class_labels, B, options.num_labels)
     if "class_labels" in kwargs:
         raise ValueError("pass class_labels= itself, not inside model_kwargs")
-    for name in (null_kwargs or {}).keys() - kwargs:
+    for name in null_kwargs.keys() - kwargs:
         raise ValueError(f"null_kwargs has {name!r}, which model_kwargs has not; pass its value for each sample there")
-    return kwargs
-
-
-def with_null_half(
-    labels: Tensor | None, kwargs: Mapping[str, Any], B: int, null_class: int | None, null_kwargs: Mapping[str, Any]
-) -> tuple[Tensor | None, dict[str, Any]]:
-    """Append the unconditional half: the null class, and the null of every argument that has one.
-
-    Args:
-        labels: int64 [B].
-        kwargs: the model's further arguments; without a null, tensors of B rows are the same in both halves.
-        null_class: the label that means "no class".
-        null_kwargs: by argument a value, a tensor that broadcasts to its rows, or a function of its rows.
-
-    Returns:
-        (labels [2B], arguments of 2B rows).
-
-    Raises:
-        ValueError: nothing says what the unconditional half is, or a null does not fit.
-    """
+    if not guided:
+        return labels, kwargs
     if labels is None and not null_kwargs:
         raise ValueError(
             "guidance needs class_labels, or null_kwargs= with what arguments in model_kwargs are where there is no "
@@ -190,13 +182,12 @@ def with_null_half(
         raise ValueError("guidance needs the label that means 'no class': pass null_class=")
     if labels is not None:
         labels = torch.cat([labels, labels if null_class is None else torch.full_like(labels, null_class)])
-    doubled = dict(kwargs)
     for name, value in kwargs.items():
         if name in null_kwargs:
-            doubled[name] = _with_null(name, value, null_kwargs[name], B)
+            kwargs[name] = _with_null(name, value, null_kwargs[name], B)
         elif isinstance(value, Tensor) and value.dim() > 0 and len(value) == B:
-            doubled[name] = torch.cat([value, value])
-    return labels, doubled
+            kwargs[name] = torch.cat([value, value])
+    return labels, kwargs
 
 
 def _with_null(name: str, value: Any, null: Any, B: int) -> Tensor:

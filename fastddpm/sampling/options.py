@@ -63,22 +63,16 @@ class SamplerArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """What a sampler was told, and what it decided.
+    """What a sampler was told, see `Sampler`, completed from its model; and what it decided.
 
     Attributes:
         device: where to sample, with its index.
         dtype: what the network is given.
         convert_to: what its weights are converted to, None where nothing was asked for.
-        backend: "auto", "triton" or "torch", for the fused step.
         uses_triton: what `backend` comes to on this device.
         strict_compile: raise where it is wanted now and cannot be had, instead of running uncompiled.
         compiled: a package to take it from.
-        norm: what normalises on CUDA, "torch" or "fused".
         strict_graph: raise where a step cannot be captured, instead of running it in the loop.
-        check_finite: record each sample's first step with a NaN or Inf.
-        frozen: the weights never change in place.
-        null_class: the label that means "no class", None where there is none.
-        self_condition: the argument of the model that takes the last estimate of x_0, None where there is none.
         num_labels: how many labels the model knows, None where it does not say.
     """
 

@@ -6,6 +6,7 @@ import math
 import os
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ STATES = "state-*.safetensors"
 PATTERNS = ("seed-*.png", "part-*.npz", "samples.npz", "grid.png", STATES)
 
 
+@dataclass
 class Outputs:
     """What a run writes to its directory, by one process or by several.
 
@@ -32,24 +34,21 @@ class Outputs:
     that a signal interrupted leaves ``state-00000.safetensors``, until all are there.
 
     Args:
-        file_format: "png" or "npz".
+        format: "png" or "npz".
         labels: one per sample, or None.
         batches: all batches of the run, as ranges of indices into seeds.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        file_format: str,
-        seeds: Sequence[int],
-        labels: Sequence[int] | None,
-        batches: Sequence[range],
-    ) -> None:
-        self.directory, self.format = directory, file_format
-        self.seeds, self.labels, self.batches = seeds, labels, batches
-        self.folder = RunFolder(directory, PATTERNS)
-        self.grid_path = directory / "grid.png"
-        self.samples_path = directory / "samples.npz"
+    directory: Path
+    format: str
+    seeds: Sequence[int]
+    labels: Sequence[int] | None
+    batches: Sequence[range]
+
+    def __post_init__(self) -> None:
+        self.folder = RunFolder(self.directory, PATTERNS)
+        self.grid_path = self.directory / "grid.png"
+        self.samples_path = self.directory / "samples.npz"
 
     def paths(self, i: int) -> list[Path]:
         """Return the files that batch i writes."""

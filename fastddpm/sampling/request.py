@@ -18,12 +18,10 @@ from fastddpm.sampling.conditions import (
     Guidance,
     GuidanceArguments,
     Labels,
-    check_kwargs,
     is_guided,
+    resolve_conditions,
     resolve_guidance,
-    resolve_labels,
     split_kwargs,
-    with_null_half,
 )
 from fastddpm.sampling.edits import as_tensor, for_batch, resolve_init, resolve_known
 from fastddpm.sampling.options import Options
@@ -104,7 +102,7 @@ class Request:
         known: data [B, ...] and bool of that shape that is true where samples are drawn, not those data.
         init: [B, ...], data that are noised to the first row's level, with `x_T` as the noise where that is given.
         draw: returns z of a step [B, ...], where the caller provides it.
-        class_labels: int64, [B], or [2B] with guidance, see `conditions.with_null_half`.
+        class_labels: int64, [B], or [2B] with guidance, see `conditions.resolve_conditions`.
         kwargs: further keyword arguments of the model, as the labels.
         seeded: x_T or the noise comes from `seed` and `sample_id`.
         x0_out: the estimate of x_0 is asked for.
@@ -228,11 +226,8 @@ def resolve_request(
     if mask is not None or known is not None:
         pair = resolve_known(table, (B, *shape), mask, known, init, source)
     guidance = resolve_guidance(table, **guiding)
-    if options.self_condition in (model_kwargs or {}):
-        raise ValueError(f"{options.self_condition!r} is given the estimate of x_0; leave it out of model_kwargs")
-    labels, kwargs = resolve_labels(class_labels, B, options.num_labels), check_kwargs(model_kwargs, null_kwargs)
-    if is_guided(guidance.w):
-        labels, kwargs = with_null_half(labels, kwargs, B, options.null_class, null_kwargs or {})
+    guided = is_guided(guidance.w)
+    labels, kwargs = resolve_conditions(options, B, guided, class_labels, model_kwargs, null_kwargs)
     draw = draw if stochastic else None
     return Request(seed_of, sample_id, x_T, init, pair, draw, labels, guidance, kwargs, source == "seeds", x0_out)
 

@@ -64,15 +64,11 @@ class Tuned:
             raise ValueError("levels, timesteps and coefficients of 2 to 5 columns must have a row for each step")
         told = [number("timesteps", t, ge=0.0, le=last) for t in self.timesteps]
         values = [[number("coefficients", c, ge=-_LARGEST, le=_LARGEST) for c in row] for row in self.coefficients]
-        levels = torch.tensor(
-            [number("levels", t, ge=0.0, le=last) for t in self.levels], dtype=torch.float64, device="cpu"
-        )
+        levels = [number("levels", t, ge=0.0, le=last) for t in self.levels]
         solver = make_table("fast", config, timesteps=levels, guided=self.guidance != 1.0)
         rows64 = solver.rows64.clone()
         rows64[:, [COLUMN[name] for name in ("c_xt", "c_x0", *HISTORY)]] = 0.0
-        rows64[:, [COLUMN[name] for name in columns(width - 2)]] = torch.tensor(
-            values, dtype=torch.float64, device="cpu"
-        )
+        rows64[:, [COLUMN[name] for name in columns(width - 2)]] = rows64.new_tensor(values)
         timesteps = torch.tensor(told, dtype=torch.float32, device="cpu")
         return replace(solver, rows64=rows64, timesteps=timesteps, name="tuned", history=width - 2)
 

@@ -109,9 +109,7 @@ def noise_levels(
         integer("steps", n, 1, schedule.num_timesteps)
         visited = _spaced(schedule, n, spacing, steps_offset, final)
     end = 1.0 if final == "zero" else float(schedule.alphas_cumprod[0])
-    alphas_cumprod = torch.cat(
-        [alpha_bar_at(schedule, visited), torch.tensor([end], dtype=torch.float64, device="cpu")]
-    )
+    alphas_cumprod = torch.cat([alpha_bar_at(schedule, visited), visited.new_tensor([end])])
     if not alphas_cumprod[-2] < end:
         raise ValueError(
             f"the last timestep is {float(visited[-1]):g} and final={final!r} ends at the level of t = 0, so the last "
@@ -172,7 +170,7 @@ def _spaced(schedule: Schedule, n: int, spacing: str, steps_offset: int, final: 
         return spaced_timesteps(T, n + dropped, spacing, steps_offset)[:n].double()
     if n == T:
         return torch.arange(T - 1, -1, -1, dtype=torch.float64, device="cpu")
-    if spacing in AYS and len(range(AYS[spacing][0] + 1)) != T:
+    if spacing in AYS and AYS[spacing][0] + 1 != T:
         raise ValueError(f"spacing {spacing!r} lists timesteps of T = 1000, and this schedule has T = {T}; use logsnr")
     anchors = torch.tensor(AYS.get(spacing, (T - 1, 0)), dtype=torch.float64, device="cpu")
     alpha_bar = alpha_bar_at(schedule, anchors)

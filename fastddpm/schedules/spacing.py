@@ -131,6 +131,12 @@ def resolve_timesteps(
 ) -> Tensor:
     """Turn a step count, a custom list or neither (all T) into int64 timesteps in descending order.
 
+    Args:
+        T: number of training timesteps.
+        steps: how many timesteps to visit, chosen by `spacing`; all T by default.
+        timesteps: the timesteps themselves, strictly descending, instead of `steps`.
+        spacing, steps_offset: see `spaced_timesteps`.
+
     Raises:
         ValueError: both are given, or either is out of range.
     """

@@ -48,7 +48,7 @@ def make_table(
     config: DiffusionConfig,
     *,
     steps: int | None = None,
-    timesteps: Sequence[int] | Tensor | None = None,
+    timesteps: Sequence[float] | Tensor | None = None,
     guided: bool = False,
     strength: float = 1.0,
     **options: Any,

@@ -40,10 +40,7 @@ def ddim_table(
 
     Args:
         schedule: the schedule the network was trained with.
-        steps: how many timesteps to visit, chosen by `spacing`; all T by default.
-        timesteps: the timesteps themselves, strictly descending, instead of `steps`.
-        spacing: "linspace", "leading" or "trailing".
-        steps_offset: added to "leading" timesteps, as in diffusers.
+        steps, timesteps, spacing, steps_offset: what is visited, see `fastddpm.schedules.spacing.resolve_timesteps`.
         prediction_type: what the network returns: "epsilon", "x_0" or "v".
         eta: 0 for the deterministic sampler, 1 for the noise of DDPM's fixed_small.
         clip_range: x_0 is clipped to [-clip_range, clip_range]; None switches clipping off.
@@ -112,10 +109,7 @@ def ddim_inversion_table(
 
     Args:
         schedule: the schedule the network was trained with.
-        steps: how many timesteps to visit, chosen by `spacing`; all T by default.
-        timesteps: the timesteps themselves, strictly descending as for `ddim_table`, instead of `steps`.
-        spacing: "linspace", "leading" or "trailing".
-        steps_offset: added to "leading" timesteps, as in diffusers.
+        steps, timesteps, spacing, steps_offset: as for `ddim_table`, and `timesteps` descends there too.
         prediction_type: what the network returns: "epsilon", "x_0" or "v".
         clip_range: x_0 is clipped to [-clip_range, clip_range]; None, the default, keeps the map invertible.
         rederive_eps: as in `ddim_table`; not possible from alpha_bar = 1, where x_t holds no eps.

@@ -34,10 +34,7 @@ def ddpm_table(
 
     Args:
         schedule: the schedule the network was trained with.
-        steps: how many timesteps to visit, chosen by `spacing`; all T by default.
-        timesteps: the timesteps themselves, strictly descending, instead of `steps`.
-        spacing: "linspace", "leading" or "trailing".
-        steps_offset: added to "leading" timesteps, as in diffusers.
+        steps, timesteps, spacing, steps_offset: what is visited, see `fastddpm.schedules.spacing.resolve_timesteps`.
         prediction_type: what the network returns: "epsilon", "x_0" or "v".
         variance_type: "fixed_small" (sigma^2 = beta_tilde), "fixed_large" (sigma^2 = beta), "learned" (the second half
             of the output is log sigma^2) or "learned_range" (it interpolates between the logs of the first two).

@@ -157,8 +157,7 @@ def level_rows(*alphas_cumprod: Tensor) -> Tensor:
 
 def q_rows(schedule: Schedule) -> Tensor:
     """Tabulate q(x_t | x_0): (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)) (Ho et al. 2020, eq. 4); float32 [T, 2]."""
-    rows64 = torch.stack([schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod], dim=1)
-    return rows64.to(torch.float32).contiguous()
+    return level_rows(schedule.alphas_cumprod).to(torch.float32).contiguous()
 
 
 def loss_rows(
