@@ -15,7 +15,7 @@ def as_tensor(data: Any) -> Tensor:
     return data if isinstance(data, Tensor) else torch.as_tensor(data, device="cpu")
 
 
-def _samples(name: str, x: Tensor, table: Table, shape: tuple[int, ...]) -> Tensor:
+def samples(name: str, x: Tensor, table: Table, shape: tuple[int, ...]) -> Tensor:
     """Return data as samples [B, *shape].
 
     Raises:
@@ -53,18 +53,6 @@ def refuse_without_levels(name: str, table: Table) -> None:
         raise ValueError(f"{name}= needs the noise level of each row, and table {table.name!r} has no levels; set them")
 
 
-def resolve_init(table: Table, shape: tuple[int, ...], init: Tensor, x_T: Tensor | None) -> Tensor:
-    """Return the data to begin from, [B, *shape] or one sample for all.
-
-    Raises:
-        ValueError: the shape or dtype is another, the table has no levels, or there is another start.
-    """
-    if x_T is not None:
-        raise ValueError("init= and x_T= are two starts; give x_T alone, which may be a noised init of your own")
-    refuse_without_levels("init", table)
-    return _samples("init", init, table, shape)
-
-
 def resolve_known(
     table: Table,
     size: tuple[int, ...],
@@ -86,7 +74,7 @@ def resolve_known(
     if source != "seeds":
         raise ValueError("mask= noises the known data by seeds; pass seeds=, or seed= with sample_ids=")
     refuse_without_levels("mask", table)
-    return for_batch("known", _samples("known", known, table, size[1:]), size[0]), as_mask(mask, size)
+    return for_batch("known", samples("known", known, table, size[1:]), size[0]), as_mask(mask, size)
 
 
 def as_mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:

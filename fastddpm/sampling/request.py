@@ -23,7 +23,7 @@ from fastddpm.sampling.conditions import (
     resolve_guidance,
     split_kwargs,
 )
-from fastddpm.sampling.edits import as_tensor, for_batch, resolve_init, resolve_known
+from fastddpm.sampling.edits import as_tensor, for_batch, refuse_without_levels, resolve_known, samples
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
 
@@ -196,7 +196,10 @@ def resolve_request(
     if x_T is not None and tuple(x_T.shape[1:]) != shape:
         raise ValueError(f"x_T must have shape [B, {', '.join(map(str, shape))}], got {list(x_T.shape)}")
     if init is not None:
-        init = resolve_init(table, shape, init, x_T)
+        if x_T is not None:
+            raise ValueError("init= and x_T= are two starts; give x_T alone, which may be a noised init of your own")
+        refuse_without_levels("init", table)
+        init = samples("init", init, table, shape)
     start = x_T if init is None else init
     draw: Callable[[int], Tensor] | None = None
     if source == "seeds":

@@ -151,21 +151,17 @@ class DiffusionConfig:
     def to_scheduler_config(self) -> dict[str, Any]:
         """Return diffusers' scheduler_config.json, such that DDPMScheduler.from_config rebuilds this process."""
         by_value = {ours: theirs for theirs, ours in _BETA_SCHEDULES.items()}
-        trained_betas = self.trained_betas
-        if trained_betas is None and self.beta_schedule not in by_value:
-            trained_betas = tuple(self._betas().tolist())
+        values = self.to_dict()
+        if self.trained_betas is None and self.beta_schedule not in by_value:
+            values["trained_betas"] = self._betas().tolist()
         config: dict[str, Any] = {
             "_class_name": "DDPMScheduler",
-            "num_train_timesteps": self.num_timesteps,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
+            **{theirs: values[ours] for ours, theirs in _SAME_FIELDS.items()},
             "beta_schedule": by_value.get(self.beta_schedule, "linear"),
-            "trained_betas": None if trained_betas is None else list(trained_betas),
             "variance_type": self.variance_type,
             "clip_sample": self.clip_range is not None,
             "clip_sample_range": 1.0 if self.clip_range is None else self.clip_range,
             "prediction_type": {ours: theirs for theirs, ours in _PREDICTION_TYPES.items()}[self.prediction_type],
-            "rescale_betas_zero_snr": self.rescale_betas_zero_snr,
             "timestep_spacing": "linspace",
         }
         if self.variance_type == "learned":
