@@ -35,21 +35,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _PAIRED = [name for name in SETTINGS if name not in ("history_1", "history_3")]
 PAIRS = [(a, b) for a, b in itertools.combinations(_PAIRED, 2) if not SETTINGS[a].keys() & SETTINGS[b].keys()]
 
-SHAPES = {
-    "numel1": (1, 1),
-    "two": (2, 2),
-    "three": (2, 3),
-    "four": (3, 4),
-    "five": (2, 5),
-    "odd-1023": (2, 1023),
-    "odd-1025": (1, 1025),
-    "points": (300, 2),
-    "8x8": (3, 1, 8, 8),
-    "multiple-of-4-not-16": (2, 3, 2, 6),
-    "odd-plane": (2, 3, 5, 5),
-    "32x32": (1, 3, 32, 32),
-}
-
 
 @dataclass(frozen=True)
 class StepCase:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fastddpm import ops
-from fastddpm.diagnostics.step_cases import SHAPES, StepCase, arrange, inputs, setting_cases, step_case
+from fastddpm.diagnostics.step_cases import StepCase, arrange, inputs, setting_cases, step_case
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.v1 import Counter
 from fastddpm.ops import twins as step
 from tests.ops.oracles import row_step
+from tests.ops.shapes import SHAPES
 
 INF, NAN = float("inf"), float("nan")
 

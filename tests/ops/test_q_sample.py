@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fastddpm import Schedule, ops
-from fastddpm.diagnostics.step_cases import SHAPES, arrange
+from fastddpm.diagnostics.step_cases import arrange
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
 from fastddpm.tables.table import q_rows, q_step_rows
+from tests.ops.shapes import SHAPES
 
 SCHEDULE = Schedule.linear()
 K = 5

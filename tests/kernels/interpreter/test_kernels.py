@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import Schedule, ops
-from fastddpm.diagnostics.step_cases import SHAPES, StepCase, arrange, inputs, setting_cases, step_case
+from fastddpm.diagnostics.step_cases import StepCase, arrange, inputs, setting_cases, step_case
 from fastddpm.noise import v1 as noise_v1
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.noise.v1 import Counter
@@ -23,6 +23,7 @@ from fastddpm.ops.twins import Flags
 from fastddpm.tables.table import COLUMNS, loss_rows
 from tests.ops.norm_cases import CASES as NORM_CASES
 from tests.ops.norm_cases import NormCase
+from tests.ops.shapes import SHAPES
 
 OUTPUTS = ("out", "x0_out", "low_out", "history")
 
