@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,38 +59,32 @@ def _lucidrains_loop(case: Case, form: Form) -> Call:
     return call
 
 
-@dataclass(frozen=True)
-class _Original:
-    build: Callable[[Case, Form], Call]
-    needs: dict[str, str]
-    loop: bool = False
-
-
-_ORIGINALS = {
-    "DDPMScheduler.step": _Original(_scheduler_step, diffusers.NEEDS),
-    "DDIMScheduler.step": _Original(_scheduler_step, diffusers.NEEDS),
-    "lucidrains.p_sample": _Original(_lucidrains_step, lucidrains.NEEDS),
-    "DDPMPipeline": _Original(_pipeline, diffusers.NEEDS, loop=True),
-    "DDIMPipeline": _Original(_pipeline, diffusers.NEEDS, loop=True),
-    "lucidrains.p_sample_loop": _Original(_lucidrains_loop, lucidrains.NEEDS, loop=True),
+# How each is built, and the packages that it needs.
+_STEPS = {
+    "DDPMScheduler.step": (_scheduler_step, diffusers.NEEDS),
+    "DDIMScheduler.step": (_scheduler_step, diffusers.NEEDS),
+    "lucidrains.p_sample": (_lucidrains_step, lucidrains.NEEDS),
+}
+_LOOPS = {
+    "DDPMPipeline": (_pipeline, diffusers.NEEDS),
+    "DDIMPipeline": (_pipeline, diffusers.NEEDS),
+    "lucidrains.p_sample_loop": (_lucidrains_loop, lucidrains.NEEDS),
 }
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
     """A step of small images, and the shipped model's whole loop; OpenAI's packages are on no index."""
     network, batch, steps = ("tiny", 2, 3) if smoke else ("digits", 16, 20)
-    found = []
-    for name, original in _ORIGINALS.items():
-        if original.loop:
-            shape, sampler = networks.shape(network), "ddim" if name == "DDIMPipeline" else "ddpm"
-            found.append(Case("drop_in", batch, shape, network, steps, sampler, device, original=name))
-        else:
-            found.append(Case("drop_in", batch, (3, 32, 32), device=device, original=name))
+    found = [Case("drop_in", batch, (3, 32, 32), device=device, original=name) for name in _STEPS]
+    for name in _LOOPS:
+        sampler = "ddim" if name == "DDIMPipeline" else "ddpm"
+        found.append(Case("drop_in", batch, networks.shape(network), network, steps, sampler, device, original=name))
     return found
 
 
 def _prepared(case: Case, form: Form) -> Prepared:
-    call = _ORIGINALS[case.original].build(case, form)
+    build, _ = (_STEPS | _LOOPS)[case.original]
+    call = build(case, form)
     return Prepared(lambda: call(0), lambda: {"x": call(1).float().cpu()})
 
 
@@ -100,7 +93,7 @@ def _compiled(case: Case) -> Prepared:
 
 
 def _why_not(case: Case) -> str | None:
-    return not_installed(_ORIGINALS[case.original].needs)
+    return not_installed((_STEPS | _LOOPS)[case.original][1])
 
 
 def _compiles(case: Case) -> str | None:
