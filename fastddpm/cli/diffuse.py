@@ -157,7 +157,7 @@ def _report(args: argparse.Namespace, recording: Recording, paths: list[Path], m
     }
     ends, relation = ("ends", "<") if process.ends_gaussian() else ("does not end", ">=")
     advice = "" if process.ends_gaussian() or args.schedule in (None, "cosine") else "; try --schedule cosine"
-    lines = [f"T = {process.steps}: {ends} Gaussian, alpha_bar_T = {alpha_bar:.3g} {relation} 0.001{advice}"]
+    lines = [f"T = {process.t[-1]}: {ends} Gaussian, alpha_bar_T = {alpha_bar:.3g} {relation} 0.001{advice}"]
     if measured:
         lines.append(
             f"sliced Wasserstein distance: samples and data {measured['sw_samples']:.4f}, two draws of the data "

@@ -96,6 +96,12 @@ def _plan(args: argparse.Namespace, model: UNet) -> Run:
     from fastddpm.files.tensors import read_numbers
     from fastddpm.sampling.network import null_class_of
 
+    if args.strength != 1.0 and args.init_image is None and args.x_T is None:
+        raise ValueError("--strength begins part-way: give --init-image, or an --x-T of that level")
+    if args.mask is not None and args.init_image is None:
+        raise ValueError("--mask needs --init-image, which stays where the mask is dark")
+    if args.mask is None and (args.jump_length, args.jump_n_sample) != (None, None):
+        raise ValueError("--jump-length and --jump-n-sample make a mask's parts fit: give --mask, or leave them out")
     x_T = None if args.x_T is None else read_numbers(args.x_T, "x_T")
     seeds = list(dict.fromkeys(args.seeds or range(16 if x_T is None else len(x_T))))
     labels = _labels(args.classes, len(seeds), null_class_of(model))

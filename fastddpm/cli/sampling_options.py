@@ -74,6 +74,8 @@ def plan(
     beside = model.config.in_channels - shape_of(model)[0]
     if beside and args.condition is None:
         raise ValueError(f"the model sees {beside} channels beside x: give them as --condition FILE")
+    if not beside and args.condition is not None:
+        raise ValueError("--condition: the model sees nothing beside x; leave it out")
     conditions = conditions or {}
     if args.condition is not None:
         condition = {"condition": read_condition(args.condition, len(seeds))}

@@ -48,6 +48,12 @@ def test_diffuse_measures_the_network_s_samples(
     assert report["sw_ratio"] == pytest.approx(report["sw_samples"] / 0.5)
 
 
+def test_diffuse_names_the_models_own_T(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("images.npy", np.tile(np.arange(32, dtype=np.uint8) * 8, (2, 1, 32, 1)))
+    assert main(["diffuse", "--data", "images.npy", "--model", "digits", "--steps", "2", "--out", "a.png"]) == 0
+    assert capsys.readouterr().out.startswith("T = 1000: ends Gaussian, alpha_bar_T = 4.04e-05")
+
+
 def test_diffuse_refuses_to_overwrite(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (workdir / "a.gif").write_bytes(b"mine")
     arguments = ["--exact", "--steps", "1", "--show", "5", "--out", "a.png", "--gif"]
