@@ -151,6 +151,14 @@ def test_train_prints_a_line_now_and_then_where_there_is_no_terminal(
     assert capsys.readouterr().err == ""
 
 
+def test_train_says_on_a_terminal_that_it_reads(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*command, "--steps", "1"]) == 0
+    assert capsys.readouterr().err.startswith("fastddpm: reading ")
+
+
 def test_train_resumes_with_the_settings_of_the_run(command: list[str], tmp_path: Path) -> None:
     assert main([*command, "--steps", "4", "--lr", "0.01", "--quiet"]) == 0
     assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--steps", "6", "--quiet"]) == 0
