@@ -25,6 +25,23 @@ class Estimate:
     high: float
 
 
+@dataclass(frozen=True)
+class Row:
+    """One number, of samples and of real images.
+
+    Attributes:
+        samples: of the samples.
+        real: of real images.
+        ratio: samples / real; None where that says nothing.
+        against: which real images: "held-out" or "training".
+    """
+
+    samples: Estimate
+    real: Estimate
+    ratio: Estimate | None
+    against: str
+
+
 def proportion(successes: int, n: int) -> Estimate:
     """Estimate a probability from n trials, with Wilson's score interval (1927)."""
     p = successes / n

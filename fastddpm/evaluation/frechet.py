@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastddpm.evaluation.estimate import RESAMPLES, Array, Estimate
+from fastddpm.evaluation.estimate import RESAMPLES, Array, Estimate, Row
 
 
 class Gaussian(NamedTuple):
@@ -15,21 +15,6 @@ class Gaussian(NamedTuple):
 
     mean: Array
     covariance: Array
-
-
-class Comparison(NamedTuple):
-    """Distances of samples and of training images to the same held-out images.
-
-    Attributes:
-        samples: of the samples.
-        train: of the training images: what a perfect sampler would score, since the estimate from N images is too
-            large by about as much for one as for the other.
-        ratio: samples / train; None where train is 0.
-    """
-
-    samples: Estimate
-    train: Estimate
-    ratio: Estimate | None
 
 
 def fit(features: Array, counts: Array | None = None) -> Gaussian:
@@ -66,7 +51,7 @@ def compare(
     classes: NDArray[np.int64] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Comparison:
+) -> Row:
     """Compare samples, and training images, with held-out images; features [N, D] each, equal N.
 
     The intervals are the bootstrap's, moved onto the estimates: images drawn with replacement are fewer different ones,
@@ -77,6 +62,10 @@ def compare(
         classes: [N], where row i of all three is of class classes[i]; each class keeps its number of rows in every
             draw, as it has it by choice and not by chance.
         resamples: how many bootstrap draws.
+
+    Returns:
+        The distances. That of training images is what a perfect sampler would score, since the estimate from N images
+        is too large by about as much for one as for the other.
 
     Raises:
         ValueError: the numbers of images differ, or there are fewer than two.
@@ -97,11 +86,11 @@ def compare(
     deviations = draws - draws.mean(axis=0)
     of_samples, of_train = (_estimate(value, value + d) for value, d in zip(values, deviations.T, strict=True))
     if of_train.value == 0:
-        return Comparison(of_samples, of_train, None)
+        return Row(of_samples, of_train, None, "training")
     ratio = of_samples.value / of_train.value
     # To first order: d(a / b) = (da - a / b db) / b
     ratios = ratio + (deviations[:, 0] - ratio * deviations[:, 1]) / of_train.value
-    return Comparison(of_samples, of_train, _estimate(ratio, ratios))
+    return Row(of_samples, of_train, _estimate(ratio, ratios), "training")
 
 
 def _both(samples: Array, train: Array, held_out: Array, *counts: Array) -> tuple[float, float]:

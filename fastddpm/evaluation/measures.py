@@ -14,7 +14,7 @@ from fastddpm.data.datasets import Dataset
 from fastddpm.evaluation import frechet
 from fastddpm.evaluation.classifier import Classifier, Predictions, classify
 from fastddpm.evaluation.distances import diversity, nearest_distances
-from fastddpm.evaluation.estimate import Estimate, bootstrapped, normal, proportion, ratio
+from fastddpm.evaluation.estimate import Estimate, Row, bootstrapped, normal, proportion, ratio
 from fastddpm.evaluation.real_images import Reference, comparable, matched, subset
 from fastddpm.machine.ranks import ALONE, Ranks
 from fastddpm.sampling.network import diffusion_of, num_classes_of
@@ -25,23 +25,6 @@ ACCURACY, FRECHET, NEAREST, DIVERSITY = "accuracy", "frechet", "nearest", "diver
 
 # Held-out images come this near to a training image in one case of a hundred.
 NEAR = 0.01
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number, of samples and of real images.
-
-    Attributes:
-        samples: of the samples.
-        real: of real images.
-        ratio: samples / real; None where that says nothing.
-        against: which real images: "held-out" or "training".
-    """
-
-    samples: Estimate
-    real: Estimate
-    ratio: Estimate | None
-    against: str
 
 
 @dataclass
@@ -95,7 +78,7 @@ def measure(samples: Dataset, reference: Reference, classifier: Classifier | Non
             of_held_out.features[chosen[2]].numpy(),
         )
         classes = None if equal[0].labels is None else equal[0].labels.numpy()
-        measures.rows[FRECHET] = Row(*frechet.compare(*features, classes=classes), "training")
+        measures.rows[FRECHET] = frechet.compare(*features, classes=classes)
     else:
         measures.notes.append("accuracy and Frechet distance; there is no classifier of these images")
     _add_nearest(measures, equal, reference.train, chosen[1], ranks)
