@@ -16,9 +16,10 @@ from fastddpm.machine.devices import plain_torch
 from fastddpm.sampling.network import Network
 from fastddpm.schedules.diffusion import DiffusionConfig
 from fastddpm.training.loss import ddpm_loss
+from fastddpm.unet.blocks import timestep_embedding
 
-# Frequencies of the time embedding; the largest turns once in about 6 of 1000 timesteps.
-_TIME_FEATURES = 32
+# Sines and cosines of the time embedding; the fastest turn once in about 6 of 1000 timesteps.
+_TIME_FEATURES = 64
 # Steps from one loss that the bar shows to the next: to read it waits for the device.
 _LOSS_EVERY = 50
 
@@ -34,7 +35,7 @@ class PointMLP(nn.Module):
         super().__init__()
         self.diffusion = diffusion
         self.first = nn.Linear(dimension, width)
-        self.time = nn.Sequential(nn.Linear(2 * _TIME_FEATURES, width), nn.SiLU())
+        self.time = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU())
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.last = nn.Linear(width, dimension)
 
@@ -48,7 +49,9 @@ class PointMLP(nn.Module):
 
     def shifts(self, t: Tensor) -> Tensor:
         """What the blocks add at timesteps t [N], side by side: [N, depth * width]."""
-        emb = self.time(self._embed(t))
+        # As in Ho et al. 2020, and the same angles whatever T is.
+        position = t.float() * (1000.0 / self.diffusion.num_timesteps)
+        emb = self.time(timestep_embedding(position, _TIME_FEATURES, flip_sin_to_cos=False, freq_shift=1))
         return torch.cat([block.shift(emb) for block in self.blocks], dim=1)  # type: ignore[operator]
 
     def denoise(self, x: Tensor, shifts: Tensor) -> Tensor:
@@ -63,13 +66,6 @@ class PointMLP(nn.Module):
         shifts = self.shifts(timesteps)
         network = _ByRow(lambda x, row: self.denoise(x, shifts[row]), compile_model=compile_model, strict=strict)
         return lambda batch: network
-
-    def _embed(self, t: Tensor) -> Tensor:
-        """Sines and cosines of t * 1000 / T, as in Ho et al. 2020: the same angles whatever T is, [B, 64]."""
-        exponent = torch.arange(_TIME_FEATURES, device=t.device, dtype=torch.float32) / (_TIME_FEATURES - 1)
-        position = t.float() * (1000.0 / self.diffusion.num_timesteps)
-        angles = position[:, None] * torch.exp(-math.log(10_000.0) * exponent)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class _Block(nn.Module):
