@@ -154,19 +154,19 @@ class LinearScheduler(FastScheduler):
         x, x_0 = x_t.to(dtype), x_t.new_empty(x_t.shape, dtype=dtype)
         older = [x_0.to(dtype) for x_0 in self.model_outputs if x_0 is not None]
 
-        def run(m: Tensor, row: Tensor, z: Tensor | None, x0_out: Tensor | None) -> Tensor:
+        def run(m: Tensor, rows: Tensor, z: Tensor | None, x0_out: Tensor | None) -> Tensor:
             # The ring's slot of age k is -k mod H in row 0: the oldest first. It is written into.
             history = torch.stack(older) if older else None
-            how: dict[str, Any] = {"use_m": self._use_m, "history": history, "x0_out": x0_out}
-            return ops.p_sample(x, m, row, step.first, z, clip=False, **how)
+            return ops.p_sample(
+                x, m, rows, step.first, z, clip=False, use_m=self._use_m, history=history, x0_out=x0_out
+            )
 
         z = draw(model_output) if self.draws(0) else None
-        *corrector, predictor = step.rows.split(1)
-        if corrector:
-            x = run(model_output, corrector[0], self.last_sample, x_0)
-            x_prev = run(x_0, predictor, z, None)
+        if len(step.rows) == 2:
+            x = run(model_output, step.rows[:1], self.last_sample, x_0)
+            x_prev = run(x_0, step.rows[1:], z, None)
         else:
-            x_prev = run(model_output, predictor, z, x_0)
+            x_prev = run(model_output, step.rows, z, x_0)
         self.remember(timestep, x_0, x)
         vars(self).update(step.after)
         return x_prev, x_0

@@ -18,13 +18,7 @@ from fastddpm.integrations.diffusers.loop import Generators, draw_like, predicto
 from fastddpm.integrations.diffusers.native_unet import native_unet, shares_parameters
 from fastddpm.integrations.diffusers.schedulers import FAST_FORM, fast_scheduler
 from fastddpm.integrations.kept_samplers import KeptSamplers
-from fastddpm.integrations.shared import (
-    NoiseSource,
-    Seeds,
-    check_options,
-    look_through,
-    replay,
-)
+from fastddpm.integrations.shared import NoiseSource, Seeds, check_options, look_through, replay
 from fastddpm.ops.operators import DTYPES
 from fastddpm.sampling.network import Model, null_class_of
 from fastddpm.sampling.options import SamplerArguments
@@ -89,8 +83,7 @@ class WholeLoop(NamedAsOriginal):
     ) -> Tensor:
         """Return x_0 [B, ...]."""
         self.scheduler, self.unet = fast_scheduler(self.scheduler), look_through(self.unet)
-        has_fast_form = isinstance(self.scheduler, NamedAsOriginal)
-        if not has_fast_form:
+        if not isinstance(self.scheduler, NamedAsOriginal):
             raise TypeError(
                 f"{type(self).__qualname__} runs {', '.join(kind.__name__ for kind in FAST_FORM)}, got "
                 f"{type(self.scheduler).__name__}; use diffusers' own {self._original.__name__} for it"
@@ -126,12 +119,10 @@ class WholeLoop(NamedAsOriginal):
             if batch_size not in (1, source.batch):
                 raise ValueError(f"got {source.batch} seeds for a batch size of {batch_size}; leave batch_size out")
             batch_size = source.batch
-        device = self._execution_device  # type: ignore[attr-defined]
-        return source, source.start(torch.empty(batch_size, *self._shape(), device=device, dtype=self.unet.dtype))
-
-    def _shape(self) -> tuple[int, ...]:
         size = self.unet.config.sample_size
-        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        device = self._execution_device  # type: ignore[attr-defined]
+        return source, source.start(torch.empty(shape, device=device, dtype=self.unet.dtype))
 
     def _check_labels(self, class_labels: Any, guidance: float) -> int | None:
         """Return the label that means "no class", None where there is none."""
@@ -276,15 +267,6 @@ class FastDDIMPipeline(WholeLoop, DDIMPipeline):
             logger.warning("eta should lie in [0, 1], from DDIM to DDPM, got %s", eta)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"got {len(generator)} generators for a batch size of {batch_size}; give one per image")
-        x = self._generate(
-            batch_size,
-            generator,
-            num_inference_steps,
-            seeds,
-            class_labels,
-            guidance,
-            callback,
-            eta=eta,
-            use_clipped_model_output=bool(use_clipped_model_output),
-        )
+        step = {"eta": eta, "use_clipped_model_output": bool(use_clipped_model_output)}
+        x = self._generate(batch_size, generator, num_inference_steps, seeds, class_labels, guidance, callback, **step)
         return self._finish(x, output_type, return_dict)

@@ -193,6 +193,5 @@ def fast_scheduler(scheduler: Any) -> Any:
     if fast_class is None:
         return scheduler
     fast = fast_class.from_config(scheduler.config)
-    for name, value in vars(scheduler).items():
-        setattr(fast, name, value)
+    vars(fast).update(vars(scheduler))
     return fast

@@ -218,12 +218,10 @@ class DiffusionProcess(nn.Module):
             with torch.no_grad():
                 x_self_cond = self.model_predictions(x_t, t, **self._named(model_forward_kwargs)).pred_x_start
         output = self._predict(x_t, t, x_self_cond, model_forward_kwargs)
-        if self.objective == "pred_noise":
-            target = noise
-        elif self.objective == "pred_x0":
-            target = x_start
-        else:
+        if self.objective == "pred_v":
             target = self.predict_v(x_start, t, noise)
+        else:
+            target = noise if self.objective == "pred_noise" else x_start
         loss = functional.mse_loss(output, target, reduction="none")
         loss = loss.mean(dim=tuple(range(1, loss.dim()))) if return_reduced_loss else loss
         loss = loss * self._at("loss_weight", t, loss)
