@@ -83,7 +83,8 @@ class WholeLoop(NamedAsOriginal):
     ) -> Tensor:
         """Return x_0 [B, ...]."""
         self.scheduler, self.unet = fast_scheduler(self.scheduler), look_through(self.unet)
-        if not isinstance(self.scheduler, NamedAsOriginal):
+        has_fast_form = isinstance(self.scheduler, NamedAsOriginal)
+        if not has_fast_form:
             raise TypeError(
                 f"{type(self).__qualname__} runs {', '.join(kind.__name__ for kind in FAST_FORM)}, got "
                 f"{type(self.scheduler).__name__}; use diffusers' own {self._original.__name__} for it"

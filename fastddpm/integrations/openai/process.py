@@ -141,12 +141,16 @@ class DiffusionProcess(tables.Tables):
         denoised_fn: Callable[[Tensor], Tensor] | None,
     ) -> dict[str, Tensor]:
         if self.model_var_type in tables.LEARNED:
-            output, values = output.chunk(2, dim=1)
-            log_variance = self._learned_log_variance(values, x, t)
+            output, log_variance = output.chunk(2, dim=1)
+            if self.model_var_type is ModelVarType.LEARNED_RANGE:
+                # f log beta + (1 - f) log beta_tilde, f = (v + 1) / 2   (Nichol & Dhariwal 2021, eq. 15)
+                fraction = (log_variance + 1) / 2
+                large, small = self._at("log_betas", t, x), self._at("posterior_log_variance_clipped", t, x)
+                log_variance = fraction * large + (1 - fraction) * small
             variance = log_variance.exp()
         else:
             variance, log_variance = self._at("model_variance", t, x), self._at("model_log_variance", t, x)
-        x_start = output
+        mean = x_start = output
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             x_start = self._predict_xstart_from_xprev(x, t, output)
         elif self.model_mean_type is ModelMeanType.EPSILON:
@@ -155,18 +159,9 @@ class DiffusionProcess(tables.Tables):
             x_start = denoised_fn(x_start)
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
-        mean = output
         if self.model_mean_type is not ModelMeanType.PREVIOUS_X:
             mean, _, _ = self.q_posterior_mean_variance(x_start, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x_start}
-
-    def _learned_log_variance(self, values: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Return log sigma^2: the values themselves, or interpolated (Nichol & Dhariwal 2021, eq. 15, v on [-1, 1])."""
-        if self.model_var_type is ModelVarType.LEARNED:
-            return values
-        fraction = (values + 1) / 2
-        large, small = self._at("log_betas", t, x), self._at("posterior_log_variance_clipped", t, x)
-        return fraction * large + (1 - fraction) * small
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         A, R = self._at("sqrt_recip_alphas_cumprod", t, x_t), self._at("sqrt_recipm1_alphas_cumprod", t, x_t)

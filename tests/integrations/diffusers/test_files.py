@@ -129,3 +129,19 @@ def test_methods_have_the_signatures_at_which_pipelines_look(fast: Any) -> None:
     for name in ("step", "set_timesteps", "scale_model_input", "add_noise"):
         ours, theirs = (inspect.signature(getattr(kind, name)).parameters.values() for kind in (fast, fast._original))
         assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [((), {"eta": 0.5, "foo": 1}), ((0.0, False, None, None, True, 9), {}), ((0.5,), {"eta": 1.0})],
+    ids=["unknown", "too many", "twice"],
+)
+def test_step_refuses_what_does_not_fit_its_signature_as_diffusers_does(arguments: Any, options: Any) -> None:
+    messages = []
+    for kind in (FastDDIMScheduler, DDIMScheduler):
+        scheduler, x = kind(), normal(*SHAPE, seed=1)
+        scheduler.set_timesteps(4)
+        with pytest.raises(TypeError) as error:
+            scheduler.step(x, 750, x, *arguments, **options)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
