@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
             tqdm.write(line(tuned), file=sys.stderr)
 
     model = model.to(resolve_device(args.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with tqdm(unit="call", file=sys.stderr, disable=args.quiet or None) as bar:
+    with tqdm(desc="many steps", unit="call", file=sys.stderr, disable=args.quiet or None) as bar:
         targets = Targets(model, guidance=guidance, samples=args.samples, progress=bar.update)
         for steps in args.steps:
-            bar.set_description(f"{steps} steps")
+            bar.set_description_str(f"{steps} steps")
             tuned = tune(targets, steps, minutes=minutes, start=tables.get((steps, guidance)), found=keep)
             if (steps, guidance) not in tables:
                 keep(tuned)

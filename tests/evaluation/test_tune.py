@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -113,10 +114,14 @@ def test_tune_writes_a_table_that_sample_and_eval_find(
     model = small(tmp_path)
     with pytest.raises(FileNotFoundError, match="fastddpm tune"):
         fastddpm.sample(model, seeds=0, sampler="tuned")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert (
         main(["tune", "--model", str(tmp_path), "--steps", "2,3", "--minutes", "1e-6", "--samples", "4", "--json"]) == 0
     )
-    printed = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert "3 steps: " in captured.err
+    assert ": : " not in captured.err
+    printed = json.loads(captured.out)
     assert [len(table["levels"]) for table in printed["tables"]] == [2, 3]
     assert main(["sample", "--model", str(tmp_path), "--sampler", "tuned", "--outdir", str(tmp_path / "out")]) == 0
     # Unfitted, it is the solver itself.
