@@ -83,18 +83,14 @@ def guidance_plot(results: Sequence[Mapping[str, Any]]) -> bytes:
     """Plot the results of several weights side by side, each curve with the level of real images, as a PNG."""
     figure = new_figure(8, 3.2, layout="constrained")
     names = [name for name in (ACCURACY, DIVERSITY) if all(name in result for result in results)]
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        _curve(axes, name, sorted(results, key=lambda result: result["run"]["guidance"]))
-    return to_png(figure)
-
-
-def _curve(axes: Any, name: str, results: Sequence[Mapping[str, Any]]) -> None:
+    results = sorted(results, key=lambda result: result["run"]["guidance"])
     weights = [result["run"]["guidance"] for result in results]
-    samples = [result[name]["samples"] for result in results]
-    values = [estimate["value"] for estimate in samples]
-    errors = [[e["value"] - e["low"] for e in samples], [e["high"] - e["value"] for e in samples]]
-    real = results[0][name]
-    axes.errorbar(weights, values, yerr=errors, color=INK, marker="o", capsize=3, label="samples")
-    axes.axhline(real["real"]["value"], color=MUTED, linestyle="--", label=f"{real['against']} images")
-    axes.set(xlabel="guidance weight", title=name)
-    axes.legend(frameon=False)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        samples, real = [result[name]["samples"] for result in results], results[0][name]
+        values = [estimate["value"] for estimate in samples]
+        errors = [[e["value"] - e["low"] for e in samples], [e["high"] - e["value"] for e in samples]]
+        axes.errorbar(weights, values, yerr=errors, color=INK, marker="o", capsize=3, label="samples")
+        axes.axhline(real["real"]["value"], color=MUTED, linestyle="--", label=f"{real['against']} images")
+        axes.set(xlabel="guidance weight", title=name)
+        axes.legend(frameon=False)
+    return to_png(figure)

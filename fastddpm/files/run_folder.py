@@ -36,12 +36,7 @@ class RunFolder:
     """
 
     def __init__(
-        self,
-        path: Path,
-        patterns: Sequence[str],
-        *,
-        manifest: str = "manifest.json",
-        kind: str = "fastddpm-run-1",
+        self, path: Path, patterns: Sequence[str], *, manifest: str = "manifest.json", kind: str = "fastddpm-run-1"
     ) -> None:
         self.path, self.manifest, self.kind = path, path / manifest, kind
         self._patterns = patterns

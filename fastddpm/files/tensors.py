@@ -67,11 +67,7 @@ class SafetensorsFile:
         self.tensors, self.metadata = _read_header(path)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read tensors as float32 copies on the CPU.
-
-        Raises:
-            ValueError: the file has another digest or is damaged, or a tensor is not floating point.
-        """
+        """See `TensorFile`; refuses a file with another digest or damage, and what is not floating point."""
         names = list(names)
         for name in names:
             if not self.tensors[name].dtype.is_floating_point:
@@ -95,7 +91,7 @@ class LoadedTensors:
         self.tensors = tensors
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return them as float32."""
+        """See `TensorFile`."""
         return {name: self.tensors[name].to(torch.float32) for name in names}
 
 
@@ -113,7 +109,7 @@ class Shards:
             raise ValueError(f"{path}: two of its {len(files)} files hold a tensor of the same name")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read tensors as float32 copies on the CPU; ValueError where one of the files cannot be read."""
+        """See `TensorFile`."""
         wanted = set(names)
         read: dict[str, Tensor] = {}
         for file in self._files:

@@ -162,10 +162,7 @@ def point_diffusion(x_0: Tensor, schedule: str, steps: int) -> DiffusionConfig:
     2020, section 3.2: it is the optimum for x_0 ~ N(0, I)).
     """
     return DiffusionConfig(
-        beta_schedule=schedule,
-        num_timesteps=steps,
-        variance_type="fixed_large",
-        clip_range=float(x_0.abs().max()),
+        beta_schedule=schedule, num_timesteps=steps, variance_type="fixed_large", clip_range=float(x_0.abs().max())
     )
 
 

@@ -70,9 +70,8 @@ class TrainingRun:
         """Build the network, with fresh weights or those of `trained`."""
         with plain_torch():
             model = UNet(dataclasses.replace(self.unet, dropout=self.config.dropout))
-        model.diffusion = self.config.diffusion()
+        model.diffusion = _shared_diffusion(self.config, self.trained)
         if self.trained is not None:
-            model.diffusion = _shared_diffusion(self.config, self.trained.diffusion)
             model.load_state_dict(self.trained.state_dict())
         return model
 
@@ -99,12 +98,12 @@ def _check_suits(unet: UNetConfig, config: TrainConfig, data: Dataset, world: in
         raise ValueError(f"{name}: no null_class, which class dropout needs; give --class-dropout 0")
 
 
-def _shared_diffusion(config: TrainConfig, trained: DiffusionConfig | None) -> DiffusionConfig:
+def _shared_diffusion(config: TrainConfig, model: UNet | None) -> DiffusionConfig:
     """Return the diffusion of the model to start from, after checking that the run's has the same schedule and target.
 
     What only sampling knows, the variance and the clip range, may differ.
     """
-    ours = config.diffusion()
+    ours, trained = config.diffusion(), None if model is None else model.diffusion
     if trained is None:
         return ours
     sampling = {"variance_type": trained.variance_type, "clip_range": trained.clip_range}
@@ -136,11 +135,10 @@ def open_run(config: TrainConfig, ranks: Ranks = ALONE) -> Iterator[TrainingRun]
             raise ValueError(f"--overwrite would remove --{name} {path}; give another --outdir")
     config.resolved_device()
     trained = None if config.init is None else load(config.init)
+    _shared_diffusion(config, trained)
     unet = None if trained is None else trained.config
     if config.model is not None:
         unet = UNetConfig.from_dict(read_object(config.model))
-    if trained is not None:
-        _shared_diffusion(config, trained.diffusion)
     folder = run_folder(Path(config.out))
     resume, overwrite = config.resume, config.overwrite
     with folder.locked() if ranks.rank == 0 else contextlib.nullcontext():
