@@ -76,7 +76,7 @@ def _fused_step(fast: type[FastScheduler]) -> Any:
         # By hand, since `inspect.Signature.bind` takes a tenth of a step's time.
         by_place = dict(zip(names, args, strict=False))
         options = {**defaults, **by_place, **kwargs}
-        if len(args) > len(names) or options.keys() != expected or by_place.keys() & kwargs.keys():
+        if len(args) > len(names) or set(options) != expected or any(name in by_place for name in kwargs):
             return original(self, *args, **kwargs)  # which says what is wrong
         model_output, timestep, sample = (options.pop(name) for name in names[:3])
         return_dict, generator = options.pop("return_dict"), options.pop("generator", None)
