@@ -54,6 +54,11 @@ def test_float64_and_gradients_take_diffusers_step() -> None:
     assert pair[1].step(network(x, 800), 800, x, IMAGE, MASK).prev_sample.requires_grad
 
 
+def test_set_timesteps_refuses_no_steps() -> None:
+    with pytest.raises(ValueError, match="integer >= 1, got 0"):
+        FastRePaintScheduler().set_timesteps(0)
+
+
 def test_files_name_the_original(tmp_path: Any) -> None:
     FastRePaintScheduler(eta=0.5).save_pretrained(tmp_path)
     assert diffusers.RePaintScheduler.from_pretrained(tmp_path).config.eta == 0.5

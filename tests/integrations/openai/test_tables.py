@@ -62,6 +62,16 @@ def test_tables_agree_with_bayes_rule(name: str, steps: int) -> None:
         assert table.shape == (steps,)
 
 
+@pytest.mark.parametrize(
+    ("betas", "message"), [([0.5, 1.0, 0.5], r"betas\[1\] = 1.0"), ([0.5, 1e-17], "fall strictly")]
+)
+def test_betas_that_leave_no_process_are_refused(betas: list[float], message: str) -> None:
+    enums = (ModelMeanType.EPSILON, ModelVarType.FIXED_SMALL, LossType.MSE)
+    kinds = dict(zip(("model_mean_type", "model_var_type", "loss_type"), enums, strict=True))
+    with pytest.raises(ValueError, match=message):
+        GaussianDiffusion(betas=betas, **kinds)  # type: ignore[arg-type]
+
+
 def test_space_timesteps_accumulates_for_every_count() -> None:
     for count in range(2, 1001):
         position, expected = 0.0, set()
