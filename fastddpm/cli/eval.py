@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastddpm.checks import number
 from fastddpm.cli import sampling_options
-from fastddpm.cli.parser import add_shared, examples, positive, print_output
+from fastddpm.cli.parser import add_shared, announce, examples, positive, print_output
 
 if TYPE_CHECKING:
     from fastddpm.data.datasets import Dataset
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = join_ranks(vars(args))
     model = load(args.model)
     reading = {"value_range": parse_range(args.value_range), "background": args.background, "channels": args.channels}
+    announce(f"reading {args.data}", quiet=args.quiet or ranks.rank > 0)
     reference = load_reference(args.data, shape_of(model), **reading)
     classifier = None
     if args.classifier is not None or args.data == "mnist":
@@ -124,6 +125,7 @@ def _result(
             outputs.finish(grid=False)
         ranks.wait_for_all()
     samples = _samples(outputs.samples_path, plan.labels, model, reference)
+    announce("measuring", quiet=args.quiet or ranks.rank > 0)
     measures = measure(samples, reference, classifier, ranks)
     if ranks.rank:
         return {}

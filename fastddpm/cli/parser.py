@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastddpm.checks import DTYPES, nearest, one_of
+from fastddpm.checks import DTYPES, nearest, one_of, printable
 
 BACKENDS = ("auto", "triton", "torch")
 COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
@@ -86,6 +87,12 @@ def print_output(args: argparse.Namespace, summary: Mapping[str, Any], text: str
         print(json.dumps(summary))
     elif not args.quiet:
         print(text)
+
+
+def announce(what: str, *, quiet: bool) -> None:
+    """Say on a terminal what is waited for where no bar shows it."""
+    if sys.stderr.isatty() and not quiet:
+        print(printable(f"fastddpm: {what} ..."), file=sys.stderr, flush=True)
 
 
 def refuse_existing(args: argparse.Namespace, paths: Iterable[Path]) -> None:

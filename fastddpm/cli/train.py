@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastddpm.checks import printable
 from fastddpm.cli import parser as shared
 from fastddpm.training.config import TrainConfig
 
@@ -73,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give --data: mnist, digits8x8, an image folder, or a .npy/.npz file")
     config = TrainConfig.from_dict(settings)
     first = rank_and_world(os.environ)[0] == 0
-    if first and not quiet and sys.stderr.isatty():
-        print(printable(f"fastddpm: reading {config.data} ..."), file=sys.stderr, flush=True)
+    shared.announce(f"reading {config.data}", quiet=quiet or not first)
     result = train(config, quiet=quiet)
     if result.signal is not None:
         name = signal.Signals(result.signal).name

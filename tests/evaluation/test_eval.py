@@ -222,8 +222,12 @@ def test_eval_of_own_images_reports_what_needs_no_classifier(
     own_images: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fid.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(own_images) == 0
-    (result,) = json.loads(capsys.readouterr().out)["results"]
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastddpm: reading ")
+    assert "fastddpm: measuring ...\n" in captured.err
+    (result,) = json.loads(captured.out)["results"]
     assert result["compared"] == 5
     assert [name for name in ROWS if name in result] == ["nearest", "diversity"]
     assert result["fid"] is None
