@@ -82,8 +82,7 @@ def _choose(labels: Tensor, counts: list[int], seed: int) -> Tensor:
     chosen = []
     for label, count in enumerate(counts):
         generator = np.random.Generator(np.random.Philox(key=[seed, label]))
-        members = generator.permutation(np.flatnonzero(labels.numpy() == label))
-        chosen.append(members[:count])
+        chosen.append(generator.permutation(np.flatnonzero(labels.numpy() == label))[:count])
     return torch.from_numpy(np.concatenate(chosen))
 
 

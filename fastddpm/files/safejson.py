@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastddpm.checks import printable
 from fastddpm.files.outside import regular_size
@@ -65,7 +66,7 @@ def parse_object(content: bytes, *, source: str, infinities: bool = False) -> di
         value = json.loads(
             text,
             object_pairs_hook=_unique_keys,
-            parse_constant=_infinity if infinities else _refuse_constant,
+            parse_constant=functools.partial(_constant, infinities=infinities),
             parse_float=_finite_float,
         )
     except (ValueError, RecursionError) as error:
@@ -99,12 +100,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _infinity(name: str) -> float:
-    return _refuse_constant(name) if name == "NaN" else float(name)
+def _constant(name: str, infinities: bool) -> float:
+    if name == "NaN" or not infinities:
+        raise ValueError(f"{name} is not a JSON number")
+    return float(name)
 
 
 def _finite_float(digits: str) -> float:
