@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.cli.parser import COMPILE, add_shared, examples, positive
+from fastddpm.cli.parser import COMPILE, add_shared, announce, examples, positive
 
 if TYPE_CHECKING:
     from fastddpm.diagnostics.profile import Breakdown, Part
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     call: dict[str, Any] = {"seeds": seeds, "class_labels": labels_for(model, seeds, None)}
     if beside := model.config.in_channels - channels:
         call["model_kwargs"] = {"condition": torch.zeros(args.batch, beside, *size)}
+    announce(f"profiling {args.steps} steps of {args.model}", quiet=args.json)
     profiled = profiling.run_profile(sampler, call, traced=not args.ranges_only)
     if profiled is None:
         return 0

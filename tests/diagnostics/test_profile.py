@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,10 +139,14 @@ def test_profile_of_a_graph_without_cuda_is_refused(capsys: pytest.CaptureFixtur
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
-def test_ranges_only_writes_no_trace(tmp_path: Path) -> None:
+def test_ranges_only_writes_no_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = tmp_path / "trace.json"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main([*ARGUMENTS, "--ranges-only", "--trace", str(trace)]) == 0
     assert not trace.exists()
+    assert capsys.readouterr().err == "fastddpm: profiling 3 steps of tiny ...\n"
 
 
 def test_commands_can_be_pasted() -> None:
