@@ -15,17 +15,26 @@ def as_tensor(data: Any) -> Tensor:
     return data if isinstance(data, Tensor) else torch.as_tensor(data, device="cpu")
 
 
-def samples(name: str, x: Tensor, table: Table, shape: tuple[int, ...]) -> Tensor:
+def samples(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return data as samples [B, *shape].
 
     Raises:
-        ValueError: the shape is another, or the values are no floating-point numbers, or far from where x_0 is clipped.
+        ValueError: the shape is another, or the values are no floating-point numbers.
     """
     if tuple(x.shape[1:]) != shape or not x.is_floating_point():
         raise ValueError(
             f"{name} must be floating point of shape [B, {', '.join(map(str, shape))}], got {x.dtype} of shape "
             f"{list(x.shape)}; an image becomes one by image[None], and uint8 goes to [-1, 1] by x / 127.5 - 1"
         )
+    return x
+
+
+def in_range(name: str, x: Tensor, table: Table) -> Tensor:
+    """Return data, after a look at their values.
+
+    Raises:
+        ValueError: they are far from where x_0 is clipped.
+    """
     bound = float(table.column("hi").max())
     # Twice as far is more than a solver's or a filter's overshoot.
     if (x.abs() > 2 * bound).any():
@@ -74,7 +83,10 @@ def resolve_known(
     if source != "seeds":
         raise ValueError("mask= noises the known data by seeds; pass seeds=, or seed= with sample_ids=")
     refuse_without_levels("mask", table)
-    return for_batch("known", samples("known", known, table, size[1:]), size[0]), as_mask(mask, size)
+    known, drawn = for_batch("known", samples("known", known, size[1:]), size[0]), as_mask(mask, size)
+    # Where samples are drawn the data may hold anything.
+    in_range("known", known.masked_fill(drawn, 0.0), table)
+    return known, drawn
 
 
 def as_mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -23,7 +23,7 @@ from fastddpm.sampling.conditions import (
     resolve_guidance,
     split_kwargs,
 )
-from fastddpm.sampling.edits import as_tensor, for_batch, refuse_without_levels, resolve_known, samples
+from fastddpm.sampling.edits import as_tensor, for_batch, in_range, refuse_without_levels, resolve_known, samples
 from fastddpm.sampling.options import Options
 from fastddpm.tables.table import COLUMN, Table
 
@@ -199,7 +199,7 @@ def resolve_request(
         if x_T is not None:
             raise ValueError("init= and x_T= are two starts; give x_T alone, which may be a noised init of your own")
         refuse_without_levels("init", table)
-        init = samples("init", init, table, shape)
+        init = in_range("init", samples("init", init, shape), table)
     start = x_T if init is None else init
     draw: Callable[[int], Tensor] | None = None
     if source == "seeds":

@@ -107,6 +107,9 @@ def test_init_that_does_not_fit_is_refused() -> None:
         sampler.sample(seeds=[1, 2], init=bytes_as_floats)
     with pytest.raises(ValueError, match="known reaches 2"):
         sampler.sample(seeds=[1, 2], known=bytes_as_floats, mask=MASKS["half"])
+    absent = torch.where(MASKS["half"].bool(), -999.0, X_0)
+    drawn = sampler.sample(seeds=[1, 2], known=absent, mask=MASKS["half"])
+    assert torch.equal(drawn, sampler.sample(seeds=[1, 2], known=X_0, mask=MASKS["half"]))
     unclipped = Sampler(Pointwise().eval(), ddpm_table(SCHEDULE, steps=2, clip_range=None), SHAPE, compile=False)
     assert unclipped.sample(seeds=[1, 2], init=bytes_as_floats).shape == (2, *SHAPE)
     with pytest.raises(ValueError, match="init holds 2 samples, and 3 are drawn"):
