@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import pytest
 import torch
 from torch import Tensor
 
 import fastddpm
 from fastddpm import DiffusionConfig, Sampler, ddpm_table
+from fastddpm.data.points import sliced_wasserstein
 from fastddpm.noise import v1 as noise
 from fastddpm.ops.draw import randn
 from fastddpm.tables.by_name import make_table
 from fastddpm.tables.table import make_rows
 from tests.sampling.test_sampler import SCHEDULE, SHAPE, Pointwise, with_tape
+from tests.tables.yardsticks import CONFIG as UNCLIPPED
+from tests.tables.yardsticks import Mixture
 
 CONFIG = DiffusionConfig(num_timesteps=50, beta_start=1e-3, beta_end=0.2)
 X_0 = torch.linspace(-1, 1, 210).reshape(2, *SHAPE)
@@ -173,6 +179,22 @@ def test_mask_runs_in_any_batches() -> None:
     y = fastddpm.sample(Pointwise().eval(), (5,), seeds=range(5), init=torch.ones(1, 5), mask=wide, strength=0.5)
     assert torch.equal(y[:, ~wide], torch.ones(5, 2))
     assert not torch.equal(y[:, wide], torch.ones(5, 3))
+
+
+def test_points_inpainted_along_one_coordinate_are_of_the_data() -> None:
+    angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    ring = Mixture(0.7 * torch.stack([angle.cos(), angle.sin()], dim=1), 0.1)
+    n, table = 2000, make_table("ddpm", UNCLIPPED, steps=250, jump_length=10, jump_n_sample=10)
+    sampler = Sampler(lambda x, t: ring(x.double(), t).float(), table, (2,), compile=False)
+    given = ring.draw(n, seed=1).float()
+    points = sampler.sample(seeds=range(n), known=given, mask=torch.tensor([0.0, 1.0]))
+    assert torch.equal(points[:, 0], given[:, 0])
+    data = [ring.draw(n, seed).float() for seed in range(2, 8)]
+    exact = statistics.mean(map(sliced_wasserstein, data[:3], data[3:]))
+    assert statistics.mean(sliced_wasserstein(points, other) for other in data[:3]) < 1.5 * exact
+    # The distance sees which second coordinate belongs to which first one.
+    points[:, 1] = points[torch.randperm(n, generator=torch.Generator().manual_seed(0)), 1]
+    assert sliced_wasserstein(points, data[0]) > 2 * exact
 
 
 def test_mask_that_does_not_fit_is_refused() -> None:
