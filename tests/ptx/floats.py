@@ -142,8 +142,11 @@ def _ex2(modifiers: tuple[str, ...]) -> Operation:
 
 
 def _div(modifiers: tuple[str, ...]) -> Operation:
-    """``full``: the nearest float32 stands for what the processor gives, 2 ulp off at most; 0 for huge divisors."""
-    if modifiers != ("full", "f32"):
+    """``full`` of Triton 3.8, ``approx`` of 3.9: 0 for huge divisors.
+
+    The nearest float32 stands for what the processor gives, which is within 2 ulp.
+    """
+    if modifiers not in (("full", "f32"), ("approx", "f32")):
         return _explicitly_rounded(np.divide, 2)(modifiers)
 
     def compute(a: np.ndarray, b: np.ndarray) -> np.ndarray:

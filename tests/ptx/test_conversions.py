@@ -79,7 +79,6 @@ def test_integer_to_integer_truncates_or_extends() -> None:
     [
         "ex2.approx.f32 $0, $1",
         "sqrt.approx.f32 $0, $1",
-        "div.approx.f32 $0, $1, $1",
         "cvt.rz.f32.u32 $0, $1",
         "cvt.rzi.s32.f32 $0, $1",
         "cvt.rni.f32.f32 $0, $1",
