@@ -45,7 +45,7 @@ NAMES = (
     SamplerName("dpm++3m", ("dpmpp_3m",), False, 1, "10 to 25 steps, no guidance"),
     SamplerName("dpm++2m_sde", ("dpmpp_2m_sde", "sde-dpmsolver++"), True, 1, "15 to 50 steps, with noise"),
     SamplerName("dpm++3m_sde", ("dpmpp_3m_sde",), True, 1, "20 to 50 steps, with noise"),
-    SamplerName("sa_solver", ("sa", "SASolverScheduler"), True, 1, "10 to 50 steps; tau sets how much noise"),
+    SamplerName("sa_solver", ("sa", "SASolverScheduler"), True, 1, "7 to 50 steps; tau sets how much noise"),
     SamplerName("deis", ("deis3", "DEISMultistepScheduler"), False, 1, "8 to 20 steps; does not clip x_0"),
     SamplerName("ipndm", ("ipndm4", "IPNDMScheduler"), False, 1, "5 to 15 steps, spacing karras; does not clip"),
     SamplerName("heun", ("edm", "HeunDiscreteScheduler"), False, 2, "20 steps (39 calls) and more"),
