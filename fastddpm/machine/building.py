@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from fastddpm.errors import BackendUnavailable
 from fastddpm.files.atomic import temporary_of
 from fastddpm.machine import packages
+from fastddpm.machine.allocator import memory_given_back
 from fastddpm.machine.packages import Code
 from fastddpm.machine.torch_compile import has_cpp_compiler, package_cache
 
@@ -184,7 +185,8 @@ def _await_others(path: Path) -> None:
 
 def _start(identity: Mapping[str, str], job: Callable[[], Job], *, out: Path | None, waits: bool) -> _Build:
     try:
-        return _Build(identity, job(), out=out, waits=waits)
+        with memory_given_back():
+            return _Build(identity, job(), out=out, waits=waits)
     except (OSError, RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
         # A full disk, or something in the network that cannot be pickled.
         raise BackendUnavailable(f"the build cannot be started: {error}") from error

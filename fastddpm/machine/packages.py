@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fastddpm.errors import BackendUnavailable
 from fastddpm.files.atomic import write_files
+from fastddpm.machine.allocator import memory_given_back
 from fastddpm.machine.hardware import instruction_set
 from fastddpm.machine.torch_compile import is_open, package_cache
 
@@ -109,7 +110,9 @@ def load(path: Path, identity: Mapping[str, str]) -> Code:
     if other:
         raise BackendUnavailable(f"{path} was compiled for {'; '.join(other)}: build it again")
     try:
-        return Code(path)
+        # Its weights are copied out of it.
+        with memory_given_back():
+            return Code(path)
     except (AttributeError, TypeError, RuntimeError) as error:
         raise BackendUnavailable(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +34,7 @@ SHAPE = (3, 8, 8)
 SEEDS = [1, 2]
 CONFIG = {
     "sample_size": 8,
-    "block_out_channels": (4,),
+    "block_out_channels": (64,),
     "layers_per_block": 1,
     "down_block_types": ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",),
@@ -246,6 +248,19 @@ def test_killed_build_leaves_nothing_that_is_used(cache: Path, caplog: pytest.Lo
     assert caplog.text.count("the process that builds it ended with status -9") == 1
     with filelock.FileLock(path.with_suffix(packages.LOCK)).acquire(timeout=0):
         pass
+
+
+@pytest.mark.slow
+def test_weights_of_a_package_do_not_lie_in_memory_twice(built: Path) -> None:
+    if platform.system() != "Linux":
+        pytest.skip("where memory lies is read from Linux")
+    code = packages.load(built, packages.identity_of(built))
+    library = r"r--p .*\.wrapper\.so\nSize: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+) kB\n"
+    found = re.findall(library, Path("/proc/self/smaps").read_text())
+    size, resident = max((int(size), int(resident)) for size, resident in found)
+    assert size > 500, found
+    assert resident < size / 4, found
+    del code  # until here the library is mapped
 
 
 @pytest.mark.slow
