@@ -147,6 +147,13 @@ def rows_of(name: str, value: Any, indices: list[int], n: int) -> Any:
     return value[indices] if len(value) == n else value
 
 
+def aligned(null: Any, value: Any) -> Any:
+    """Return the null of an argument with its dimensions: the first of one that broadcasts counts no samples."""
+    if isinstance(null, Tensor) and isinstance(value, Tensor):
+        return null[(None,) * (value.dim() - null.dim())]
+    return null
+
+
 def resolve_conditions(
     options: Options,
     B: int,

@@ -20,7 +20,7 @@ from fastddpm.machine.devices import resolve_device
 from fastddpm.machine.ranks import refuse_other_calls
 from fastddpm.noise.seeds import resolve_seeds
 from fastddpm.sampling import network as net
-from fastddpm.sampling.conditions import Labels, Weight, is_guided, labels_for, rows_of
+from fastddpm.sampling.conditions import Labels, Weight, aligned, is_guided, labels_for, rows_of
 from fastddpm.sampling.edits import as_mask, as_tensor, for_batch
 from fastddpm.sampling.options import SamplerArguments, check_shape
 from fastddpm.sampling.request import Conditions, Generators, Noise, RequestArguments, given_batch, refuse_unknown
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 # Elements of x_t per batch when the caller names no batch size: 16 images of 32x32 on a CPU, whose caches are then
 # full; enough to keep the largest GPU busy.
 _ELEMENTS_PER_BATCH = {"cpu": 2**14, "cuda": 2**20}
-
-# Arguments that are samples, or as large as these.
-_EDITS = {"x_T", "init", "known", "mask"}
 
 
 class SampleArguments(SamplerArguments, Conditions, total=False):
@@ -241,14 +238,17 @@ def plan_run(
         raise ValueError(f"strength={strength} begins part-way: pass init= too, or x_T= at the level of that step")
     diffusion = net.diffusion_of(model, diffusion)
     shape = net.shape_of(model, diffusion) if shape is None else check_shape(shape)
-    for name in conditions.keys() & _EDITS:
-        if conditions[name] is not None:
+    for name in ("x_T", "init", "known", "mask"):
+        if conditions.get(name) is not None:
             data = conditions[name] = as_tensor(conditions[name])
             # One of another shape is refused, with advice, where it is used.
             if tuple(data.shape[1:]) == shape:
                 for_batch(name, data, len(seeds))
     if conditions.get("mask") is not None:
         conditions["mask"] = as_mask(conditions["mask"], (len(seeds), *shape))
+    if nulls := conditions.get("null_kwargs"):
+        values = conditions.get("model_kwargs") or {}
+        conditions["null_kwargs"] = {name: aligned(null, values.get(name)) for name, null in nulls.items()}
     steps = None if steps is None else integer("steps", steps, 1)
     if isinstance(guidance, Tensor):  # one weight per row of the table, not per sample
         conditions["guidance"] = guidance.tolist()

@@ -223,6 +223,18 @@ def test_rows_of_one_batch_are_not_repeated_for_the_others() -> None:
     assert torch.equal(one, fastddpm.sample(shifted, (2,), **call, model_kwargs={"shift": torch.ones(4, 1)}))
 
 
+@pytest.mark.parametrize("width", [2, 4])
+def test_a_null_as_wide_as_a_batch_or_as_all_samples_is_no_row_of_each(width: int) -> None:
+    def shifted(x: torch.Tensor, t: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return x + shift.sum(dim=1, keepdim=True)
+
+    call: dict[str, Any] = {"seeds": range(4), "steps": 2, "batch_size": 2, "guidance": 2.0}
+    call["model_kwargs"] = {"shift": torch.linspace(0, 1, 4 * width).reshape(4, width)}
+    null = torch.arange(float(width))
+    drawn = fastddpm.sample(shifted, (2,), **call, null_kwargs={"shift": null})
+    assert torch.equal(drawn, fastddpm.sample(shifted, (2,), **call, null_kwargs={"shift": null.expand(4, width)}))
+
+
 def test_an_image_that_is_no_batch_is_told_its_shape() -> None:
     with pytest.raises(ValueError, match=r"init must be .* \[B, 3, 2, 2\].*image\[None\]"):
         fastddpm.sample(Toy().eval(), (3, 2, 2), seeds=[0], steps=2, init=torch.zeros(3, 2, 2))
