@@ -104,6 +104,12 @@ def test_a_subroutine_is_avoided_and_reported() -> None:
     assert (result.executed, result.avoided) == (3, ("call of $slowpath",))
 
 
+def test_a_path_ends_where_the_thread_leaves() -> None:
+    into_a_subroutine = "MOV R0, R1\nFADD R0, R0, R0\n.L_x_0:\nCALL.REL.NOINC `($slowpath)\n@P1 BRA `(.L_x_0)"
+    assert count(f"@P0 BRA `(.L_x_1)\n{into_a_subroutine}\n.L_x_1:\nEXIT").executed == 2
+    assert count("FADD R0, R1, R2\n@P0 EXIT").executed == 2
+
+
 def test_an_unavoidable_subroutine_is_refused() -> None:
     with pytest.raises(sass.SassError, match="slowpath"):
         count("CALL.REL.NOINC `($slowpath)\nEXIT")

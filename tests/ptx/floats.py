@@ -142,16 +142,19 @@ def _ex2(modifiers: tuple[str, ...]) -> Operation:
 
 
 def _div(modifiers: tuple[str, ...]) -> Operation:
-    """``full`` of Triton 3.8, ``approx`` of 3.9: 0 for huge divisors.
+    """``full`` of Triton 3.8, and ``approx`` of 3.9, which is 0 for divisors beyond 2^126 (PTX ISA, div).
 
     The nearest float32 stands for what the processor gives, which is within 2 ulp.
     """
-    if modifiers not in (("full", "f32"), ("approx", "f32")):
-        return _explicitly_rounded(np.divide, 2)(modifiers)
+    nearest = _explicitly_rounded(np.divide, 2)
+    if modifiers == ("full", "f32"):
+        return nearest(("rn", "f32"))
+    if modifiers != ("approx", "f32"):
+        return nearest(modifiers)
 
     def compute(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         huge = np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), a) * np.sign(b))
-        return canonical(np.where(np.abs(b) >= np.float32(2.0**126), huge, a / b), "f32")
+        return canonical(np.where(np.abs(b) > np.float32(2.0**126), huge, a / b), "f32")
 
     return Operation("f32", ("f32", "f32"), compute)
 

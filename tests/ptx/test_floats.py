@@ -157,7 +157,9 @@ def test_approximations_are_the_nearest_float_and_flush() -> None:
     a = np.array([0.0, -1.0, 0.5, 126.5, -127.0, 200.0, -1e-40, -np.inf, np.inf], np.float32)
     expected = [1.0, 0.5, np.sqrt(2.0), 2.0**126.5, 0.0, np.inf, 1.0, 0.0, np.inf]
     assert same_bits(evaluate("ex2.approx.ftz.f32 $0, $1", [a], "float32"), np.array(expected, np.float32))
-    a, b = np.array([1.0, -3.0, 3.0, 1.0], np.float32), np.array([3.0, 2.0**126, np.inf, -0.5], np.float32)
-    expected = np.array([1 / 3, -0.0, 0.0, -2.0], np.float32)
-    for form in ("full", "approx"):
-        assert same_bits(evaluate(f"div.{form}.f32 $0, $1, $2", [a, b], "float32"), expected)
+    a = np.array([1.0, -3.0, -3.0, np.inf, 3.0, 1.0], np.float32)
+    b = np.array([3.0, 2.0**126, 2.0**127, 2.0**127, np.inf, -0.5], np.float32)
+    full = np.array([1 / 3, -3 * 2.0**-126, -3 * 2.0**-127, np.inf, 0.0, -2.0], np.float32)
+    approx = np.array([1 / 3, -3 * 2.0**-126, -0.0, np.nan, 0.0, -2.0], np.float32)
+    assert same_bits(evaluate("div.full.f32 $0, $1, $2", [a, b], "float32"), full)
+    assert same_bits(evaluate("div.approx.f32 $0, $1, $2", [a, b], "float32"), approx)
