@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import fastddpm
+from fastddpm.cli import build_parser
 from fastddpm.schedules.levels import SPACINGS
 from fastddpm.tables.names import NAMES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGES = [DOCS.parent / "README.md", *DOCS.glob("*.md"), *DOCS.parent.glob("fastddpm/models/*/README.md")]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,14 @@ def test_python_of_a_page_runs_as_printed(
         exec(compile(block if promised else shorter, page, "exec"), names)
         printed = capsys.readouterr().out
         assert [line for line in promised if f"{line}\n" not in printed] == []
+
+
+def test_commands_of_every_page_are_understood() -> None:
+    parser = build_parser()
+    shown = r"^    (?:.* )?fastddpm ([a-z].*)$|`fastddpm ([a-z]+\s--(?!help)[^`]+)`"
+    for page in PAGES:
+        for command in re.findall(shown, page.read_text(encoding="utf-8").replace("\\\n", " "), re.MULTILINE):
+            parser.parse_args(shlex.split("".join(command), comments=True))
 
 
 def test_every_public_name_is_documented() -> None:
