@@ -214,14 +214,15 @@ def draw_plot(path: str) -> None:
 
     figure = Figure(figsize=(10.0, 4.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    colours = {name: f"C{i}" for i, name in enumerate(name for name in SAMPLERS if not stochastic(name))}
-    grey = {name: str(0.15 + 0.12 * i) for i, name in enumerate(name for name in SAMPLERS if stochastic(name))}
+    how: dict[str, dict[str, str]] = {}
+    for noisy, line in ((False, "-"), (True, "--")):
+        names = (name for name in SAMPLERS if stochastic(name) == noisy)
+        how |= {name: {"color": f"C{i}", "linestyle": line} for i, name in enumerate(names)}
     for axes, yardstick in zip(figure.subplots(1, 3), YARDSTICKS, strict=True):
         for name in SAMPLERS:
             found = errors(yardstick, name)
             if None not in found:
-                how = {"color": colours.get(name) or grey[name], "linestyle": "-" if name in colours else "--"}
-                axes.loglog(CALLS, found, marker=".", label=name, **how)
+                axes.loglog(CALLS, found, marker=".", label=name, **how[name])
         axes.set(title=yardstick, xlabel="network calls", ylim=(None, min(3.0, axes.get_ylim()[1])))
         axes.set_xticks(CALLS, [str(calls) for calls in CALLS])
         axes.xaxis.set_minor_locator(NullLocator())
