@@ -29,6 +29,7 @@ def test_to_uint8_matches_diffusers() -> None:
 def test_to_uint8_maps_the_ends_and_what_lies_beyond() -> None:
     x = torch.tensor([-1.0, 1.0, -7.0, 7.0, 0.0, float("inf"), -float("inf"), float("nan")])
     assert images.to_uint8(x).tolist() == [0, 255, 0, 255, 128, 255, 0, 0]
+    assert images.to_uint8(torch.tensor([0, 7, 255], dtype=torch.uint8)).tolist() == [0, 7, 255]
 
 
 def test_save_grid_says_that_an_image_is_nan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
