@@ -116,18 +116,33 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 
 def make_tables(betas: Array) -> dict[str, Array]:
-    """Compute the attributes `Tables` from betas [T], read-only since rows are made of them."""
-    schedule = Schedule(torch.from_numpy(betas))
-    bar = schedule.alphas_cumprod
-    others = {
-        "alphas_cumprod_next": torch.cat([bar[1:], bar.new_zeros(1)]),
-        "log_one_minus_alphas_cumprod": (1.0 - bar).log(),
-        # A last beta of 1 leaves alpha_bar = 0: infinite coefficients, which only some options use.
-        "sqrt_recipm1_alphas_cumprod": (1.0 / bar - 1.0).sqrt(),
+    """Compute the attributes `Tables` from betas [T], read-only since rows are made of them.
+
+    In NumPy and in the order of the original's formulas, whose last bits differ from PyTorch's.
+    """
+    Schedule(torch.from_numpy(betas))  # which refuses betas that leave no process
+    bar = np.cumprod(1.0 - betas)
+    prev, rest = np.append(1.0, bar[:-1]), 1.0 - bar
+    variance = betas * (1.0 - prev) / rest
+    # A last beta of 1 leaves alpha_bar = 0: infinite coefficients, which only some options use.
+    with np.errstate(divide="ignore"):
+        recip = 1.0 / bar
+    tables = {
+        "betas": betas,
+        "alphas_cumprod": bar,
+        "alphas_cumprod_prev": prev,
+        "alphas_cumprod_next": np.append(bar[1:], 0.0),
+        "sqrt_alphas_cumprod": np.sqrt(bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(rest),
+        "log_one_minus_alphas_cumprod": np.log(rest),
+        "sqrt_recip_alphas_cumprod": np.sqrt(recip),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip - 1),
+        "posterior_variance": variance,
+        # beta_tilde is 0 at t = 0, where the value of t = 1 stands in.
+        "posterior_log_variance_clipped": np.log(np.append(variance[1] if len(betas) > 1 else betas[0], variance[1:])),
+        "posterior_mean_coef1": betas * np.sqrt(prev) / rest,
+        "posterior_mean_coef2": (1.0 - prev) * np.sqrt(1.0 - betas) / rest,
     }
-    values = {name: others[name] if name in others else getattr(schedule, name) for name in Tables.__annotations__}
-    # Copies, since torch.compile takes no array that a tensor owns.
-    tables = {name: value.numpy().copy() for name, value in values.items()}
     for table in tables.values():
         table.flags.writeable = False
     return tables

@@ -62,6 +62,37 @@ def test_tables_agree_with_bayes_rule(name: str, steps: int) -> None:
         assert table.shape == (steps,)
 
 
+@pytest.mark.parametrize("steps", [25, 1000])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_tables_are_the_originals_to_the_last_bit(name: str, steps: int) -> None:
+    # As improved-diffusion's GaussianDiffusion.__init__ writes them.
+    betas = get_named_beta_schedule(name, steps)
+    alphas = 1.0 - betas
+    bar = np.cumprod(alphas, axis=0)
+    prev = np.append(1.0, bar[:-1])
+    variance = betas * (1.0 - prev) / (1.0 - bar)
+    expected = {
+        "betas": betas,
+        "alphas_cumprod": bar,
+        "alphas_cumprod_prev": prev,
+        "alphas_cumprod_next": np.append(bar[1:], 0.0),
+        "sqrt_alphas_cumprod": np.sqrt(bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - bar),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / bar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / bar - 1),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.append(variance[1], variance[1:])),
+        "posterior_mean_coef1": betas * np.sqrt(prev) / (1.0 - bar),
+        "posterior_mean_coef2": (1.0 - prev) * np.sqrt(alphas) / (1.0 - bar),
+    }
+    enums = (ModelMeanType.EPSILON, ModelVarType.FIXED_SMALL, LossType.MSE)
+    kinds = dict(zip(("model_mean_type", "model_var_type", "loss_type"), enums, strict=True))
+    diffusion = GaussianDiffusion(betas=betas, **kinds)  # type: ignore[arg-type]
+    for table, values in expected.items():
+        np.testing.assert_array_equal(getattr(diffusion, table), values, err_msg=table, strict=True)
+
+
 @pytest.mark.parametrize(
     ("betas", "message"), [([0.5, 1.0, 0.5], r"betas\[1\] = 1.0"), ([0.5, 1e-17], "fall strictly")]
 )
