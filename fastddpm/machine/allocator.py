@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def memory_given_back() -> Iterator[None]:
     """
     before = _constants_of_files()
     yield
+    if sys.platform != "linux":
+        return
     libc = ctypes.CDLL(None)
     for start, end in _constants_of_files() - before:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
