@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
-from fastddpm.cli.parser import add_shared, examples, positive
+from fastddpm.cli.parser import add_shared, examples, new_file, positive
 
 DESCRIPTION = """Compile a network for a CPU: into the cache, where every later process finds it, or into a file. A file
 is for machines of the same processor, torch and number of threads that need no compiler then; it holds native code,
@@ -25,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=16, help="images per batch")
     parser.add_argument("--guided", action="store_true", help="for guidance, which takes two network rows per image")
     parser.add_argument("--shape", type=_shape, metavar="C,H,W", help="of what the network takes (default: its own)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a file, NAME.pt2, instead of the cache")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="a file, NAME.pt2, instead of the cache")
     add_shared(parser, "dtype")
 
 

@@ -106,6 +106,17 @@ def refuse_existing(args: argparse.Namespace, paths: Iterable[Path]) -> None:
             raise FileExistsError(f"{path} exists already; use --overwrite to replace it, or another --outdir")
 
 
+def new_file(text: str) -> Path:
+    """Read the name of a file to write; an argparse type.
+
+    Raises:
+        argparse.ArgumentTypeError: a folder has it.
+    """
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file")
+    return Path(text)
+
+
 def positive(text: str, low: int = 1) -> int:
     """Read an integer of at least ``low``; an argparse type.
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastddpm.cli.parser import COMPILE, add_shared, announce, examples, positive
+from fastddpm.cli.parser import COMPILE, add_shared, announce, examples, new_file, positive
 
 if TYPE_CHECKING:
     from fastddpm.diagnostics.profile import Breakdown, Part
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "dtype", "device", "compile", dtype="float32")
     graph = "replay the step as a graph: its timeline, without ranges inside"
     parser.add_argument("--cuda-graph", action="store_true", help=graph)
-    parser.add_argument("--trace", type=Path, default=Path("trace.json"), help="default: trace.json")
+    parser.add_argument("--trace", type=new_file, default=Path("trace.json"), help="default: trace.json")
     parser.add_argument("--ranges-only", action="store_true", help="for nsys and ncu: NVTX ranges, no torch.profiler")
     parser.add_argument("--json", action="store_true", help="print the breakdown as JSON")
 

@@ -121,13 +121,15 @@ def identity_of(path: Path) -> dict[str, str]:
     """Return what a package says it was built from and for; nothing in it is run.
 
     Raises:
-        BackendUnavailable: it is no package of this library.
+        BackendUnavailable: it cannot be read, or is no package of this library.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("wrapper_metadata.json")]
             found = json.loads(json.loads(archive.read(names[0]))[METADATA])
-    except (OSError, zipfile.BadZipFile, LookupError, ValueError) as error:
+    except OSError as error:
+        raise BackendUnavailable(f"{path} cannot be read: {error.strerror}") from error
+    except (zipfile.BadZipFile, LookupError, ValueError) as error:
         raise BackendUnavailable(f"{path} is no package of this library") from error
     return dict(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -62,6 +63,9 @@ def resolve_guidance(
             "a tuned table fits one weight of guidance, the same at every step: leave out guidance_interval, "
             "guidance_rescale and cond_fn, or take sampler='fast'"
         )
+    if not is_guided(guidance) and (guidance_interval is not None or phi):
+        # This line's, and so given once a process.
+        warnings.warn("guidance is 1: guidance_interval and guidance_rescale have no effect", stacklevel=1)
     if cond_fn is None:
         return Guidance(w, phi)
     noisy = table.column("sigma") != 0

@@ -139,6 +139,8 @@ def test_main_raises_on_request(command: Callable[[Callable[[], int]], int], mon
         (["sample", "--sedes", "3"], "unknown argument --sedes; did you mean --seeds?"),
         (["train", "--outdri=x"], "unknown argument --outdri=x; did you mean --outdir?"),
         (["eval", "--samples", "1"], "'1' is no integer of at least 2"),
+        (["profile", "--trace", "."], "'.' is a folder; name a file"),
+        (["compile", "--out", "."], "'.' is a folder; name a file"),
         (["sample", "--compile", "of"], "unknown choice 'of' (did you mean 'off'?); choose one of auto, on, off"),
     ],
     ids=" ".join,

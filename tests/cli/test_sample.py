@@ -272,6 +272,7 @@ def test_usage_errors_exit_with_2(run: Any, tmp_path: Path, arguments: list[str]
         (["--device", "gpu"], "unknown device 'gpu'; choose cpu"),
         (["--guidance", "nan"], "guidance must be a finite number"),
         (["--sampler", "ddpm", "--eta", "1"], "--eta: the sampler ddpm has no such option"),
+        (["--eta", "1"], "--eta: the sampler fast has no such option"),
         (["--spacing", "traling"], "unknown spacing 'traling'"),
         (["--strength", "0.5"], "--strength begins part-way: give --init-image"),
         (["--mask", "mask.png"], "--mask needs --init-image"),

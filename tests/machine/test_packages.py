@@ -192,6 +192,8 @@ def test_named_file_runs_and_is_checked(cache: Path, built: Path, tmp_path: Path
         sampler(compiled=built).sample(seeds=[1, 2, 3])
     other = tmp_path / "other.pt2"
     other.write_bytes(b"PK")
+    with pytest.raises(BackendUnavailable, match=r"none\.pt2 cannot be read: No such file"):
+        sampler(compiled=tmp_path / "none.pt2").sample(seeds=SEEDS)
     with pytest.raises(BackendUnavailable, match="no package of this library"):
         sampler(compiled=other).sample(seeds=SEEDS)
     with pytest.raises(BackendUnavailable, match="is for a module on a CPU, not for function"):

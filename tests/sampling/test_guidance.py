@@ -164,6 +164,18 @@ def test_guidance_that_does_not_fit_is_refused(call: dict[str, Any], message: st
         sampler.sample(seeds=SEEDS, class_labels=LABELS, **call)
 
 
+def test_guidance_of_one_says_what_has_no_effect(recwarn: pytest.WarningsRecorder) -> None:
+    sampler = Sampler(Net().eval(), table(), SHAPE, compile=False)
+    call: dict[str, Any] = {"seeds": SEEDS, "class_labels": LABELS}
+    for given in ({"guidance": 2.0, "guidance_rescale": 0.5}, {"guidance": [1.0] * (STEPS - 1) + [2.0]}, {}):
+        sampler.sample(**call, **given)
+    assert not recwarn.list
+    for given in ({"guidance_interval": (1, 9)}, {"guidance_rescale": 0.5, "guidance": [1.0] * STEPS}):
+        with pytest.warns(UserWarning, match="guidance is 1: guidance_interval and guidance_rescale have no effect"):
+            images = sampler.sample(**call, **given)
+        assert torch.equal(images, sampler.sample(**call))
+
+
 def test_front_door_hands_guidance_on() -> None:
     model = tiny_unet(num_class_embeds=4, null_class=3)
     model.diffusion = fastddpm.DiffusionConfig(beta_schedule="cosine", num_timesteps=20)
