@@ -99,7 +99,7 @@ def plan(
         )
     except TypeError as error:
         for name in given:
-            if f"'{name}'" in str(error):
+            if any(f"{what} '{name}'" in str(error) for what in ("has no option", "unexpected keyword argument")):
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option}: the sampler {args.sampler} has no such option; leave it out") from None
         raise
